@@ -1,0 +1,2 @@
+//! The tqkv program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! A KV cache that stays compressed and is attended over directly.
