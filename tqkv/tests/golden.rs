@@ -153,7 +153,12 @@ fn attention_is_close_to_float64() {
                 let norm = want.iter().map(|v| v * v).sum::<f32>().sqrt();
                 let error = got.iter().zip(want).map(|(g, w)| (g - w).powi(2)).sum::<f32>().sqrt();
                 // The newest five may put all weight on the zero vector, so compare without dividing.
-                assert!(error <= 1e-5 * norm + 1e-30, "d{} b{} {name} head {h}: {error:e}", case.d, case.bits);
+                assert!(
+                    error <= 1e-5 * norm + 1e-30,
+                    "d{} b{} {name} head {h}: {error:e} of {norm:e}",
+                    case.d,
+                    case.bits
+                );
             }
             for (got, want) in lse.read::<f32>().unwrap().iter().zip(case.f32(&format!("attn.{name}.lse"))) {
                 assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{name} lse {got} {want}");

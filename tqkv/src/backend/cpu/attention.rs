@@ -65,7 +65,7 @@ pub(super) fn attention(op: &Attention) -> Result<()> {
             };
             let start = seen(0).0;
             let end = seen(n - 1).1;
-            let (mut keys, mut values, mut scores) = (vec![0f32; TILE * d], vec![0f32; TILE * d], [0f32; TILE]);
+            let (mut keys, mut values, mut scores) = (vec![0f32; TILE * d], vec![0f32; TILE * d], [0f64; TILE]);
             for tile in (start..end).step_by(TILE) {
                 let count = TILE.min(end - tile);
                 for i in 0..count {
@@ -81,16 +81,18 @@ pub(super) fn attention(op: &Attention) -> Result<()> {
                         continue;
                     }
                     let q = &rows.q[r * d..][..d];
-                    let mut max = rows.max[r];
+                    let mut max = rows.max[r] as f64;
                     for i in from..to {
-                        let mut score = dot(q, &keys[i * d..][..d]) * op.params.scale;
+                        let mut score = dot(q, &keys[i * d..][..d]) * op.params.scale as f64;
                         if let Some(cap) = op.params.softcap {
+                            let cap = cap as f64;
                             score = cap * (score / cap).tanh();
                         }
                         scores[i] = score;
                         max = max.max(score);
                     }
                     let out = &mut rows.out[r * d..][..d];
+                    let max = max as f32;
                     if max > rows.max[r] {
                         let shrink = (rows.max[r] - max).exp();
                         rows.sum[r] *= shrink;
@@ -98,7 +100,7 @@ pub(super) fn attention(op: &Attention) -> Result<()> {
                         rows.max[r] = max;
                     }
                     for i in from..to {
-                        let p = (scores[i] - max).exp();
+                        let p = ((scores[i] - max as f64) as f32).exp();
                         rows.sum[r] += p;
                         out.iter_mut().zip(&values[i * d..][..d]).for_each(|(o, v)| *o += p * v);
                     }
@@ -143,14 +145,15 @@ pub(super) fn attention(op: &Attention) -> Result<()> {
     Ok(())
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+/// Scores reach the hundreds, where f32 steps by 3e-5: what is subtracted before exp must be finer.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
     let mut lanes = [0f32; 16];
     for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
         for ((l, a), b) in lanes.iter_mut().zip(a).zip(b) {
             *l += a * b;
         }
     }
-    lanes.iter().sum()
+    lanes.iter().map(|&l| l as f64).sum()
 }
 
 pub(super) fn merge(op: &Merge) -> Result<()> {
