@@ -1,1 +1,24 @@
-//! A KV cache that stays compressed and is attended over directly.
+//! A KV cache that stays compressed by TurboQuant, and attention straight over the compressed bytes.
+//!
+//! | module | duty |
+//! |---|---|
+//! | [`format`] | the codec as data: bits, packing, codebooks, signs, scales, sizes |
+//! | [`reference`] | the naive oracle that judges every backend |
+//! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
+//! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
+//! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate |
+
+#![deny(missing_docs)]
+
+mod backend;
+pub mod cache;
+pub mod compute;
+mod error;
+pub mod format;
+pub mod ops;
+pub mod reference;
+
+pub use cache::{CacheConfig, KvCache, SequenceId};
+pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
+pub use error::{Error, Result};
+pub use format::{Codec, CodecPair};

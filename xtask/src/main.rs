@@ -1,2 +1,28 @@
-//! Maintenance commands.
-fn main() {}
+//! Maintenance commands of the workspace: `cargo xtask <command>`.
+
+mod codebooks;
+
+use anyhow::{Result, bail};
+use std::path::Path;
+
+fn main() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace");
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["codebooks"] => {
+            let path = root.join("tqkv/src/format/native_tables.rs");
+            std::fs::write(&path, codebooks::source())?;
+            println!("wrote {}", path.display());
+            Ok(())
+        }
+        ["codebooks", "--check"] => {
+            let path = root.join("tqkv/src/format/native_tables.rs");
+            if std::fs::read_to_string(&path)? != codebooks::source() {
+                bail!("{} is not what `cargo xtask codebooks` writes", path.display());
+            }
+            println!("{} is up to date", path.display());
+            Ok(())
+        }
+        _ => bail!("commands: codebooks [--check]"),
+    }
+}

@@ -1,0 +1,165 @@
+//! One vector at a time: rotate, encode, decode. The arithmetic is normative to the last bit (docs/format.md).
+
+use super::float;
+use crate::compute::DType;
+use crate::format::{Codebook, Packing, RowFormat, Scaling, SignWords, ZERO_NORM};
+use half::f16;
+
+/// Elements that one norm of the seed codec covers at head_dim 512.
+const RMS_BLOCK: usize = 256;
+
+pub(super) struct Coder {
+    row: RowFormat,
+    signs: SignWords,
+    book: Option<&'static Codebook>,
+}
+
+impl Coder {
+    pub fn new(row: &RowFormat) -> Self {
+        Coder { row: *row, signs: row.signs(), book: row.codebook() }
+    }
+
+    /// T·S·x in place.
+    pub fn rotate(&self, v: &mut [f32]) {
+        if self.row.is_rotated() {
+            self.apply_signs(v);
+            self.transform(v);
+        }
+    }
+
+    /// S·T·x in place: undoes `rotate`.
+    pub fn restore(&self, v: &mut [f32]) {
+        if self.row.is_rotated() {
+            self.transform(v);
+            self.apply_signs(v);
+        }
+    }
+
+    fn apply_signs(&self, v: &mut [f32]) {
+        for (chunk, word) in v.chunks_mut(32).zip(self.signs) {
+            for (j, x) in chunk.iter_mut().enumerate() {
+                *x = f32::from_bits(x.to_bits() ^ ((word >> j & 1) << 31));
+            }
+        }
+    }
+
+    fn transform(&self, v: &mut [f32]) {
+        let block = self.row.block();
+        let norm = 1.0 / (block as f32).sqrt();
+        for x in v.chunks_exact_mut(block) {
+            let mut h = 1;
+            while h < block {
+                for pair in x.chunks_exact_mut(2 * h) {
+                    let (low, high) = pair.split_at_mut(h);
+                    for (a, b) in low.iter_mut().zip(high) {
+                        (*a, *b) = (*a + *b, *a - *b);
+                    }
+                }
+                h *= 2;
+            }
+            x.iter_mut().for_each(|a| *a *= norm);
+        }
+        let blocks = v.len() / block;
+        if blocks > 1 {
+            let factor = 2.0 / blocks as f32;
+            for j in 0..block {
+                let sum = (1..blocks).fold(v[j], |sum, b| sum + v[b * block + j]) * factor;
+                (0..blocks).for_each(|b| v[b * block + j] -= sum);
+            }
+        }
+    }
+
+    /// Stores the vector `v`, which is overwritten, as `codes` and `scales`.
+    pub fn encode(&self, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+        let Some(book) = self.book else {
+            let Packing::Float(dtype) = self.row.packing() else { unreachable!("only floats have no codebook") };
+            return float::store(dtype, v, codes);
+        };
+        self.rotate(v);
+        let root = (v.len() as f32).sqrt();
+        let mut code = [0u8; crate::format::MAX_HEAD_DIM];
+        let code = &mut code[..v.len()];
+        match self.row.scaling() {
+            Scaling::Norm => {
+                let norm = sum_of_squares(v, self.row.block()).sqrt();
+                assign_codes(book, v, root, norm, code);
+                store_f32(if norm.is_finite() { norm } else { f32::NAN }, scales);
+            }
+            Scaling::BlockRms => {
+                for ((v, code), scale) in v.chunks(RMS_BLOCK).zip(code.chunks_mut(RMS_BLOCK)).zip(scales.chunks_mut(4))
+                {
+                    let rms = (sum_of_squares(v, RMS_BLOCK) / RMS_BLOCK as f32).sqrt();
+                    assign_codes(book, v, self.row.scale_factor_d512(), rms, code);
+                    store_f32(if rms.is_finite() { rms } else { f32::NAN }, scale);
+                }
+            }
+            Scaling::Corrected => {
+                let norm = sum_of_squares(v, self.row.block()).sqrt();
+                assign_codes(book, v, root, norm, code);
+                v.iter_mut().zip(code.iter()).for_each(|(v, &c)| *v = book.levels[c as usize]);
+                let scale = norm / sum_of_squares(v, self.row.block()).sqrt();
+                let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
+                scales.copy_from_slice(&scale.to_le_bytes());
+            }
+            Scaling::None => unreachable!("dense floats have no codebook"),
+        }
+        self.row.pack(code, codes);
+    }
+
+    /// Decodes a row into the rotated domain.
+    pub fn decode(&self, codes: &[u8], scales: &[u8], v: &mut [f32]) {
+        let Some(book) = self.book else {
+            let Packing::Float(dtype) = self.row.packing() else { unreachable!("only floats have no codebook") };
+            return float::load(dtype, codes, v);
+        };
+        let per_scale = v.len() / self.row.scales_per_row();
+        for (i, x) in v.iter_mut().enumerate() {
+            *x = book.levels[self.row.get_code(codes, i) as usize];
+        }
+        for (s, v) in v.chunks_mut(per_scale).enumerate() {
+            let factor = self.factor(scales, s);
+            v.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+
+    /// The factor that scale `s` of a row stands for.
+    fn factor(&self, scales: &[u8], s: usize) -> f32 {
+        let mut scale = [0f32];
+        let (dtype, size) = (self.row.scale_dtype(), self.row.scale_dtype().size());
+        float::load(dtype, &scales[s * size..][..size], &mut scale);
+        self.row.factor(scale[0])
+    }
+}
+
+fn store_f32(scale: f32, bytes: &mut [u8]) {
+    float::store(DType::F32, &[scale], bytes);
+}
+
+/// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.
+fn assign_codes(book: &Codebook, v: &[f32], unit: f32, norm: f32, codes: &mut [u8]) {
+    if !norm.is_finite() {
+        return codes.fill(0);
+    }
+    if norm <= ZERO_NORM {
+        return codes.fill(book.zero_code());
+    }
+    let gain = 1.0 / norm * unit;
+    codes.iter_mut().zip(v).for_each(|(c, x)| *c = book.code(x * gain));
+}
+
+/// Σ v², summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
+/// folded onto each other.
+fn sum_of_squares(v: &[f32], block: usize) -> f32 {
+    let mut sum = [0f32; crate::format::MAX_HEAD_DIM];
+    let sum = &mut sum[..block];
+    for v in v.chunks_exact(block) {
+        sum.iter_mut().zip(v).for_each(|(s, x)| *s += x * x);
+    }
+    let mut half = block / 2;
+    while half > 0 {
+        let (low, high) = sum.split_at_mut(half);
+        low.iter_mut().zip(high.iter()).for_each(|(a, b)| *a += b);
+        half /= 2;
+    }
+    sum[0]
+}

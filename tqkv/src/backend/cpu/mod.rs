@@ -1,0 +1,217 @@
+//! The host's processor: operations run at submission, in order, each spread over threads.
+
+mod attention;
+mod coder;
+mod float;
+mod memory;
+
+pub(crate) use memory::Memory;
+
+use super::{Backend, Completion, Custom, Dequantize, Op, Quantize, Recorder, Rotate, Storage};
+use crate::compute::{DeviceInfo, DeviceKind, KernelSource};
+use crate::error::{Error, Result};
+use crate::ops::{Direction, Domain, RowOrder};
+use coder::Coder;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Rows that one task encodes, decodes or rotates.
+const ROWS_PER_TASK: usize = 16;
+
+pub(crate) struct Cpu {
+    /// Threads of its own; rayon's global ones if `None`.
+    threads: Option<Arc<rayon::ThreadPool>>,
+}
+
+impl Cpu {
+    pub fn new() -> Self {
+        Cpu { threads: None }
+    }
+
+    pub fn with_threads(threads: usize) -> Result<Self> {
+        if threads == 0 {
+            return Err(Error::Zero { what: "threads" });
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .map_err(|e| Error::DeviceUnavailable { device: "cpu".to_owned(), reason: e.to_string() })?;
+        Ok(Cpu { threads: Some(Arc::new(pool)) })
+    }
+}
+
+impl Backend for Cpu {
+    fn info(&self) -> DeviceInfo {
+        let threads = self.threads.as_ref().map_or_else(rayon::current_num_threads, |t| t.current_num_threads());
+        DeviceInfo {
+            kind: DeviceKind::Cpu,
+            id: "cpu".to_owned(),
+            name: format!("{} processor", std::env::consts::ARCH),
+            details: vec![("threads", threads.to_string())],
+        }
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Storage> {
+        Ok(Storage::Cpu(Memory::zeroed(bytes)?))
+    }
+
+    fn read(&self, storage: &Storage, offset: usize, out: &mut [u8]) -> Result<()> {
+        let bytes = memory_of(storage)?.read()?;
+        out.copy_from_slice(&bytes[offset..offset + out.len()]);
+        Ok(())
+    }
+
+    fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()> {
+        let mut bytes = memory_of(storage)?.write()?;
+        bytes[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn recorder(&self) -> Result<Box<dyn Recorder>> {
+        Ok(Box::new(CpuRecorder { threads: self.threads.clone(), ops: Vec::new() }))
+    }
+}
+
+/// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.
+#[allow(clippy::unnecessary_wraps)] // Other backends' storages make it fallible.
+fn memory_of(storage: &Storage) -> Result<&Memory> {
+    match storage {
+        Storage::Cpu(memory) => Ok(memory),
+    }
+}
+
+struct CpuRecorder {
+    threads: Option<Arc<rayon::ThreadPool>>,
+    ops: Vec<Op>,
+}
+
+impl Recorder for CpuRecorder {
+    fn record(&mut self, op: Op) -> Result<()> {
+        if let Op::Custom(Custom { name, source, .. }) = &op
+            && !matches!(source, KernelSource::Cpu(_))
+        {
+            let what = format!("run kernel {name}, whose source is for another kind of device");
+            return Err(Error::Unsupported { device: "cpu".to_owned(), what });
+        }
+        self.ops.push(op);
+        Ok(())
+    }
+
+    fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
+        let ops = &self.ops;
+        let run = || ops.iter().try_for_each(run);
+        match &self.threads {
+            Some(threads) => threads.install(run)?,
+            None => run()?,
+        }
+        Ok(Box::new(Done))
+    }
+}
+
+struct Done;
+
+impl Completion for Done {
+    fn wait(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn run(op: &Op) -> Result<()> {
+    match op {
+        Op::Rotate(op) => rotate(op),
+        Op::Quantize(op) => quantize(op),
+        Op::Dequantize(op) => dequantize(op),
+        Op::Attention(op) => attention::attention(op),
+        Op::Merge(op) => attention::merge(op),
+        Op::Custom(op) => custom(op),
+    }
+}
+
+fn rotate(op: &Rotate) -> Result<()> {
+    let coder = Coder::new(&op.row);
+    let d = op.row.head_dim();
+    let in_place = op.x.shares_memory(&op.out);
+    let x = if in_place { None } else { Some(memory::view(&op.x)?) };
+    let mut out = memory::view_mut(&op.out)?;
+    let (from, to) = (op.x.dtype(), op.out.dtype());
+    let (x_row, out_row) = (d * from.size(), d * to.size());
+    out.bytes().par_chunks_mut(out_row * ROWS_PER_TASK).enumerate().for_each(|(task, rows)| {
+        let mut v = vec![0f32; d];
+        for (i, row) in rows.chunks_exact_mut(out_row).enumerate() {
+            match &x {
+                Some(x) => float::load(from, &x.bytes()[(task * ROWS_PER_TASK + i) * x_row..][..x_row], &mut v),
+                None => float::load(from, row, &mut v),
+            }
+            match op.direction {
+                Direction::Forward => coder.rotate(&mut v),
+                Direction::Inverse => coder.restore(&mut v),
+            }
+            float::store(to, &v, row);
+        }
+    });
+    Ok(())
+}
+
+fn quantize(op: &Quantize) -> Result<()> {
+    for (x, pool) in &op.parts {
+        let coder = Coder::new(pool.row());
+        let input = memory::view(x)?;
+        let codes = memory::RowsMut::codes(pool)?;
+        let scales = memory::RowsMut::scales(pool)?;
+        let (d, kv_heads, dtype) = (pool.row().head_dim(), pool.kv_heads(), x.dtype());
+        let row_bytes = d * dtype.size();
+        let spans = op.batch.spans();
+        (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads)).for_each(|token| {
+            // The span that holds the token: the last that starts at or before it and has new tokens.
+            let s = spans.partition_point(|s| (s.start + s.new) as usize <= token);
+            let span = &spans[s];
+            let position = (span.len - span.new) as usize + token - span.start as usize;
+            let (page, slot) = op.batch.locate(s, position);
+            let mut v = vec![0f32; d];
+            for head in 0..kv_heads {
+                let index = (page * kv_heads + head) * pool.page_size() + slot;
+                float::load(dtype, &input.bytes()[(token * kv_heads + head) * row_bytes..][..row_bytes], &mut v);
+                // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by one
+                // task only.
+                let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
+                coder.encode(&mut v, codes, scales);
+            }
+        });
+    }
+    Ok(())
+}
+
+fn dequantize(op: &Dequantize) -> Result<()> {
+    let coder = Coder::new(op.pool.row());
+    let codes = memory::Rows::codes(&op.pool)?;
+    let scales = memory::Rows::scales(&op.pool)?;
+    let mut out = memory::view_mut(&op.out)?;
+    let (d, kv_heads, n, to) = (op.pool.row().head_dim(), op.pool.kv_heads(), op.positions.len(), op.out.dtype());
+    let row_bytes = d * to.size();
+    out.bytes().par_chunks_mut(row_bytes * ROWS_PER_TASK).enumerate().for_each(|(task, rows)| {
+        let mut v = vec![0f32; d];
+        for (i, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
+            let r = task * ROWS_PER_TASK + i;
+            let (head, i) = match op.order {
+                RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
+                RowOrder::HeadMajor => (r / n, r % n),
+            };
+            let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
+            let index = (page * kv_heads + head) * op.pool.page_size() + slot;
+            coder.decode(codes.row(index), scales.row(index), &mut v);
+            if op.domain == Domain::Original {
+                coder.restore(&mut v);
+            }
+            float::store(to, &v, row);
+        }
+    });
+    Ok(())
+}
+
+fn custom(op: &Custom) -> Result<()> {
+    let KernelSource::Cpu(kernel) = &op.source else { unreachable!("checked when it was recorded") };
+    let mut views = op.bindings.iter().map(memory::view_mut).collect::<Result<Vec<_>>>()?;
+    let mut bindings: Vec<&mut [u8]> = views.iter_mut().map(|v| v.bytes()).collect();
+    kernel(&mut bindings, &op.constants);
+    Ok(())
+}

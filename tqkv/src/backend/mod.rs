@@ -1,0 +1,105 @@
+//! Kernels and how they are launched. Backends validate nothing: `ops` has.
+
+pub(crate) mod cpu;
+
+use crate::compute::{Buffer, DeviceInfo, KernelSource};
+use crate::error::Result;
+use crate::format::RowFormat;
+use crate::ops::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder};
+
+/// Memory of one allocation.
+pub(crate) enum Storage {
+    Cpu(cpu::Memory),
+}
+
+/// A device's driver.
+pub(crate) trait Backend: Send + Sync {
+    fn info(&self) -> DeviceInfo;
+    /// Zeroed memory.
+    fn alloc(&self, bytes: usize) -> Result<Storage>;
+    /// Copies to the host what lies `offset` bytes into the storage, after all submitted work.
+    fn read(&self, storage: &Storage, offset: usize, out: &mut [u8]) -> Result<()>;
+    /// Copies from the host, after all submitted work.
+    fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()>;
+    fn recorder(&self) -> Result<Box<dyn Recorder>>;
+}
+
+/// A list of operations that is being built.
+pub(crate) trait Recorder: Send {
+    fn record(&mut self, op: Op) -> Result<()>;
+    fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
+}
+
+/// Submitted work.
+pub(crate) trait Completion: Send {
+    fn wait(self: Box<Self>) -> Result<()>;
+}
+
+/// A validated operation. Shapes stand beside the fields; D is the row's head_dim.
+pub(crate) enum Op {
+    Rotate(Rotate),
+    Quantize(Quantize),
+    Dequantize(Dequantize),
+    Attention(Attention),
+    Merge(Merge),
+    Custom(Custom),
+}
+
+pub(crate) struct Rotate {
+    pub row: RowFormat,
+    pub direction: Direction,
+    /// [..., D], any float.
+    pub x: Buffer,
+    /// As `x`; may be the very same view.
+    pub out: Buffer,
+}
+
+/// Encodes the newest `new` positions of every sequence of the batch.
+pub(crate) struct Quantize {
+    /// One input and its pool: x is [tokens, kv_heads, D], any float.
+    pub parts: Vec<(Buffer, PagePool)>,
+    pub batch: Batch,
+}
+
+pub(crate) struct Dequantize {
+    pub pool: PagePool,
+    pub batch: Batch,
+    pub sequence: usize,
+    pub positions: Positions,
+    pub domain: Domain,
+    pub order: RowOrder,
+    /// [kv_heads, n, D] or [n, kv_heads, D] as `order` says, any float.
+    pub out: Buffer,
+}
+
+pub(crate) struct Attention {
+    /// [tokens, heads, D], any float.
+    pub q: Buffer,
+    pub heads: usize,
+    pub key: PagePool,
+    pub value: PagePool,
+    pub batch: Batch,
+    pub params: AttentionParams,
+    /// As `q`, any float.
+    pub out: Buffer,
+    /// [tokens, heads] f32.
+    pub lse: Option<Buffer>,
+}
+
+pub(crate) struct Merge {
+    /// Partial outputs [tokens, heads, D] of any float, and their lse [tokens, heads] f32.
+    pub parts: Vec<(Buffer, Buffer)>,
+    pub out: Buffer,
+    pub lse: Option<Buffer>,
+}
+
+/// A kernel of the caller's own.
+pub(crate) struct Custom {
+    pub name: String,
+    pub source: KernelSource,
+    /// The grid; a CPU has none.
+    #[allow(dead_code)]
+    pub workgroups: [u32; 3],
+    pub bindings: Vec<Buffer>,
+    pub constants: Vec<u32>,
+}

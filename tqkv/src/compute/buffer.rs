@@ -1,0 +1,227 @@
+//! Typed, shaped memory on a device.
+
+use super::Device;
+use crate::backend::Storage;
+use crate::error::{Error, Result, checked_product};
+use bytemuck::Pod;
+use half::{bf16, f16};
+use std::fmt;
+use std::sync::Arc;
+
+/// What a buffer's elements are. All are little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// Bytes: packed codes.
+    U8,
+    /// 32-bit unsigned integers: positions, page tables.
+    U32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::U8 => 1,
+            DType::F16 | DType::BF16 => 2,
+            DType::U32 | DType::F32 => 4,
+        }
+    }
+
+    /// Whether elements are floats.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F16 | DType::BF16 | DType::F32)
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::U8 => "u8",
+            DType::U32 => "u32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::F32 => "f32",
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type that a buffer can hold.
+pub trait Element: Pod + Send + Sync + sealed::Sealed {
+    /// Its name on devices.
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($t:ty => $d:ident),*) => { $(
+        impl sealed::Sealed for $t {}
+        impl Element for $t { const DTYPE: DType = DType::$d; }
+    )* };
+}
+elements!(u8 => U8, u32 => U32, f16 => F16, bf16 => BF16, f32 => F32);
+
+/// Memory on a device: bytes with a type and a shape, row-major and without gaps.
+///
+/// A clone, a [`reshape`](Buffer::reshape) and a [`slice`](Buffer::slice) are views of the same memory.
+#[derive(Clone)]
+pub struct Buffer {
+    device: Device,
+    storage: Arc<Storage>,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Bytes before the first element.
+    offset: usize,
+}
+
+impl Buffer {
+    pub(crate) fn new(device: &Device, storage: Arc<Storage>, dtype: DType, shape: &[usize]) -> Self {
+        Buffer { device: device.clone(), storage, dtype, shape: shape.to_vec(), offset: 0 }
+    }
+
+    pub(crate) fn storage(&self) -> &Arc<Storage> {
+        &self.storage
+    }
+
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The device that holds it.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What its elements are.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sizes of its axes, slowest first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// The same memory in another shape of as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the number of elements differs.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
+        if checked_product("shape", shape)? != self.len() {
+            return Err(Error::shape("buffer", &self.shape, format!("as many elements as {shape:?}")));
+        }
+        Ok(Buffer { shape: shape.to_vec(), ..self.clone() })
+    }
+
+    /// Entries `start..end` along the first axis, as a view.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the buffer has no axis or the range is not within it.
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Result<Self> {
+        match self.shape.split_first() {
+            Some((&n, rest)) if range.start <= range.end && range.end <= n => {
+                let row = rest.iter().product::<usize>() * self.dtype.size();
+                let shape = std::iter::once(range.len()).chain(rest.iter().copied()).collect();
+                Ok(Buffer { shape, offset: self.offset + range.start * row, ..self.clone() })
+            }
+            _ => Err(Error::shape("buffer", &self.shape, format!("a first axis that holds {range:?}"))),
+        }
+    }
+
+    /// Whether both are views of the same memory.
+    pub fn shares_memory(&self, other: &Buffer) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
+    }
+
+    /// Copies the elements to the host, after all work submitted before.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if `T` is not what the buffer holds, [`Error::BufferBusy`], [`Error::DeviceFailed`].
+    pub fn read<T: Element>(&self) -> Result<Vec<T>> {
+        self.expect_dtype("buffer read", T::DTYPE)?;
+        let mut out = vec![T::zeroed(); self.len()];
+        self.read_bytes(bytemuck::cast_slice_mut(&mut out))?;
+        Ok(out)
+    }
+
+    /// Copies the buffer's bytes to `out`, after all work submitted before.
+    ///
+    /// # Errors
+    /// [`Error::TooSmall`] or [`Error::TooLarge`] unless `out` has exactly the buffer's bytes, [`Error::BufferBusy`],
+    /// [`Error::DeviceFailed`].
+    pub fn read_bytes(&self, out: &mut [u8]) -> Result<()> {
+        self.expect_bytes(out.len())?;
+        self.device.backend().read(&self.storage, self.offset, out)
+    }
+
+    /// Overwrites all elements from the host, after all work submitted before.
+    ///
+    /// # Errors
+    /// As [`read`](Buffer::read); [`Error::TooSmall`] or [`Error::TooLarge`] unless `data` has exactly as many elements.
+    pub fn write<T: Element>(&self, data: &[T]) -> Result<()> {
+        self.expect_dtype("buffer written", T::DTYPE)?;
+        self.write_bytes(bytemuck::cast_slice(data))
+    }
+
+    /// Overwrites the buffer's bytes from the host, after all work submitted before.
+    ///
+    /// # Errors
+    /// As [`read_bytes`](Buffer::read_bytes).
+    pub fn write_bytes(&self, data: &[u8]) -> Result<()> {
+        self.expect_bytes(data.len())?;
+        self.device.backend().write(&self.storage, self.offset, data)
+    }
+
+    fn expect_bytes(&self, got: usize) -> Result<()> {
+        let expected = self.bytes();
+        match got.cmp(&expected) {
+            std::cmp::Ordering::Less => Err(Error::TooSmall { what: "host slice", got, expected }),
+            std::cmp::Ordering::Greater => Err(Error::TooLarge { what: "host slice's bytes", got, expected }),
+            std::cmp::Ordering::Equal => Ok(()),
+        }
+    }
+
+    fn expect_dtype(&self, what: &'static str, host: DType) -> Result<()> {
+        if self.dtype == host {
+            return Ok(());
+        }
+        let expected = match host {
+            DType::U8 => "u8",
+            DType::U32 => "u32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::F32 => "f32",
+        };
+        Err(Error::DType { what, got: self.dtype, expected })
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} {:?} on {})", self.dtype, self.shape, self.device)
+    }
+}

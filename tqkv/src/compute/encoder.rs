@@ -1,0 +1,102 @@
+//! Recording and submission.
+
+use super::{Buffer, Device, KernelRegistry};
+use crate::backend::{Completion, Op, Recorder};
+use crate::error::{Error, Result};
+
+/// Records operations in order. Nothing runs before [`submit`](CommandEncoder::submit); each operation sees what those
+/// before it wrote. An encoder that is dropped has run nothing.
+pub struct CommandEncoder {
+    device: Device,
+    recorder: Box<dyn Recorder>,
+}
+
+impl CommandEncoder {
+    pub(crate) fn new(device: &Device, recorder: Box<dyn Recorder>) -> Self {
+        CommandEncoder { device: device.clone(), recorder }
+    }
+
+    /// The device that it records for.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Fails unless the buffer is on this encoder's device.
+    pub(crate) fn expect_own(&self, what: &'static str, buffer: &Buffer) -> Result<()> {
+        if buffer.device() != &self.device {
+            let (got, expected) = (buffer.device().to_string(), self.device.to_string());
+            return Err(Error::WrongDevice { what, got, expected });
+        }
+        Ok(())
+    }
+
+    /// Records a validated operation.
+    pub(crate) fn record(&mut self, op: Op) -> Result<()> {
+        self.recorder.record(op)
+    }
+
+    /// Records a kernel of the caller's own (see [`KernelRegistry::register`]).
+    ///
+    /// `workgroups` is the grid, `bindings` are the buffers in the order of the kernel's bindings or pointers, and
+    /// `constants` is passed as a uniform buffer (wgpu), by value (CUDA) or as a slice (CPU).
+    ///
+    /// # Errors
+    /// [`Error::UnknownKernel`], [`Error::WrongDevice`], [`Error::KernelCompile`], or [`Error::Unsupported`] if the
+    /// registered source is for another kind of device.
+    pub fn dispatch(
+        &mut self,
+        name: &str,
+        workgroups: [u32; 3],
+        bindings: &[&Buffer],
+        constants: &[u32],
+    ) -> Result<()> {
+        for buffer in bindings {
+            self.expect_own("binding", buffer)?;
+        }
+        let source = self.device.kernels().get(name)?;
+        let bindings = bindings.iter().map(|&b| b.clone()).collect();
+        self.record(Op::Custom(crate::backend::Custom {
+            name: name.to_owned(),
+            source,
+            workgroups,
+            bindings,
+            constants: constants.to_vec(),
+        }))
+    }
+
+    /// The kernels that [`dispatch`](CommandEncoder::dispatch) finds.
+    pub fn kernels(&self) -> &KernelRegistry {
+        self.device.kernels()
+    }
+
+    /// Hands the recorded operations to the device, as one submission.
+    ///
+    /// # Errors
+    /// [`Error::BufferBusy`], [`Error::OutOfMemory`], [`Error::DeviceFailed`]. A CPU runs everything before it returns;
+    /// a GPU may report a failure only from [`Submission::wait`].
+    pub fn submit(self) -> Result<Submission> {
+        Ok(Submission(self.recorder.submit()?))
+    }
+
+    /// Submits and waits.
+    ///
+    /// # Errors
+    /// As [`submit`](CommandEncoder::submit) and [`Submission::wait`].
+    pub fn submit_and_wait(self) -> Result<()> {
+        self.submit()?.wait()
+    }
+}
+
+/// Work that was handed to a device.
+#[must_use = "work may still be running: wait for it, or drop it on purpose"]
+pub struct Submission(Box<dyn Completion>);
+
+impl Submission {
+    /// Returns when all of it is done.
+    ///
+    /// # Errors
+    /// [`Error::DeviceFailed`].
+    pub fn wait(self) -> Result<()> {
+        self.0.wait()
+    }
+}

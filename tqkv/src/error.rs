@@ -1,0 +1,266 @@
+//! One error type: every violated rule has a variant of its own, with what was got and what was expected.
+
+use crate::compute::DType;
+use crate::format::Codec;
+
+/// The result of every fallible call.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. After an error nothing has been written, unless the variant says otherwise.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A codec has no such width.
+    #[error("{codec} codec of {got} bits: expected {expected}")]
+    Bits {
+        /// The codec family.
+        codec: &'static str,
+        /// Bits asked for.
+        got: u8,
+        /// Bits that exist.
+        expected: &'static str,
+    },
+    /// A codec cannot store vectors of this size.
+    #[error("head_dim {got} with codec {codec}: expected {expected}")]
+    HeadDim {
+        /// The codec.
+        codec: Codec,
+        /// head_dim asked for.
+        got: usize,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// No codec has this name.
+    #[error("unknown codec {got:?}: expected f32, f16, seed4, seed5, seed6, seed8 or kXvY with X and Y from 2 to 8")]
+    UnknownCodec {
+        /// The name.
+        got: String,
+    },
+    /// No device has this name.
+    #[error("unknown device {got:?}: expected cpu, wgpu, wgpu:N, cuda or cuda:N")]
+    UnknownDevice {
+        /// The name.
+        got: String,
+    },
+    /// The device cannot be had on this machine or in this build.
+    #[error("device {device} is not available: {reason}")]
+    DeviceUnavailable {
+        /// The device asked for.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The device cannot do this; nothing else is tried in its place.
+    #[error("{device} cannot do this: {what}")]
+    Unsupported {
+        /// The device.
+        device: String,
+        /// What it lacks.
+        what: String,
+    },
+    /// The device failed while it worked: lost, out of memory mid-way, a driver error. What it wrote is undefined.
+    #[error("{device} failed: {reason}")]
+    DeviceFailed {
+        /// The device.
+        device: String,
+        /// What it reported.
+        reason: String,
+    },
+    /// A kernel did not compile.
+    #[error("kernel {name} does not compile: {log}")]
+    KernelCompile {
+        /// The kernel.
+        name: String,
+        /// The compiler's words.
+        log: String,
+    },
+    /// A kernel's name is not registered.
+    #[error("no kernel is registered under the name {name:?}")]
+    UnknownKernel {
+        /// The name.
+        name: String,
+    },
+    /// Memory ran out.
+    #[error("{device} has no room for {requested} bytes")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        requested: usize,
+    },
+    /// A buffer has another shape than the call needs.
+    #[error("{what} has shape {got:?}: expected {expected}")]
+    Shape {
+        /// The argument.
+        what: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape in words or numbers.
+        expected: String,
+    },
+    /// A buffer holds another type than the call needs.
+    #[error("{what} holds {got}: expected {expected}")]
+    DType {
+        /// The argument.
+        what: &'static str,
+        /// Its type.
+        got: DType,
+        /// What is taken.
+        expected: &'static str,
+    },
+    /// A buffer or file is smaller than what it must hold.
+    #[error("{what} holds {got} bytes: expected at least {expected}")]
+    TooSmall {
+        /// The argument.
+        what: &'static str,
+        /// Bytes there.
+        got: usize,
+        /// Bytes needed.
+        expected: usize,
+    },
+    /// A buffer lives on another device.
+    #[error("{what} is on {got}: expected {expected}")]
+    WrongDevice {
+        /// The argument.
+        what: &'static str,
+        /// Its device.
+        got: String,
+        /// The encoder's device.
+        expected: String,
+    },
+    /// The same memory is read and written by one operation.
+    #[error("{what} shares memory with another argument: expected memory of its own")]
+    Aliased {
+        /// The argument that is written.
+        what: &'static str,
+    },
+    /// Another thread is using the buffer's memory at this moment.
+    #[error("a buffer is in use by another thread: expected calls that share a written buffer to be ordered")]
+    BufferBusy,
+    /// A count must not be zero.
+    #[error("{what} is 0: expected at least 1")]
+    Zero {
+        /// Which count.
+        what: &'static str,
+    },
+    /// A size does not fit the machine's integers, or the 32 bits that kernels count with.
+    #[error("{what} overflows: expected it to fit {limit}")]
+    SizeOverflow {
+        /// Which size.
+        what: &'static str,
+        /// What it must fit.
+        limit: &'static str,
+    },
+    /// A count is above a fixed limit.
+    #[error("{what} is {got}: expected at most {expected}")]
+    TooLarge {
+        /// Which count.
+        what: &'static str,
+        /// What was given.
+        got: usize,
+        /// The limit.
+        expected: usize,
+    },
+    /// Two numbers that must agree do not, or one must divide the other.
+    #[error("{what} is {got}: expected {expected}")]
+    Mismatch {
+        /// Which number.
+        what: &'static str,
+        /// What was given.
+        got: usize,
+        /// The rule.
+        expected: String,
+    },
+    /// A number is out of its range.
+    #[error("{name} is {got}: expected {expected}")]
+    Parameter {
+        /// Which number.
+        name: &'static str,
+        /// What was given.
+        got: f32,
+        /// The rule.
+        expected: &'static str,
+    },
+    /// Positions that the sequence does not hold: not yet written, or dropped already.
+    #[error("positions {start}..{end} asked for: expected them within {first}..{len}")]
+    Positions {
+        /// First position asked for.
+        start: usize,
+        /// One past the last.
+        end: usize,
+        /// First position held.
+        first: usize,
+        /// One past the last held.
+        len: usize,
+    },
+    /// A page number past the pool.
+    #[error("page {got} in the page table: expected less than {pages}")]
+    Page {
+        /// The page.
+        got: usize,
+        /// Pages in the pool.
+        pages: usize,
+    },
+    /// The cache has too few free pages; nothing was appended.
+    #[error("the cache needs {needed} more pages: {free} of {pages} are free")]
+    OutOfPages {
+        /// Pages that the call needs.
+        needed: usize,
+        /// Pages free.
+        free: usize,
+        /// Pages in all.
+        pages: usize,
+    },
+    /// A sequence that the cache does not hold (never added, or freed).
+    #[error("sequence {got} is not in the cache")]
+    UnknownSequence {
+        /// Its number.
+        got: u64,
+    },
+    /// The same sequence appears twice in one call.
+    #[error("sequence {got} is named twice in one call: expected once")]
+    RepeatedSequence {
+        /// Its number.
+        got: u64,
+    },
+    /// A layer that the cache does not have.
+    #[error("layer {got}: expected less than {layers}")]
+    Layer {
+        /// The layer.
+        got: usize,
+        /// Layers of the cache.
+        layers: usize,
+    },
+    /// Layers of a sequence hold different lengths where one length is needed: a step was left half done.
+    #[error("layer {layer} of sequence {sequence} holds {got} positions: expected {expected} as in layer 0")]
+    UnevenLayers {
+        /// The sequence.
+        sequence: u64,
+        /// The layer that differs.
+        layer: usize,
+        /// Positions there.
+        got: usize,
+        /// Positions in layer 0.
+        expected: usize,
+    },
+}
+
+impl Error {
+    pub(crate) fn shape(what: &'static str, got: &[usize], expected: impl Into<String>) -> Self {
+        Error::Shape { what, got: got.to_vec(), expected: expected.into() }
+    }
+}
+
+/// The product of sizes, or an error that names what overflowed.
+pub(crate) fn checked_product(what: &'static str, factors: &[usize]) -> Result<usize> {
+    factors
+        .iter()
+        .try_fold(1usize, |n, &f| n.checked_mul(f))
+        .filter(|&n| n <= isize::MAX as usize)
+        .ok_or(Error::SizeOverflow { what, limit: "isize" })
+}
+
+/// A count as the u32 that kernels use.
+pub(crate) fn to_u32(what: &'static str, n: usize) -> Result<u32> {
+    u32::try_from(n).map_err(|_| Error::SizeOverflow { what, limit: "u32" })
+}

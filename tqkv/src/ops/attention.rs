@@ -1,0 +1,128 @@
+//! Attention straight over the compressed bytes.
+
+use super::{Batch, Domain, PagePool, expect_apart, expect_f32, expect_float, expect_shape};
+use crate::backend::{self, Op};
+use crate::compute::{Buffer, CommandEncoder};
+use crate::error::{Error, Result};
+
+/// What attention computes. Start from [`AttentionParams::new`] and change what differs.
+#[derive(Clone, Debug)]
+pub struct AttentionParams {
+    /// Factor on q·k, usually 1/√head_dim.
+    pub scale: f32,
+    /// Whether a query sees no position after its own (on by default).
+    pub causal: bool,
+    /// How many of the newest positions up to its own a query sees; all if `None`.
+    pub window: Option<usize>,
+    /// Scores become c·tanh(score/c) before the softmax (Gemma 2, arXiv:2408.00118, section 2).
+    pub softcap: Option<f32>,
+    /// One logit a query head, f32 \[heads\], that takes probability and adds no value (gpt-oss; "Efficient streaming
+    /// language models with attention sinks", arXiv:2309.17453, section 3.3).
+    pub sinks: Option<Buffer>,
+    /// The domain of queries and output: with [`Domain::Rotated`] the caller rotates both himself.
+    pub domain: Domain,
+}
+
+impl AttentionParams {
+    /// Causal, over all positions, in the model's own domain.
+    pub fn new(scale: f32) -> Self {
+        AttentionParams { scale, causal: true, window: None, softcap: None, sinks: None, domain: Domain::Original }
+    }
+
+    /// With 1/√head_dim as scale.
+    pub fn for_head_dim(head_dim: usize) -> Self {
+        AttentionParams::new(1.0 / (head_dim as f32).sqrt())
+    }
+}
+
+/// Softmax(scale · q·Kᵀ)·V for the new positions of every sequence, without writing K or V out.
+///
+/// `q` and `out` are \[tokens, heads, head_dim\] (f32, f16 or bf16 each; tokens in the batch's order), `heads` a multiple
+/// of the pools' kv_heads: query heads h·g..(h+1)·g read KV head h, and each row is decoded once for its whole group. The
+/// query of a sequence's i-th new token stands at position len - new + i. `key` and `value` may have different codecs.
+/// `lse`, f32 \[tokens, heads\], gets the natural logarithm of the softmax denominator, sinks included, so that partial
+/// results can be [`merge`](super::merge)d. A query that sees no position gets zeros and -∞ (the sink's logit if any).
+///
+/// One pass over K and V with a running maximum: Dao et al., FlashAttention (arXiv:2205.14135, section 3.1), split over
+/// the context as in Flash-Decoding.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] (heads, pools or pages that do not go
+/// together), [`Error::Page`], [`Error::Parameter`] for a scale that is not finite or a softcap that is not positive,
+/// [`Error::Zero`] for a window of 0, [`Error::Aliased`].
+#[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+pub fn attention(
+    encoder: &mut CommandEncoder,
+    q: &Buffer,
+    key: &PagePool,
+    value: &PagePool,
+    batch: &Batch,
+    params: &AttentionParams,
+    out: &Buffer,
+    lse: Option<&Buffer>,
+) -> Result<()> {
+    for (what, buffer) in [("q", q), ("key", key.codes()), ("value", value.codes()), ("out", out)] {
+        encoder.expect_own(what, buffer)?;
+    }
+    encoder.expect_own("batch", batch.device_table())?;
+    let head_dim = key.row().head_dim();
+    if value.row().head_dim() != head_dim {
+        let expected = format!("{head_dim} as in the keys");
+        return Err(Error::Mismatch { what: "head_dim of the values", got: value.row().head_dim(), expected });
+    }
+    if value.kv_heads() != key.kv_heads() {
+        let expected = format!("{} as in the keys", key.kv_heads());
+        return Err(Error::Mismatch { what: "kv_heads of the values", got: value.kv_heads(), expected });
+    }
+    batch.expect_within(key)?;
+    batch.expect_within(value)?;
+    expect_float("q", q)?;
+    expect_float("out", out)?;
+    let &[_, heads, _] = q.shape() else {
+        return Err(Error::shape("q", q.shape(), format!("[{}, heads, {head_dim}]", batch.tokens())));
+    };
+    expect_shape("q", q, &[batch.tokens(), heads, head_dim])?;
+    expect_shape("out", out, &[batch.tokens(), heads, head_dim])?;
+    if heads == 0 {
+        return Err(Error::Zero { what: "heads" });
+    }
+    if !heads.is_multiple_of(key.kv_heads()) {
+        let expected = format!("a multiple of kv_heads {}", key.kv_heads());
+        return Err(Error::Mismatch { what: "heads", got: heads, expected });
+    }
+    if !params.scale.is_finite() {
+        return Err(Error::Parameter { name: "scale", got: params.scale, expected: "finite" });
+    }
+    if let Some(cap) = params.softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
+        return Err(Error::Parameter { name: "softcap", got: cap, expected: "finite and positive" });
+    }
+    if params.window == Some(0) {
+        return Err(Error::Zero { what: "window" });
+    }
+    if let Some(sinks) = &params.sinks {
+        encoder.expect_own("sinks", sinks)?;
+        expect_f32("sinks", sinks)?;
+        expect_shape("sinks", sinks, &[heads])?;
+    }
+    let inputs = || std::iter::once(q).chain(key.buffers()).chain(value.buffers()).chain(&params.sinks);
+    expect_apart("out", out, inputs())?;
+    if let Some(lse) = lse {
+        encoder.expect_own("lse", lse)?;
+        expect_f32("lse", lse)?;
+        expect_shape("lse", lse, &[batch.tokens(), heads])?;
+        expect_apart("lse", lse, inputs().chain([out]))?;
+    }
+    if batch.tokens() == 0 {
+        return Ok(());
+    }
+    encoder.record(Op::Attention(backend::Attention {
+        q: q.clone(),
+        heads,
+        key: key.clone(),
+        value: value.clone(),
+        batch: batch.clone(),
+        params: params.clone(),
+        out: out.clone(),
+        lse: lse.cloned(),
+    }))
+}

@@ -1,0 +1,172 @@
+//! Where the positions of some sequences are.
+
+use super::PagePool;
+use crate::compute::{Buffer, Device};
+use crate::error::{Error, Result, checked_product, to_u32};
+use std::sync::Arc;
+
+/// An entry of a page table that stands for no page.
+pub const NO_PAGE: u32 = u32::MAX;
+
+/// One sequence as a batch sees it.
+///
+/// Positions are absolute. Position p lies in slot `p mod (pages.len() · page_size)`: page `pages[slot / page_size]`,
+/// row `slot mod page_size`. So a ring cache, or a sliding window whose old pages are reused, is no special case.
+#[derive(Clone, Debug)]
+pub struct Span<'a> {
+    /// The oldest position held.
+    pub first: usize,
+    /// One past the newest position, the new ones included.
+    pub len: usize,
+    /// How many of the newest positions this step is about: those that [`quantize`](super::quantize) writes and that
+    /// queries of [`attention`](super::attention) stand at.
+    pub new: usize,
+    /// Pages by slot; [`NO_PAGE`] where no held position lies.
+    pub pages: &'a [u32],
+}
+
+/// Some sequences, validated and on the device: the plan that every layer of a model step shares. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Batch(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    page_size: usize,
+    width: usize,
+    spans: Vec<SpanInfo>,
+    table: Vec<u32>,
+    tokens: usize,
+    /// One past the largest page.
+    pages: usize,
+    device_spans: Buffer,
+    device_table: Buffer,
+}
+
+/// A [`Span`] as kernels see it.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct SpanInfo {
+    pub first: u32,
+    pub len: u32,
+    /// Where its new tokens start among those of the batch.
+    pub start: u32,
+    pub new: u32,
+}
+
+impl Batch {
+    /// Checks the sequences and puts them on the device.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::Positions`] if more positions are new than held, or
+    /// held than the pages have slots for; [`Error::Page`] if a held position lies in no
+    /// page; [`Error::SizeOverflow`].
+    pub fn new(device: &Device, page_size: usize, spans: &[Span]) -> Result<Self> {
+        if page_size == 0 {
+            return Err(Error::Zero { what: "page_size" });
+        }
+        let width =
+            spans.iter().map(|s| s.pages.len()).max().ok_or(Error::Zero { what: "sequences of a batch" })?.max(1);
+        let mut table = vec![NO_PAGE; checked_product("page table", &[spans.len(), width])?];
+        let (mut infos, mut tokens, mut pages) = (Vec::with_capacity(spans.len()), 0usize, 0);
+        for (i, span) in spans.iter().enumerate() {
+            let slots = checked_product("slots of a sequence", &[span.pages.len(), page_size])?;
+            to_u32("slots of a sequence", checked_product("slots of a sequence", &[width, page_size])?)?;
+            // A shorter table than the batch's widest would wrap elsewhere, so it must not wrap at all.
+            let ring = if span.pages.len() == width { slots } else { usize::MAX };
+            let held = span.len.checked_sub(span.first);
+            let fits = held.is_some_and(|n| n <= slots && span.new <= n) && (span.len <= slots || ring == slots);
+            if !fits {
+                let start = span.len.saturating_sub(span.new.max(held.unwrap_or(0)));
+                return Err(Error::Positions {
+                    start,
+                    end: span.len,
+                    first: span.first,
+                    len: span.first.saturating_add(slots),
+                });
+            }
+            infos.push(SpanInfo {
+                first: to_u32("position", span.first)?,
+                len: to_u32("position", span.len)?,
+                start: to_u32("tokens of a batch", tokens)?,
+                new: span.new as u32,
+            });
+            tokens =
+                tokens.checked_add(span.new).ok_or(Error::SizeOverflow { what: "tokens of a batch", limit: "u32" })?;
+            to_u32("tokens of a batch", tokens)?;
+            table[i * width..i * width + span.pages.len()].copy_from_slice(span.pages);
+            for page in span.first / page_size..span.len.div_ceil(page_size) {
+                let page = span.pages[page % span.pages.len()];
+                if page == NO_PAGE {
+                    return Err(Error::Page { got: NO_PAGE as usize, pages: NO_PAGE as usize });
+                }
+                pages = pages.max(page as usize + 1);
+            }
+        }
+        let device_spans = device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?;
+        let device_table = device.upload(&table, &[infos.len(), width])?;
+        Ok(Batch(Arc::new(Inner { page_size, width, spans: infos, table, tokens, pages, device_spans, device_table })))
+    }
+
+    /// One sequence in a contiguous cache: positions `first..len` of which the last `new` are new. Past `capacity`
+    /// positions wrap around, as in a ring.
+    ///
+    /// # Errors
+    /// As [`Batch::new`].
+    pub fn contiguous(device: &Device, capacity: usize, first: usize, len: usize, new: usize) -> Result<Self> {
+        Batch::new(device, capacity, &[Span { first, len, new, pages: &[0] }])
+    }
+
+    /// Sequences.
+    pub fn sequences(&self) -> usize {
+        self.0.spans.len()
+    }
+
+    /// New tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.0.tokens
+    }
+
+    /// Positions of a page.
+    pub fn page_size(&self) -> usize {
+        self.0.page_size
+    }
+
+    /// Entries of a sequence's page table.
+    pub(crate) fn width(&self) -> usize {
+        self.0.width
+    }
+
+    pub(crate) fn spans(&self) -> &[SpanInfo] {
+        &self.0.spans
+    }
+
+    /// Spans on the device, u32 [sequences, 4].
+    #[allow(dead_code)] // GPU backends read it.
+    pub(crate) fn device_spans(&self) -> &Buffer {
+        &self.0.device_spans
+    }
+
+    /// Page tables on the device, u32 [sequences, width].
+    pub(crate) fn device_table(&self) -> &Buffer {
+        &self.0.device_table
+    }
+
+    /// Page and row of a held position.
+    pub(crate) fn locate(&self, sequence: usize, position: usize) -> (usize, usize) {
+        let Inner { page_size, width, table, .. } = &*self.0;
+        let slot = position % (width * page_size);
+        (table[sequence * width + slot / page_size] as usize, slot % page_size)
+    }
+
+    /// Fails unless this batch's pages lie in the pool.
+    pub(crate) fn expect_within(&self, pool: &PagePool) -> Result<()> {
+        if pool.page_size() != self.page_size() {
+            let expected = format!("{} as in the pool", pool.page_size());
+            return Err(Error::Mismatch { what: "page_size of the batch", got: self.page_size(), expected });
+        }
+        if self.0.pages > pool.pages() {
+            return Err(Error::Page { got: self.0.pages - 1, pages: pool.pages() });
+        }
+        Ok(())
+    }
+}

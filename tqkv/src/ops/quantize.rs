@@ -1,0 +1,70 @@
+//! Floats into the cache.
+
+use super::{Batch, PagePool, expect_apart, expect_float, expect_shape};
+use crate::backend::{Op, Quantize};
+use crate::compute::{Buffer, CommandEncoder};
+use crate::error::{Error, Result};
+
+/// Encodes the new positions of every sequence of a batch into pools, in one launch.
+///
+/// Each part is an input \[tokens, kv_heads, head_dim\] (f32, f16 or bf16; tokens in the batch's order) and the pool that
+/// takes it: usually K and V of a layer. The encoder's arithmetic is fixed to the last bit (`docs/format.md`). A vector
+/// whose f32 norm is not finite (it holds NaN, infinity, or values near 1e19) is stored as code 0 and scale NaN, so that
+/// everything decoded from it is NaN.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] or [`Error::Page`] if the batch does not
+/// fit a pool, [`Error::Positions`] if a sequence has more new positions than slots, [`Error::Aliased`] if a page
+/// would be written from two places or an argument shares memory with a pool.
+///
+/// ```
+/// use tqkv::{Codec, Device, format::RowFormat, ops::{Batch, PagePool, quantize}};
+/// let device = Device::cpu();
+/// let row = RowFormat::new(Codec::tq(4), 128)?;
+/// let pool = PagePool::new(&device, row, 8, 64, 1)?;          // 8 KV heads, 64 positions
+/// let k = device.upload(&vec![0.5f32; 3 * 8 * 128], &[3, 8, 128])?;
+/// let mut encoder = device.encoder()?;
+/// quantize(&mut encoder, &[(&k, &pool)], &Batch::contiguous(&device, 64, 0, 3, 3)?)?;
+/// encoder.submit_and_wait()?;
+/// # Ok::<(), tqkv::Error>(())
+/// ```
+pub fn quantize(encoder: &mut CommandEncoder, parts: &[(&Buffer, &PagePool)], batch: &Batch) -> Result<()> {
+    if parts.is_empty() {
+        return Err(Error::Zero { what: "parts" });
+    }
+    encoder.expect_own("batch", batch.device_table())?;
+    for (i, (x, pool)) in parts.iter().enumerate() {
+        encoder.expect_own("x", x)?;
+        encoder.expect_own("pool", pool.codes())?;
+        expect_float("x", x)?;
+        expect_shape("x", x, &[batch.tokens(), pool.kv_heads(), pool.row().head_dim()])?;
+        batch.expect_within(pool)?;
+        for buffer in pool.buffers() {
+            expect_apart("pool", buffer, parts.iter().map(|(x, _)| *x))?;
+            expect_apart("pool", buffer, parts[..i].iter().flat_map(|(_, p)| p.buffers()))?;
+        }
+    }
+    expect_own_pages(batch)?;
+    if batch.tokens() == 0 {
+        return Ok(());
+    }
+    let parts = parts.iter().map(|(x, pool)| ((*x).clone(), (*pool).clone())).collect();
+    encoder.record(Op::Quantize(Quantize { parts, batch: batch.clone() }))
+}
+
+/// No page may be written from two places: two sequences, or two entries of one table.
+fn expect_own_pages(batch: &Batch) -> Result<()> {
+    let (page_size, width) = (batch.page_size(), batch.width());
+    let mut written = std::collections::HashMap::new();
+    for (i, span) in batch.spans().iter().enumerate().filter(|(_, span)| span.new > 0) {
+        let (len, new) = (span.len as usize, span.new as usize);
+        for logical in (len - new) / page_size..len.div_ceil(page_size) {
+            let (page, _) = batch.locate(i, logical * page_size);
+            let entry = (i, logical % width);
+            if *written.entry(page).or_insert(entry) != entry {
+                return Err(Error::Aliased { what: "a page that is written from two places" });
+            }
+        }
+    }
+    Ok(())
+}

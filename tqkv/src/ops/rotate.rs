@@ -1,0 +1,62 @@
+//! The orthogonal transform by itself.
+
+use super::{expect_float, expect_shape};
+use crate::backend::{Op, Rotate};
+use crate::compute::{Buffer, CommandEncoder};
+use crate::error::{Error, Result};
+use crate::format::RowFormat;
+
+/// Into the rotated domain, or back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Signs, then transform.
+    Forward,
+    /// Transform, then signs.
+    Inverse,
+}
+
+/// Rotates vectors as `row`'s codec does before it stores them, or undoes that: y = T·S·x forward, x = S·T·y inverse,
+/// with S the signs and T the normalised Walsh-Hadamard transform (see [`RowFormat::block`]). Dense codecs copy.
+///
+/// `x` and `out` are \[..., head_dim\], of any float type each; `out` may be `x` itself.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], and [`Error::Aliased`] if `out` overlaps `x` without
+/// being the same view.
+///
+/// ```
+/// use tqkv::{Codec, Device, format::RowFormat, ops::{Direction, rotate}};
+/// let device = Device::cpu();
+/// let row = RowFormat::new(Codec::tq(4), 80)?;
+/// let x = device.upload(&[1.0f32; 160], &[2, 80])?;
+/// let mut encoder = device.encoder()?;
+/// rotate(&mut encoder, &row, Direction::Forward, &x, &x)?;
+/// rotate(&mut encoder, &row, Direction::Inverse, &x, &x)?;
+/// encoder.submit_and_wait()?;
+/// assert!(x.read::<f32>()?.iter().all(|v| (v - 1.0).abs() < 1e-5));
+/// # Ok::<(), tqkv::Error>(())
+/// ```
+pub fn rotate(
+    encoder: &mut CommandEncoder,
+    row: &RowFormat,
+    direction: Direction,
+    x: &Buffer,
+    out: &Buffer,
+) -> Result<()> {
+    encoder.expect_own("x", x)?;
+    encoder.expect_own("out", out)?;
+    expect_float("x", x)?;
+    expect_float("out", out)?;
+    if x.shape().last() != Some(&row.head_dim()) {
+        return Err(Error::shape("x", x.shape(), format!("[..., {}]", row.head_dim())));
+    }
+    expect_shape("out", out, x.shape())?;
+    let same_view = x.offset() == out.offset() && x.dtype() == out.dtype();
+    if x.shares_memory(out) && !same_view {
+        return Err(Error::Aliased { what: "out" });
+    }
+    if x.is_empty() {
+        return Ok(());
+    }
+    encoder.record(Op::Rotate(Rotate { row: *row, direction, x: x.clone(), out: out.clone() }))
+}
