@@ -1,65 +1,60 @@
-//! The keys and values of one sequence. (Stand-in: uncompressed f32.)
+//! The keys and values of one sequence: where the model meets tqkv.
 
 use crate::config::LlamaConfig;
 use crate::error::Result;
-use candle_core::{D, Device, Tensor};
+use candle_core::Tensor;
+use tqkv::ops::AttentionParams;
+use tqkv::{CacheConfig, DType, Device, KvCache, SequenceId};
 
-/// The cache of one sequence.
+impl LlamaConfig {
+    /// A cache for this model: 4 bits on both sides, room for the model's whole context. Change what differs.
+    pub fn cache_config(&self) -> CacheConfig {
+        CacheConfig::new(self.layers, self.kv_heads, self.head_dim).capacity(self.max_position_embeddings)
+    }
+}
+
+/// A [`KvCache`] that holds one sequence.
 pub struct SequenceCache {
-    layers: Vec<Option<(Tensor, Tensor)>>,
-    len: usize,
+    cache: KvCache,
+    sequence: SequenceId,
+    params: AttentionParams,
 }
 
 impl SequenceCache {
-    /// An empty cache for a model.
-    pub fn new(config: &LlamaConfig) -> Result<Self> {
-        Ok(Self { layers: vec![None; config.layers], len: 0 })
+    /// An empty cache; start from [`LlamaConfig::cache_config`].
+    pub fn new(device: &Device, config: CacheConfig, model: &LlamaConfig) -> Result<Self> {
+        let mut cache = KvCache::new(device, config)?;
+        let sequence = cache.add_sequence();
+        Ok(Self { cache, sequence, params: AttentionParams::for_head_dim(model.head_dim) })
     }
 
-    /// How many tokens it holds.
-    pub fn len(&self) -> usize {
-        self.len
+    /// The cache itself.
+    pub fn kv(&self) -> &KvCache {
+        &self.cache
     }
 
-    /// Whether it holds none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// How many tokens the sequence has.
+    pub fn tokens(&self) -> Result<usize> {
+        Ok(self.cache.len(self.sequence)?)
     }
 
     /// Forgets all tokens after the first `len`.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        for layer in &mut self.layers {
-            *layer = match layer.take() {
-                Some((k, v)) if len > 0 => Some((k.narrow(1, 0, len)?, v.narrow(1, 0, len)?)),
-                _ => None,
-            };
-        }
-        self.len = len;
-        Ok(())
+        Ok(self.cache.truncate(self.sequence, len)?)
     }
 
-    /// Appends `[tokens, kv_heads, head_dim]` and attends: `q` and result `[tokens, heads, head_dim]`.
+    /// Stores the keys and values of new tokens in one layer, `[tokens, kv_heads, head_dim]`, and attends with their
+    /// queries, `[tokens, heads, head_dim]`, over all that the layer then holds.
     pub(crate) fn append_and_attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (count, heads, dim) = q.dims3()?;
-        let (k, v) = (k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?);
-        let (k, v) = match self.layers[layer].take() {
-            Some((old_k, old_v)) => (Tensor::cat(&[&old_k, &k], 1)?, Tensor::cat(&[&old_v, &v], 1)?),
-            None => (k, v),
-        };
-        let (kv_heads, len, _) = k.dims3()?;
-        let group = heads / kv_heads;
-        let q = (q.transpose(0, 1)?.contiguous()?.reshape((kv_heads, group * count, dim))? / (dim as f64).sqrt())?;
-        let scores = q.matmul(&k.t()?)?;
-        let mask: Vec<f32> = (0..group * count)
-            .flat_map(|r| (0..len).map(move |p| if p <= len - count + r % count { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
-        let mask = Tensor::from_vec(mask, (1, group * count, len), &Device::Cpu)?;
-        let p = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
-        let out = p.matmul(&v)?.reshape((heads, count, dim))?.transpose(0, 1)?.contiguous()?;
-        self.layers[layer] = Some((k, v));
-        if layer + 1 == self.layers.len() {
-            self.len = len;
-        }
-        Ok(out)
+        let device = self.cache.device();
+        let upload = |x: &Tensor| Ok::<_, crate::Error>(device.upload(&x.flatten_all()?.to_vec1::<f32>()?, x.dims())?);
+        let (q_buffer, k, v) = (upload(q)?, upload(k)?, upload(v)?);
+        let out = device.zeros(DType::F32, q.dims())?;
+        let new = [(self.sequence, q.dim(0)?)];
+        let mut encoder = device.encoder()?;
+        self.cache.append(&mut encoder, layer, &new, &k, &v)?;
+        self.cache.attend(&mut encoder, layer, &new, &q_buffer, &out, None, &self.params)?;
+        encoder.submit_and_wait()?;
+        Ok(Tensor::from_vec(out.read::<f32>()?, q.dims(), q.device())?)
     }
 }

@@ -178,6 +178,9 @@ pub enum Error {
         /// Their length.
         length: usize,
     },
+    /// An error of the cache.
+    #[error(transparent)]
+    Cache(#[from] tqkv::Error),
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -158,7 +158,7 @@ struct Row<'a> {
 
 impl Prediction {
     fn run(model: &Llama, tokens: &[u32], cache: &mut SequenceCache) -> Result<Self> {
-        let start = cache.len();
+        let start = cache.tokens()?;
         Self::new(&model.logits(&model.forward(tokens, cache)?)?, start)
     }
 

@@ -93,8 +93,9 @@ pub fn generate(
         return Err(Error::ChunkSize);
     }
     // Before any work is done, and not after the chunks that fit.
-    if prompt.len() > limit.saturating_sub(cache.len()) {
-        return Err(Error::ContextOverflow { got: cache.len().saturating_add(prompt.len()), limit });
+    let held = cache.tokens()?;
+    if prompt.len() > limit.saturating_sub(held) {
+        return Err(Error::ContextOverflow { got: held.saturating_add(prompt.len()), limit });
     }
 
     let started = Instant::now();
@@ -112,7 +113,8 @@ pub fn generate(
         if tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
         }
-        let token = sampler.sample(&logits).ok_or(Error::NonFiniteLogits { position: cache.len() - 1 })?;
+        let position = held + prompt.len() + tokens.len() - 1;
+        let token = sampler.sample(&logits).ok_or(Error::NonFiniteLogits { position })?;
         if model.config().eos_tokens.contains(&token) {
             break StopReason::EndToken;
         }
@@ -123,7 +125,7 @@ pub fn generate(
         if tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
         }
-        if cache.len() == limit {
+        if position + 1 == limit {
             break StopReason::ContextFull;
         }
         logits = model.logits(&model.forward(&[token], cache)?)?.flatten_all()?.to_vec1()?;

@@ -89,7 +89,7 @@ impl Llama {
     ///
     /// On an error the cache holds what it held before.
     pub fn forward(&self, tokens: &[u32], cache: &mut SequenceCache) -> Result<Tensor> {
-        let start = cache.len();
+        let start = cache.tokens()?;
         let limit = self.config.max_position_embeddings;
         if tokens.is_empty() {
             return Err(Error::NoTokens);

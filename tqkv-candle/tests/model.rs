@@ -6,6 +6,7 @@ use common::{HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, TinyModel};
 use std::ops::ControlFlow;
 use std::path::Path;
 use tempfile::tempdir;
+use tqkv::{CodecPair, Device};
 use tqkv_candle::{
     Encoded, Error, GenerateOptions, Llama, LlamaConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
     generate,
@@ -18,7 +19,12 @@ fn load(tiny: &TinyModel) -> Llama {
 }
 
 fn cache(model: &Llama) -> SequenceCache {
-    SequenceCache::new(model.config()).unwrap()
+    cache_with(model, "f32")
+}
+
+fn cache_with(model: &Llama, codec: &str) -> SequenceCache {
+    let codec: CodecPair = codec.parse().unwrap();
+    SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
 }
 
 /// Logits of the last token, computed in f64 with plain loops, one position at a time.
@@ -124,9 +130,9 @@ fn an_error_leaves_the_cache_as_it_was() {
     assert!(matches!(model.forward(&[3, 256], &mut cache), Err(Error::Token { got: 256, vocab_size: 256 })));
     let error = model.forward(&[1; 62], &mut cache);
     assert!(matches!(error, Err(Error::ContextOverflow { got: 65, limit: 64 })));
-    assert_eq!(cache.len(), 3);
+    assert_eq!(cache.tokens().unwrap(), 3);
     model.forward(&[1; 61], &mut cache).unwrap();
-    assert_eq!(cache.len(), 64);
+    assert_eq!(cache.tokens().unwrap(), 64);
 }
 
 #[test]
@@ -243,4 +249,39 @@ fn windows_need_text() {
     assert!(matches!(Windows::new(&text, usize::MAX, 5, None), Err(Error::TextTooShort { .. })));
     assert!(matches!(Windows::new(&Encoded::default(), 1, 5, None), Err(Error::TextTooShort { got: 0, .. })));
     assert_eq!(Windows::new(&text, 2, 5, None).unwrap().len(), 2);
+}
+
+#[test]
+fn more_bits_diverge_less() {
+    let model = load(&TinyModel::new());
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog, and so on.").unwrap();
+    let windows = Windows::new(&text, 2, 24, Some(0)).unwrap();
+    let codecs = ["f32", "f16", "k8v8", "k6v6", "k4v4", "k3v3", "k2v2"];
+    let mut caches: Vec<_> = codecs.iter().map(|codec| cache_with(&model, codec)).collect();
+    let results = evaluate(&model, &mut cache(&model), &mut caches, &windows, 7, |_| ()).unwrap();
+    assert_eq!(results[0].kld(), 0.0);
+    let kld: Vec<f64> = results.iter().map(|r| r.kld()).collect();
+    assert!(kld.is_sorted(), "{kld:?}");
+}
+
+#[test]
+fn a_full_cache_is_an_error_and_keeps_its_tokens() {
+    let model = load(&TinyModel::new());
+    let config = model.config().cache_config().page_size(16).capacity(32);
+    let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+    model.forward(&[1; 30], &mut cache).unwrap();
+    let error = model.forward(&[1; 3], &mut cache);
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
+    assert_eq!(cache.tokens().unwrap(), 30);
+    model.forward(&[1; 2], &mut cache).unwrap();
+}
+
+#[test]
+fn a_cache_for_another_model_is_an_error() {
+    let model = load(&TinyModel::new());
+    for config in [tqkv::CacheConfig::new(1, 2, 64), tqkv::CacheConfig::new(2, 1, 64)] {
+        let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+        assert!(matches!(model.forward(&[1, 2], &mut cache), Err(Error::Cache(_))));
+        assert_eq!(cache.tokens().unwrap(), 0);
+    }
 }
