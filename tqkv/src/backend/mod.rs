@@ -35,6 +35,7 @@ pub(crate) trait Completion: Send {
     fn wait(self: Box<Self>) -> Result<()>;
 }
 
+#[allow(clippy::large_enum_variant)] // A list of them is short, and attention is most of it.
 /// A validated operation. Shapes stand beside the fields; D is the row's head_dim.
 pub(crate) enum Op {
     Rotate(Rotate),
