@@ -109,8 +109,8 @@ impl Fidelity {
 }
 
 /// Runs every window through the model, with the reference cache and with each of `caches`, and
-/// compares their predictions. The caches are emptied for each window. `on_window` is called after
-/// each with the number done.
+/// compares their predictions. Returns the reference compared with itself, and each of the others.
+/// The caches are emptied for each window. `on_window` is called after each with the number done.
 pub fn evaluate(
     model: &Llama,
     reference: &mut SequenceCache,
@@ -118,13 +118,15 @@ pub fn evaluate(
     windows: &Windows,
     chunk: usize,
     mut on_window: impl FnMut(usize),
-) -> Result<Vec<Fidelity>> {
+) -> Result<(Fidelity, Vec<Fidelity>)> {
     if chunk == 0 {
         return Err(Error::ChunkSize);
     }
+    let mut baseline = Fidelity::default();
     let mut results = vec![Fidelity::default(); caches.len()];
     for (done, (window, bytes)) in windows.windows.iter().zip(&windows.bytes).enumerate() {
         reference.truncate(0)?;
+        baseline.bytes += bytes;
         for (cache, fidelity) in caches.iter_mut().zip(&mut results) {
             cache.truncate(0)?;
             fidelity.bytes += bytes;
@@ -134,13 +136,14 @@ pub fn evaluate(
         let (inputs, next) = (&window[..window.len() - 1], &window[1..]);
         for (inputs, next) in inputs.chunks(chunk).zip(next.chunks(chunk)) {
             let expected = Prediction::run(model, inputs, reference)?;
+            baseline.add(next, &expected, &expected);
             for (cache, fidelity) in caches.iter_mut().zip(&mut results) {
                 fidelity.add(next, &Prediction::run(model, inputs, cache)?, &expected);
             }
         }
         on_window(done + 1);
     }
-    Ok(results)
+    Ok((baseline, results))
 }
 
 /// The logits of several tokens, and what it takes to make probabilities of them.

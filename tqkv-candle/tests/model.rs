@@ -223,7 +223,9 @@ fn evaluation_agrees_with_the_obvious_sums() {
     let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps").unwrap();
     let windows = Windows::new(&text, 2, 12, Some(0)).unwrap();
     let mut done = Vec::new();
-    let result = evaluate(&model, &mut cache(&model), &mut [cache(&model)], &windows, 5, |n| done.push(n)).unwrap()[0];
+    let (result, others) =
+        evaluate(&model, &mut cache(&model), &mut [cache(&model)], &windows, 5, |n| done.push(n)).unwrap();
+    assert_eq!(others, [result]);
     assert_eq!(done, [1, 2]);
     assert_eq!((result.tokens, result.bytes), (22, 22));
     assert_eq!((result.kld(), result.same_top1(), result.delta_percent()), (0.0, 1.0, 0.0));
@@ -258,7 +260,7 @@ fn more_bits_diverge_less() {
     let windows = Windows::new(&text, 2, 24, Some(0)).unwrap();
     let codecs = ["f32", "f16", "k8v8", "k6v6", "k4v4", "k3v3", "k2v2"];
     let mut caches: Vec<_> = codecs.iter().map(|codec| cache_with(&model, codec)).collect();
-    let results = evaluate(&model, &mut cache(&model), &mut caches, &windows, 7, |_| ()).unwrap();
+    let (_, results) = evaluate(&model, &mut cache(&model), &mut caches, &windows, 7, |_| ()).unwrap();
     assert_eq!(results[0].kld(), 0.0);
     let kld: Vec<f64> = results.iter().map(|r| r.kld()).collect();
     assert!(kld.is_sorted(), "{kld:?}");
