@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 /// Geometry and codecs of a [`KvCache`](super::KvCache). Checked as a whole by [`CacheConfig::bytes`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheConfig {
-    pub(super) layers: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
+    layers: usize,
+    kv_heads: usize,
+    head_dim: usize,
     codec: CodecPair,
     by_layer: BTreeMap<usize, CodecPair>,
     pub(super) page_size: usize,
@@ -50,7 +50,7 @@ impl CacheConfig {
     }
 
     /// Other codecs in one layer.
-    pub fn layer(mut self, layer: usize, codec: CodecPair) -> Self {
+    pub fn codec_at(mut self, layer: usize, codec: CodecPair) -> Self {
         self.by_layer.insert(layer, codec);
         self
     }
@@ -65,6 +65,21 @@ impl CacheConfig {
     pub fn capacity(mut self, positions: usize) -> Self {
         self.capacity = positions;
         self
+    }
+
+    /// Layers.
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// KV heads.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Elements of a vector.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
     }
 
     /// The codecs of a layer.

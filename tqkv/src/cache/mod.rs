@@ -90,10 +90,10 @@ impl KvCache {
         config.bytes()?;
         let pages = config.pages();
         let pool = |codec| {
-            let row = RowFormat::new(codec, config.head_dim)?;
-            PagePool::new(device, row, config.kv_heads, config.page_size, pages)
+            let row = RowFormat::new(codec, config.head_dim())?;
+            PagePool::new(device, row, config.kv_heads(), config.page_size, pages)
         };
-        let layers = (0..config.layers)
+        let layers = (0..config.layers())
             .map(|layer| {
                 let pair = config.codec_of(layer);
                 Ok(Layer { key: pool(pair.key)?, value: pool(pair.value)? })
@@ -152,7 +152,7 @@ impl KvCache {
     pub fn add_sequence(&mut self) -> SequenceId {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        self.sequences.insert(id, Sequence { pages: vec![], lens: vec![0; self.config.layers] });
+        self.sequences.insert(id, Sequence { pages: vec![], lens: vec![0; self.config.layers()] });
         id
     }
 
