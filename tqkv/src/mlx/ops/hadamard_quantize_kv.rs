@@ -233,7 +233,7 @@ fn encode(
         let (mut start, count) = (tokens.start as usize, tokens.count as usize);
         // Of more tokens than slots the last ones stay, so the others are left out.
         let mut dropped = 0;
-        if tokens.is_sliding && capacity > 0 {
+        if tokens.is_sliding {
             dropped = count.saturating_sub(capacity);
             start = (start + dropped) % capacity;
         } else if start + count > capacity {

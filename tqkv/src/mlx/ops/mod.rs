@@ -23,6 +23,9 @@ struct Cache {
 impl Cache {
     /// `scale_factor_d512` counts at head_dim 512 only, as in mlx-native.
     fn new(bits: u8, kv_heads: u32, head_dim: u32, capacity: u32, scale_factor_d512: f32) -> Result<Self> {
+        if capacity == 0 {
+            return Err(Error::Zero { what: "cache_capacity" });
+        }
         let mut row = RowFormat::new(Codec::seed(bits), head_dim as usize)?;
         if row.scaling() == Scaling::BlockRms {
             row = row.with_scale_factor_d512(scale_factor_d512)?;
