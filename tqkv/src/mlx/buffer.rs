@@ -45,8 +45,8 @@ impl MlxBuffer {
         self.buffer.len()
     }
 
-    /// `n_elements` from `byte_offset` on, in one axis, as a view of the same memory. Where mlx-native panics, this is an
-    /// error.
+    /// `n_elements` from `byte_offset` of this view on, in one axis, as a view of the same memory. Where mlx-native
+    /// panics, this is an error.
     ///
     /// # Errors
     /// [`MlxError::InvalidArgument`] if `byte_offset` is no multiple of the element's size or the view exceeds the buffer.
