@@ -2,8 +2,8 @@
 //!
 //! | module | duty |
 //! |---|---|
-//! | [`format`] | the codec as data: bits, packing, codebooks, signs, scales, sizes |
-//! | [`reference`] | the naive oracle that judges every backend |
+//! | [`mod@format`] | the codec as data: bits, packing, codebooks, signs, scales, sizes |
+//! | [`mod@reference`] | the naive oracle that judges every backend |
 //! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
 //! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
 //! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate |

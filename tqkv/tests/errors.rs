@@ -597,7 +597,8 @@ fn configurations() {
     }
     assert_eq!(ok().capacity(max).bytes(), Err(overflow("pages", "u32")));
     let page = ok().page_size(1 << 27).capacity(1 << 27);
-    assert_eq!(KvCache::new(&Device::cpu(), page).map(|_| ()), Err(overflow("bytes of a page", "u32")));
+    assert_eq!(page.bytes(), Err(overflow("bytes of a page", "u32")));
+    assert_eq!(ok().capacity(1 << 32).bytes(), Err(overflow("rows of a pool", "u32")));
 }
 
 #[test]

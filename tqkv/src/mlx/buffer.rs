@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 #[derive(Clone)]
 pub struct MlxBuffer {
     buffer: Buffer,
-    /// Why a slice could not be written back: what uses the buffer afterwards fails with it.
+    /// Why a slice could not be written back: every later use of the buffer fails with it.
     lost: Arc<OnceLock<Error>>,
 }
 
@@ -93,8 +93,8 @@ impl MlxBuffer {
         Ok(host)
     }
 
-    /// The content to change: it is written back when the slice is dropped. Should that fail, whatever uses the buffer
-    /// next fails with the reason; [`MlxSliceMut::finish`] tells at once.
+    /// The content to change: it is written back when the slice is dropped. Should that fail, the buffer is lost, and every
+    /// later use of it fails with the reason; [`MlxSliceMut::finish`] tells at once and loses nothing.
     ///
     /// # Errors
     /// As [`as_slice`](MlxBuffer::as_slice).
