@@ -150,7 +150,8 @@ fn the_f16_decoder_rounds_the_f32_one(device: &Device) {
     }
 }
 
-/// Encodes tokens of [tokens, KV_HEADS, d] and gives packed and norms; `step` 0 means one call for all.
+/// Encodes `count` tokens of [tokens, KV_HEADS, d] from `offset` on at positions from `start` on, in one call or one by
+/// one; gives packed and norms.
 #[allow(clippy::too_many_arguments)]
 fn encoded(
     device: &MlxDevice,
@@ -666,9 +667,10 @@ fn buffers(device: &Device) {
     assert!(invalid(odd.as_slice::<u16>().map(|_| ())).contains("multiple of the element's 2"));
     assert!(invalid(odd.as_slice::<()>().map(|_| ())).contains("multiple"));
     let enormous = usize::MAX / 4 + 1;
+    // Some devices run out of memory, some have a limit.
     assert!(matches!(
         device.alloc_buffer(enormous, DType::U8, vec![enormous]),
-        Err(MlxError::BufferAllocationError { bytes }) if bytes == enormous
+        Err(MlxError::BufferAllocationError { .. } | MlxError::InvalidArgument(_))
     ));
 }
 
@@ -678,7 +680,7 @@ fn users_may_move_everything_between_threads() {
     send_and_sync::<(MlxDevice, MlxBuffer, MlxError, KernelRegistry)>();
     fn send<T: Send>() {}
     send::<CommandEncoder>();
-    assert_eq!(MlxDevice::new().unwrap(), Device::best().into());
+    assert_eq!(MlxDevice::new().unwrap().device().info().id, Device::best().info().id);
 }
 
 /// A slice that cannot be written back is no silent loss.

@@ -191,6 +191,7 @@ pub fn dispatch_hadamard_quantize_kv_hb_dual(
     encode("hadamard_quantize_kv_hb_dual", encoder, device, empty, cache, &parts, tokens)
 }
 
+/// What mlx-native encodes in a code a byte: head dims 256 and 512 only.
 fn byte_packed(
     codebook_bits: u32,
     num_kv_heads: u32,
@@ -198,9 +199,8 @@ fn byte_packed(
     cache_capacity: u32,
     scale_factor_d512: f32,
 ) -> crate::Result<Cache> {
-    let bits = byte_packed_bits(codebook_bits)?;
-    expect_256_or_512(bits, head_dim)?;
-    Cache::new(bits, num_kv_heads, head_dim, cache_capacity, scale_factor_d512)
+    expect_256_or_512(byte_packed_bits(codebook_bits)?, head_dim)?;
+    Cache::byte_packed(codebook_bits, num_kv_heads, head_dim, cache_capacity, scale_factor_d512)
 }
 
 /// Which tokens of the source go where.

@@ -33,6 +33,17 @@ impl Cache {
         Ok(Cache { row, kv_heads: kv_heads as usize, capacity: capacity as usize })
     }
 
+    /// [`Cache::new`] for the widths that are stored in a byte each.
+    fn byte_packed(
+        codebook_bits: u32,
+        kv_heads: u32,
+        head_dim: u32,
+        capacity: u32,
+        scale_factor_d512: f32,
+    ) -> Result<Self> {
+        Cache::new(byte_packed_bits(codebook_bits)?, kv_heads, head_dim, capacity, scale_factor_d512)
+    }
+
     /// `packed` [kv_heads, capacity, row_bytes] and `norms` [kv_heads, capacity, norms_per_pos] as a pool of one page.
     fn pool(&self, packed: &MlxBuffer, norms: &MlxBuffer) -> Result<PagePool> {
         let shape = |last| [1, self.kv_heads, self.capacity, last];

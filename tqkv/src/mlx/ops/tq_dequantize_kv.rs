@@ -1,6 +1,6 @@
 //! Decoding, into the rotated domain.
 
-use super::{Cache, byte_packed_bits};
+use super::Cache;
 use crate::mlx::{CommandEncoder, DType, KernelRegistry, MlxBuffer, MlxDevice, Result};
 use crate::ops::{Batch, Domain, RowOrder, dequantize};
 
@@ -52,8 +52,7 @@ pub fn dispatch_tq_dequantize_hb_kv(
     scale_factor_d512: f32,
     codebook_bits: u32,
 ) -> Result<()> {
-    let cache =
-        || Cache::new(byte_packed_bits(codebook_bits)?, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
+    let cache = || Cache::byte_packed(codebook_bits, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
     let empty = num_kv_heads == 0 || head_dim == 0;
     decode("tq_dequantize_hb_kv", encoder, device, empty, cache, [packed, norms, dst], (read_pos, 1), DType::F32)
 }
@@ -81,8 +80,7 @@ pub fn dispatch_tq_dequantize_hb_kv_seq(
     scale_factor_d512: f32,
     codebook_bits: u32,
 ) -> Result<()> {
-    let cache =
-        || Cache::new(byte_packed_bits(codebook_bits)?, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
+    let cache = || Cache::byte_packed(codebook_bits, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
     let (empty, at) = (num_kv_heads == 0 || head_dim == 0 || n_tokens == 0, (start_pos, n_tokens));
     decode("tq_dequantize_hb_kv_seq", encoder, device, empty, cache, [packed, norms, dst], at, DType::F32)
 }
@@ -107,8 +105,7 @@ pub fn dispatch_tq_dequantize_hb_kv_seq_f16(
     scale_factor_d512: f32,
     codebook_bits: u32,
 ) -> Result<()> {
-    let cache =
-        || Cache::new(byte_packed_bits(codebook_bits)?, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
+    let cache = || Cache::byte_packed(codebook_bits, num_kv_heads, head_dim, cache_capacity, scale_factor_d512);
     let (empty, at) = (num_kv_heads == 0 || head_dim == 0 || n_tokens == 0, (start_pos, n_tokens));
     decode("tq_dequantize_hb_kv_seq_f16", encoder, device, empty, cache, [packed, norms, dst], at, DType::F16)
 }
