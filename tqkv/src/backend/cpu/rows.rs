@@ -3,7 +3,7 @@
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
-use super::simd::{Kernels, Simd};
+use super::simd::{Kernels, Simd, Table};
 use crate::compute::DType;
 use crate::format::{Packing, RowFormat, Scaling};
 use crate::ops::Direction;
@@ -16,8 +16,8 @@ pub(crate) struct RowCoder {
     block: usize,
     /// -0 where an element is negated, else 0; empty if none is.
     signs: Vec<f32>,
-    /// Levels by code, repeated until there are 256; empty for dense floats.
-    levels: Vec<f32>,
+    /// None for dense floats.
+    table: Option<Table>,
 }
 
 impl RowCoder {
@@ -28,8 +28,8 @@ impl RowCoder {
             true => (0..d).map(|i| if negated(i) { -0.0 } else { 0.0 }).collect(),
             false => vec![],
         };
-        let levels = row.codebook().map_or(vec![], |b| b.levels.iter().copied().cycle().take(256).collect());
-        RowCoder { row: *row, kernels, d, block: row.block(), signs, levels }
+        let table = row.codebook().map(|book| Table::new(&book.levels));
+        RowCoder { row: *row, kernels, d, block: row.block(), signs, table }
     }
 
     /// T·S·x or S·T·x in place, for consecutive rows.
@@ -237,10 +237,10 @@ unsafe fn levels<S: Simd, const BITS: usize, const BYTE: bool>(
     let step = S::LANES * if BYTE { 8 } else { BITS } / 8;
     // The elements of one factor; without factors those of a row.
     let segment = if factors.is_some() { coder.d / coder.row.scales_per_row() } else { coder.d };
-    assert!(coder.levels.len() == 256);
+    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
     // SAFETY: the caller's promise about codes, which decode4 may read 64 bytes past; out holds whole segments.
     unsafe {
-        let levels = S::levels::<BITS>(coder.levels.as_ptr());
+        let levels = S::levels::<BITS>(table);
         for (s, out) in out.chunks_exact_mut(segment).enumerate() {
             let factor = match factors {
                 Some(factors) => S::splat(*factors.get_unchecked(s)),

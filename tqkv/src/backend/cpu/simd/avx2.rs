@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes. Codes of up to four bits are looked up in registers, wider ones in memory.
 
-use super::Simd;
+use super::{Simd, Table};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -117,7 +117,8 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
+        let table = table.levels.as_ptr();
         unsafe { ([_mm256_loadu_ps(table), _mm256_loadu_ps(table.add(8))], table) }
     }
     #[inline(always)]

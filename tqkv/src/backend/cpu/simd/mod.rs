@@ -16,6 +16,23 @@ use super::rows::RowCoder;
 use crate::error::{Error, Result};
 use crate::ops::Direction;
 
+/// A codebook as kernels look it up.
+#[repr(C, align(64))]
+pub(crate) struct Table {
+    /// With fewer than 8 bits they repeat, so that bits above the code do not matter.
+    pub levels: [f32; 256],
+    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one.
+    pub planes: [[u8; 128]; 4],
+}
+
+impl Table {
+    pub fn new(levels: &[f32]) -> Self {
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
+        let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
+        Table { levels, planes }
+    }
+}
+
 /// A vector of f32 lanes and what is done with it.
 ///
 /// # Safety
@@ -49,8 +66,7 @@ pub(super) trait Simd: Copy + 'static {
     /// The sum of each vector's lanes, added up in f64 (the first halving may be in f32).
     unsafe fn sum4(x: [Self::F; 4], to: *mut f64);
     unsafe fn load_f16(from: *const u16) -> Self::F;
-    /// A table of 256 levels; with fewer bits it repeats, so that bits above the code do not matter.
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels;
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels;
     /// The levels of `LANES` codes: packed densely, or one a byte.
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> Self::F;
     /// As above for four vectors, which may be cheaper together; readable for 64 bytes.

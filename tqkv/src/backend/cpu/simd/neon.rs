@@ -1,6 +1,6 @@
 //! NEON: eight lanes, as two vectors of four. Codes of four bits are looked up in registers, others in memory.
 
-use super::Simd;
+use super::{Simd, Table};
 use std::arch::aarch64::*;
 
 #[derive(Clone, Copy)]
@@ -87,7 +87,8 @@ impl Simd for Neon {
         unsafe { Self::load(x.as_ptr()) }
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
+        let table = table.levels.as_ptr();
         unsafe { (vld4q_u8(table.cast()), table) }
     }
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Plain Rust, for every machine; the compiler makes of it what vectors the target always has.
 
-use super::Simd;
+use super::{Simd, Table};
 
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
@@ -84,8 +84,8 @@ impl Simd for Portable {
         x.map(f32_of_f16)
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> *const f32 {
-        table
+    unsafe fn levels<const BITS: usize>(table: &Table) -> *const f32 {
+        table.levels.as_ptr()
     }
     #[inline(always)]
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &*const f32) -> F {
