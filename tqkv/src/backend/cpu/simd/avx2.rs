@@ -117,6 +117,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[inline(always)]
     unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
         let table = table.levels.as_ptr();
         unsafe { ([_mm256_loadu_ps(table), _mm256_loadu_ps(table.add(8))], table) }

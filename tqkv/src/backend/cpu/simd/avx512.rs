@@ -178,6 +178,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[inline(always)]
     unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
         unsafe {
             let mut low = [_mm512_setzero_ps(); 8];

@@ -66,6 +66,9 @@ pub(super) trait Simd: Copy + 'static {
     /// The sum of each vector's lanes, added up in f64 (the first halving may be in f32).
     unsafe fn sum4(x: [Self::F; 4], to: *mut f64);
     unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// A hint that this line will be read.
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
     unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels;
     /// The levels of `LANES` codes: packed densely, or one a byte.
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> Self::F;
