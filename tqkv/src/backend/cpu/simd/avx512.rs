@@ -101,6 +101,7 @@ unsafe fn lookup64(code: __m512i, a: __m512, b: __m512, c: __m512, d: __m512) ->
 impl Simd for Avx512 {
     const LANES: usize = 16;
     type F = __m512;
+    type I = __m512i;
     /// Up to 128 levels, and their bytes by plane.
     type Levels = ([__m512; 8], [[__m512i; 2]; 4]);
 
@@ -176,6 +177,33 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn count(x: __m512, bound: __m512, n: __m512i, step: i32) -> __m512i {
+        unsafe {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, bound);
+            _mm512_mask_add_epi32(n, above, n, _mm512_set1_epi32(step))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zeros() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn gather(from: *const f32, n: __m512i) -> __m512 {
+        unsafe { _mm512_i32gather_ps::<4>(n, from) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, n: __m512i) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(n)) }
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut f32, x: __m512) {
+        unsafe { _mm512_stream_ps(to, x) }
+    }
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
     }
     #[inline(always)]
     fn prefetch(line: *const u8) {
