@@ -31,10 +31,12 @@
 // work item is up to 8 * TILES_N consecutive rows (from `row`) of one (sequence, KV head) against position tiles
 // [tile_begin, tile_end), where tile i holds the absolute positions [i * TILE, (i + 1) * TILE). The items of one row tile must cover
 //   lo / TILE .. ceil(hi / TILE),  lo = max(first, causal or not: P_first - window + 1), hi = causal ? P_last + 1 : len,
-// with P of a row = len - q_len + row / group. Positions in the tiles that a row may not see are masked in the kernel. Block b
-// does the items [block_items[b], block_items[b + 1]) in order. Items that share an output are numbered consecutively as parts:
-// `part` is this item's slot in the workspace, `part_first` the first slot of its group, `part_count` their number (1: no
-// workspace is touched). A row tile without any position still needs one item (tile_begin = tile_end): its output is zero.
+// with P of a row = len - q_len + row / group. Positions in the tiles that a row may not see are masked in the kernel. A row
+// tile without any position still needs one item (tile_begin = tile_end): its output is zero.
+// Block b begins with items[b] (rows = 0: it has no work) and goes on with items[next] until next = 0; so there are `blocks` first
+// items, and the rest after them. Items that share an output are numbered consecutively as parts: `part` is the item's slot in
+// the workspace, `part_first` the first slot of its group, `part_count` their number (1: no workspace is touched).
+// Items repeat what the kernel needs of their sequence, so that a block's first copy waits for two reads only, item and page.
 //
 // Workspace for N parts: partial f32 [N, 8 * TILES_N, HEAD_DIM], partial_ml f32x2 [N, 8 * TILES_N], counters u32 [N], zeroed once;
 // every launch leaves the counters zero. Two launches in flight at once need two workspaces.
@@ -52,14 +54,15 @@
 #define PAGE_SIZE 0
 #endif
 
-struct Sequence {
-    u32 first, len;      // stored absolute positions [first, len)
-    u32 q_start, q_len;  // its queries, the last of which is at position len - 1
-};
-
 struct Item {
-    u32 sequence, kv_head, row, tile_begin;
-    u32 tile_end, part, part_first, part_count;
+    u32 sequence, kv_head;      // row of the page table, KV head
+    u32 row, rows;              // query rows [row, row + rows) of q_len * group
+    u32 tile_begin, tile_end;   // position tiles
+    u32 part, part_first, part_count;
+    u32 first, len;             // the sequence's stored positions [first, len)
+    u32 q_start, q_len;         // its queries, the last of which is at position len - 1
+    u32 next;                   // this block's next item, or 0
+    u32 reserved[2];
 };
 
 struct Params {
@@ -70,9 +73,7 @@ struct Params {
     const u8* v_scales;
     const float* v_codebook;
     const u32* page_table;       // [sequences, table_width]
-    const Sequence* sequences;
-    const Item* items;
-    const u32* block_items;      // [blocks + 1]
+    const Item* items;           // 64-byte aligned
     const void* q;               // [tokens, kv_heads * group, HEAD_DIM]
     void* out;                   // the same
     float* lse;                  // [tokens, kv_heads * group], natural logarithm, or null
@@ -125,8 +126,10 @@ typedef Side<V_BITS, V_SCALE> V;
 
 struct Layout {
     static constexpr bool SHARED_TABLE = K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
-    static constexpr bool K_WIDE = !Codec<K_BITS>::DENSE && Codec<K_BITS>::BYTE_INDEX;
-    static constexpr bool V_WIDE = !Codec<V_BITS>::DENSE && Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
+    // Six-bit fields (3 bits in pairs, 6 bits) with a table for both places that a field can have in a byte; see codec.cuh.
+    static constexpr bool K_BOTH = Codec<K_BITS>::SIX && SHARED_TABLE, V_BOTH = K_BOTH;
+    static constexpr bool K_WIDE = Codec<K_BITS>::BYTE_INDEX || K_BOTH;
+    static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
     static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;
     static constexpr int K_TABLE = K_WIDE ? 0 : WIDE;
     static constexpr int AFTER_K = WIDE + (K_WIDE ? 0 : Codec<K_BITS>::ENTRIES * 128);
@@ -154,36 +157,33 @@ extern __shared__ __align__(128) u8 shared_memory[];
 // one step before its copy needs the address.
 struct Fetch {
     const Params& p;
-    u32 item, item_end, tile, tile_end, first, len, kv_head, slot, capacity;
+    u32 next, tile, tile_end, first, len, kv_head, slot, capacity;
     const u32* pages;
     u32 page;
     int warp, lane;
 
-    DEVICE Fetch(const Params& p, u32 begin, u32 end, int warp, int lane)
-        : p(p), item(begin - 1), item_end(end), tile(0), tile_end(0), warp(warp), lane(lane) {
+    DEVICE Fetch(const Params& p, const Item& it, int warp, int lane) : p(p), warp(warp), lane(lane) {
         capacity = p.table_width * page_size(p);
-        next_item();
+        start(it);
     }
-    DEVICE void next_item() {
-        while (tile >= tile_end && ++item < item_end) {
-            const Item& it = p.items[item];
-            const Sequence& s = p.sequences[it.sequence];
-            kv_head = it.kv_head, tile = it.tile_begin + warp, tile_end = it.tile_end;
-            first = s.first, len = s.len;
-            pages = p.page_table + (u64)it.sequence * p.table_width;
-            slot = tile * TILE % capacity;
-        }
+    // Goes to this warp's first tile at or after an item's beginning.
+    DEVICE void start(Item it) {
+        while (it.tile_begin + warp >= it.tile_end && it.next) it = p.items[it.next];
+        next = it.next, kv_head = it.kv_head, tile = it.tile_begin + warp, tile_end = it.tile_end;
+        first = it.first, len = it.len;
+        pages = p.page_table + (u64)it.sequence * p.table_width;
+        slot = tile * TILE % capacity;
         load_page();
     }
     DEVICE void load_page() {
-        if (RUN >= TILE && item < item_end) page = pages[slot / page_size(p)];
+        if (RUN >= TILE && tile < tile_end) page = pages[slot / page_size(p)];
     }
     // The row in the store of a slot.
     DEVICE u64 store_row(u32 page, u32 slot) const {
         return ((u64)page * p.kv_heads + kv_head) * page_size(p) + slot % page_size(p);
     }
     DEVICE void issue(u8* stage) {
-        if (item < item_end) {
+        if (tile < tile_end) {
             if constexpr (RUN >= TILE) {
                 u64 row = store_row(page, slot);
                 u32 to = shared_address(stage);
@@ -197,7 +197,7 @@ struct Fetch {
             }
             tile += WARPS, slot += WARPS * TILE;
             if (slot >= capacity) slot %= capacity;
-            if (tile >= tile_end) next_item();
+            if (tile >= tile_end && next) start(p.items[next]);
             else load_page();
         }
         copy_commit();
@@ -267,6 +267,7 @@ template <typename S, int BITS, int N> struct Lane {
     static constexpr int VECTOR = LANE_BITS % 128 == 0 && S::ROW % 16 == 0 ? 4 : LANE_BITS % 64 == 0 && S::ROW % 8 == 0 ? 2 : 1;
     static constexpr int LOADS = ALIGNED ? WORDS / VECTOR : 1;
     static constexpr int RAW = (28 + LANE_BITS + 31) / 32;
+    static_assert(ALIGNED || !S::POW2, "swizzled rows give every lane whole words");
 
     u32 offset[S::SCALES][LOADS];  // from the first row of a run of 16
     u32 shift;
@@ -282,19 +283,15 @@ template <typename S, int BITS, int N> struct Lane {
                     u32 byte = bit / 8 + j * VECTOR * 4;
                     offset[h][j] = S::POW2 ? S::place(row, byte / 16) + byte % 16 : row * S::ROW + byte;
                 }
-            } else if constexpr (S::POW2) {
-                // Too few codes a lane for a word of its own: 32-byte rows and 2-byte lanes at most.
-                u32 byte = bit / 32 * 4;
-                offset[h][0] = S::place(row, byte / 16) + byte % 16, shift = bit % 32;
             } else {
                 bit += row * S::ROW * 8;
                 offset[h][0] = bit / 32 * 4, shift = bit % 32;
             }
         }
     }
-    // One word more than needed, for look-ahead within bit fields.
-    template <int H> __device__ __forceinline__ void load(u32 (&w)[WORDS + 1], const u8* run) const {
-        w[WORDS] = 0;
+    // Two words more than needed, for look-ahead within bit fields.
+    template <int H> __device__ __forceinline__ void load(u32 (&w)[WORDS + 2], const u8* run) const {
+        w[WORDS] = w[WORDS + 1] = 0;
         if constexpr (ALIGNED) {
 #pragma unroll
             for (int j = 0; j < LOADS; j++) {
@@ -341,22 +338,22 @@ template <int N, int STEP = 1, int I = 0, typename F> DEVICE void repeat(F&& f) 
 struct Bounds {
     int lo, hi;
 };
-DEVICE Bounds visible(const Params& p, const Sequence& s, u32 row) {
-    int position = (int)(s.len - s.q_len + row / p.group);
-    Bounds b = {(int)s.first, (int)s.len};
+DEVICE Bounds visible(const Params& p, const Item& it, u32 row) {
+    int position = (int)(it.len - it.q_len + row / p.group);
+    Bounds b = {(int)it.first, (int)it.len};
     if (p.causal) b.hi = min(b.hi, position + 1);
     if (p.window) b.lo = max(b.lo, position - (int)p.window + 1);
     return b;
 }
 
 // Where a query row lies in q and out, in rows.
-DEVICE u64 query_row(const Params& p, const Sequence& s, const Item& it, u32 row) {
-    return ((u64)(s.q_start + row / p.group) * p.kv_heads + it.kv_head) * p.group + row % p.group;
+DEVICE u64 query_row(const Params& p, const Item& it, u32 row) {
+    return ((u64)(it.q_start + row / p.group) * p.kv_heads + it.kv_head) * p.group + row % p.group;
 }
 
 // Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
-DEVICE void finish_row(const Params& p, const Sequence& s, const Item& it, u32 row, float* acc, float m, float l, int lane) {
-    u64 to = query_row(p, s, it, row);
+DEVICE void finish_row(const Params& p, const Item& it, u32 row, float* acc, float m, float l, int lane) {
+    u64 to = query_row(p, it, row);
     float scale = p.out_scale;
     if (p.sinks) {
         float sink = p.sinks[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
@@ -371,6 +368,19 @@ DEVICE void finish_row(const Params& p, const Sequence& s, const Item& it, u32 r
         for (int d = lane; d < D; d += 32) store_element<OUT_TYPE>(p.out, to * D + d, flip_sign(p.v_signs, d, acc[d] * scale));
     } else {
         for (int d = lane; d < D; d += 32) store_element<OUT_TYPE>(p.out, to * D + d, acc[d] * scale);
+    }
+}
+
+// Queries of an item: rotated, in f32, scaled; zero in rows beyond. One warp a row.
+DEVICE void load_queries(const Params& p, const Item& it, float* acc, int warp, int lane) {
+    const u32* signs = p.rotate_q ? p.k_signs : nullptr;
+    for (int r = warp; r < ROWS; r += WARPS) {
+        float* x = acc + r * Layout::ACC_ROW;
+        u64 from = query_row(p, it, it.row + r) * D;
+        for (int d = lane; d < D; d += 32)
+            x[d] = r < it.rows ? flip_sign(signs, d, load_element<Q_TYPE>(p.q, from + d)) * p.q_scale : 0.f;
+        __syncwarp();
+        if (p.rotate_q && r < it.rows) rotate_row<D>(x, lane);
     }
 }
 
@@ -393,15 +403,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     float* const block_l = block_m + ROWS;
     u32* const last = (u32*)(block_l + ROWS);
 
-    const u32 begin = p.block_items[blockIdx.x], end = p.block_items[blockIdx.x + 1];
-    if (begin == end) return;
-    Fetch fetch(p, begin, end, warp, lane);
+    Item it = p.items[blockIdx.x];
+    if (it.rows == 0) return;
+    const Codebook<K_LEVELS, THREADS> k_codebook(p.k_codebook, thread);
+    const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
+    Fetch fetch(p, it, warp, lane);
+    load_queries(p, it, acc, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-
-    if constexpr (!Codec<K_BITS>::DENSE)
-        build_table<K_BITS>(shared_memory + Layout::K_TABLE, p.k_codebook, K_LEVELS, thread, THREADS);
+    if constexpr (!Codec<K_BITS>::DENSE) k_codebook.keep((u16*)scratch, thread);
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
+    __syncthreads();
+    if constexpr (!Codec<K_BITS>::DENSE) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, (u16*)scratch, K_LEVELS, thread, THREADS);
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
-        build_table<V_BITS>(shared_memory + Layout::V_TABLE, p.v_codebook, V_LEVELS, thread, THREADS);
+        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
@@ -418,21 +432,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     v_at[1].init(t + 4, g);
 
     int stage = 0;
-    for (u32 index = begin; index < end; index++) {
-        const Item it = p.items[index];
-        const Sequence seq = p.sequences[it.sequence];
-        const u32 rows = min((u32)ROWS, seq.q_len * p.group - it.row);
-
-        // Queries: rotated in f32, scaled to powers of two, laid out as fragments.
-        for (int r = warp; r < ROWS; r += WARPS) {
-            float* x = acc + r * Layout::ACC_ROW;
-            u64 from = r < rows ? query_row(p, seq, it, it.row + r) * D : 0;
-            const u32* signs = p.rotate_q ? p.k_signs : nullptr;
-            for (int d = lane; d < D; d += 32)
-                x[d] = r < rows ? flip_sign(signs, d, load_element<Q_TYPE>(p.q, from + d)) * p.q_scale : 0.f;
-            __syncwarp();
-            if (p.rotate_q && r < rows) rotate_row<D>(x, lane);
-        }
+    while (true) {
+        const u32 rows = it.rows;
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
         for (int i = thread; i < TILES_N * FRAGMENTS * 32; i += THREADS) {
@@ -450,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                 for (int j = 0; j < FRAGMENTS; j++) q[n][j] = q_fragments[(n * FRAGMENTS + j) * 32 + lane];
 
         // Tiles within [all_lo, all_hi) are seen whole by every row.
-        const int all_lo = visible(p, seq, it.row + rows - 1).lo, all_hi = visible(p, seq, it.row).hi;
+        const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
 
         float o[TILES_N][FRAGMENTS][4], m[TILES_N][2], l[TILES_N][2];
 #pragma unroll
@@ -474,7 +475,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             if (edge) {
                 // What lies outside the sequence may be any bits: its weight is zero, but zero times NaN is not.
                 for (int r = lane; r < TILE; r += 32) {
-                    if (base + r >= (int)seq.first && base + r < (int)seq.len) continue;
+                    if (base + r >= (int)it.first && base + r < (int)it.len) continue;
                     for (int b = 0; b < V::SCALE_ROW; b += 2) *(u16*)(scales_v + r * V::SCALE_ROW + b) = 0;
                     if (Codec<V_BITS>::DENSE)
                         for (int c = 0; c < V::ROW / 16; c++)
@@ -494,14 +495,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     repeat<K::SCALES>([&](auto h) {
                         constexpr int H = decltype(h)::value;
                         float dot[TILES_N][4] = {};
-                        u32 a[KLane::WORDS + 1], b[KLane::WORDS + 1];
+                        u32 a[KLane::WORDS + 2], b[KLane::WORDS + 2];
                         k_at.template load<H>(a, codes_k + run * 16 * K::ROW);
                         k_at.template load<H>(b, codes_k + run * 16 * K::ROW + 8 * K::ROW);
                         repeat<K_STEPS>([&](auto j) {
                             constexpr int J = decltype(j)::value;
                             u32 a0, a1, a2, a3;
-                            decode_row<K_BITS, 4 * J>(a, k_table, k_lane, a0, a2);
-                            decode_row<K_BITS, 4 * J>(b, k_table, k_lane, a1, a3);
+                            decode_row<K_BITS, Layout::K_BOTH, 4 * J>(a, k_table, k_lane, a0, a2);
+                            decode_row<K_BITS, Layout::K_BOTH, 4 * J>(b, k_table, k_lane, a1, a3);
 #pragma unroll
                             for (int n = 0; n < TILES_N; n++) {
                                 uint2 x;
@@ -535,7 +536,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
                         for (int c = 0; c < 2; c++) {
-                            const Bounds seen = visible(p, seq, it.row + n * 8 + 2 * t + c);
+                            const Bounds seen = visible(p, it, it.row + n * 8 + 2 * t + c);
 #pragma unroll
                             for (int u = 0; u < SUB; u++)
 #pragma unroll
@@ -599,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                                 b1[n] = transpose8(f16x2_from_f32(w[n][2] * scale1, w[n][3] * scale1));
                             }
                         }
-                        u32 x0[VLane::WORDS + 1], x1[VLane::WORDS + 1], x2[VLane::WORDS + 1], x3[VLane::WORDS + 1];
+                        u32 x0[VLane::WORDS + 2], x1[VLane::WORDS + 2], x2[VLane::WORDS + 2], x3[VLane::WORDS + 2];
                         const u8* from = codes_v + run * 16 * V::ROW;
                         v_at[0].template load<H>(x0, from);
                         v_at[1].template load<H>(x1, from);
@@ -608,8 +609,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         repeat<V_TILES>([&](auto i) {
                             constexpr int I = decltype(i)::value;
                             u32 a0, a1, a2, a3;
-                            decode_rows<V_BITS, 2 * I>(x0, x1, v_table, v_lane, a0, a1);
-                            decode_rows<V_BITS, 2 * I>(x2, x3, v_table, v_lane, a2, a3);
+                            decode_rows<V_BITS, Layout::V_BOTH, 2 * I>(x0, x1, v_table, v_lane, a0, a1);
+                            decode_rows<V_BITS, Layout::V_BOTH, 2 * I>(x2, x3, v_table, v_lane, a2, a3);
 #pragma unroll
                             for (int n = 0; n < TILES_N; n++) mma(o[n][H * V_TILES + I], a0, a1, a2, a3, b0[n], b1[n]);
                         });
@@ -690,46 +691,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                 __stcg((float4*)(p.partial + ((u64)it.part * ROWS + r) * D + d), *(const float4*)(acc + r * Layout::ACC_ROW + d));
             }
             if (thread < rows) __stcg(p.partial_ml + (u64)it.part * ROWS + thread, make_float2(block_m[thread], block_l[thread]));
-            __threadfence();
             __syncthreads();
             if (thread == 0) {
-                const u32 before = atomicAdd(p.counters + it.part_first, 1);
-                *last = before == it.part_count - 1;
+                *last = atomic_add_acq_rel(p.counters + it.part_first, 1) == it.part_count - 1;
                 if (*last) p.counters[it.part_first] = 0;
-                __threadfence();
             }
             __syncthreads();
             mine = *last;
             if (mine) {
-                constexpr int BATCH = 8;
-                for (int i = thread; i < rows * (D / 4); i += THREADS) {
-                    const int r = i / (D / 4), d = i % (D / 4) * 4;
-                    float top = -1e30f, weight = 0.f;
-                    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+                constexpr int BATCH = 16;
+                for (int i = thread; i < rows * (D / 2); i += THREADS) {
+                    const int r = i / (D / 2), d = i % (D / 2) * 2;
+                    float top = -1e30f, weight = 0.f, sum0 = 0.f, sum1 = 0.f;
                     for (u32 k = 0; k < it.part_count; k += BATCH) {
-                        float2 ml[BATCH];
-                        float4 x[BATCH];
+                        float2 ml[BATCH], x[BATCH];
 #pragma unroll
                         for (int j = 0; j < BATCH; j++) {
                             const u64 part = (u64)(it.part_first + min(k + j, it.part_count - 1)) * ROWS + r;
                             ml[j] = __ldcg(p.partial_ml + part);
-                            x[j] = __ldcg((const float4*)(p.partial + part * D + d));
-                            if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+                            x[j] = __ldcg((const float2*)(p.partial + part * D + d));
+                            if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float2(0.f, 0.f);
                         }
                         float higher = top;
 #pragma unroll
                         for (int j = 0; j < BATCH; j++) higher = fmaxf(higher, ml[j].x);
                         const float shrink = exp2_approx(top - higher);
-                        top = higher, weight *= shrink;
-                        sum.x *= shrink, sum.y *= shrink, sum.z *= shrink, sum.w *= shrink;
+                        top = higher, weight *= shrink, sum0 *= shrink, sum1 *= shrink;
 #pragma unroll
                         for (int j = 0; j < BATCH; j++) {
                             const float f = exp2_approx(ml[j].x - top);
-                            weight += f * ml[j].y;
-                            sum.x += f * x[j].x, sum.y += f * x[j].y, sum.z += f * x[j].z, sum.w += f * x[j].w;
+                            weight += f * ml[j].y, sum0 += f * x[j].x, sum1 += f * x[j].y;
                         }
                     }
-                    *(float4*)(acc + r * Layout::ACC_ROW + d) = sum;
+                    *(float2*)(acc + r * Layout::ACC_ROW + d) = make_float2(sum0, sum1);
                     if (d == 0) block_m[r] = top, block_l[r] = weight;
                 }
                 __syncthreads();
@@ -737,8 +731,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
         }
         if (mine)
             for (int r = warp; r < rows; r += WARPS)
-                finish_row(p, seq, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
+                finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
+        if (it.next == 0) break;
+        it = p.items[it.next];
         __syncthreads();
+        load_queries(p, it, acc, warp, lane);
     }
     copy_wait<0>();
 }
