@@ -12,6 +12,8 @@ mod quantize;
 mod rotate;
 
 pub use attention::{AttentionParams, attention};
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
+pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
 pub use dequantize::{Positions, RowOrder, dequantize};
 pub use merge::merge;
