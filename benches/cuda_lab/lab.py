@@ -59,6 +59,9 @@ def codecs(name):
 
 
 # ---------------------------------------------------------------- specialisation
+CHOICES = [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)]
+
+
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
                  shared_limit=227 * 1024):
@@ -67,7 +70,7 @@ class Variant:
         self.q_type, self.out_type = q_type, out_type
         self.const_page = 0 if contiguous else page_size
         if warps is None:
-            for warps, tile in [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)]:
+            for warps, tile in CHOICES:
                 if tile > 32 and tiles_n > 1: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
