@@ -124,7 +124,7 @@ def nvrtc_compile(args):
 # ---------------------------------------------------------------- plan
 def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhead=None):
     """sequences: (first, len, q_start, q_len). Returns items [n, 16] u32 and the number of parts."""
-    overhead = 8 * 64 // tile if overhead is None else overhead
+    overhead = 16 * 64 // tile if overhead is None else overhead
     groups = []
     for i, (first, length, _, q_len) in enumerate(sequences):
         for row in range(0, q_len * group, rows):

@@ -270,7 +270,8 @@ template <typename S, int BITS, int N> struct Lane {
     static constexpr bool ALIGNED = LANE_BITS % 32 == 0 && S::ROW % 4 == 0;
     static constexpr int VECTOR = LANE_BITS % 128 == 0 && S::ROW % 16 == 0 ? 4 : LANE_BITS % 64 == 0 && S::ROW % 8 == 0 ? 2 : 1;
     static constexpr int LOADS = ALIGNED ? WORDS / VECTOR : 1;
-    static constexpr int RAW = (28 + LANE_BITS + 31) / 32;
+    static constexpr int UNIT = (LANE_BITS | S::ROW * 8 | 32) & -(LANE_BITS | S::ROW * 8 | 32);  // what divides every offset, in bits
+    static constexpr int RAW = (32 - UNIT + LANE_BITS + 31) / 32;
     static_assert(ALIGNED || !S::POW2, "swizzled rows give every lane whole words");
 
     u32 offset[S::SCALES][LOADS];  // from the first row of a run of 16
@@ -364,18 +365,41 @@ DEVICE void finish_row(const Params& p, const Item& it, u32 row, float* acc, flo
     }
 }
 
-// Queries of an item: rotated, in f32, scaled; zero in rows beyond. One warp a row.
-DEVICE void load_queries(const Params& p, const Item& it, float* acc, int warp, int lane) {
-    const u32* signs = p.rotate_q ? p.k_signs : nullptr;
-    for (int r = warp; r < ROWS; r += WARPS) {
-        float* x = acc + r * Layout::ACC_ROW;
-        u64 from = query_row(p, it, it.row + r) * D;
-        for (int d = lane; d < D; d += 32)
-            x[d] = r < it.rows ? flip_sign(signs, d, load_element<Q_TYPE>(p.q, from + d)) * p.q_scale : 0.f;
-        __syncwarp();
-        if (p.rotate_q && r < it.rows) rotate_row<D>(x, lane);
+// Queries of an item on their way to `acc`: read early, then rotated, in f32, and scaled; zero in rows beyond. One warp a row.
+struct Queries {
+    static constexpr int N = (D + 31) / 32, MINE = (ROWS + WARPS - 1) / WARPS;
+    float x[MINE][N];
+
+    DEVICE void load(const Params& p, const Item& it, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const u32 r = warp + i * WARPS;
+            const u64 from = query_row(p, it, it.row + r) * D;
+#pragma unroll
+            for (int k = 0; k < N; k++) x[i][k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
+        }
     }
-}
+    DEVICE void keep(const Params& p, float* acc, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int r = warp + i * WARPS;
+            if (r >= ROWS) break;
+            float* to = acc + r * Layout::ACC_ROW;
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                x[i][k] *= p.q_scale;
+                if (p.rotate_q && lane + 32 * k < D) x[i][k] = flip_sign(p.k_signs, lane + 32 * k, x[i][k]);
+            }
+            if constexpr (D % 32 == 0)
+                if (p.rotate_q) rotate_registers<D>(x[i], lane);
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                if (lane + 32 * k < D) to[lane + 32 * k] = x[i][k];
+            if constexpr (D % 32 != 0)
+                if (p.rotate_q) __syncwarp(), rotate_shared<D>(to, lane);
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __grid_constant__ Params p) {
     constexpr int THREADS = WARPS * 32;
@@ -401,7 +425,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const Codebook<K_LEVELS, THREADS> k_codebook(p.k_codebook, thread);
     const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
     Fetch fetch(p, it, warp, lane);
-    load_queries(p, it, acc, warp, lane);
+    Queries queries;
+    queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
     if constexpr (!Codec<K_BITS>::DENSE) k_codebook.keep((u16*)scratch, thread);
     if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
@@ -410,6 +435,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
         build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
+    const Octet k_octet((u16*)scratch);
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
 
@@ -427,6 +453,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     u32 stage = 0;  // byte offset in the pipe
     while (true) {
         const u32 rows = it.rows;
+        queries.keep(p, acc, warp, lane);
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
         for (int i = thread; i < TILES_N * FRAGMENTS * 32; i += THREADS) {
@@ -494,7 +521,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         repeat<K_STEPS>([&](auto j) {
                             constexpr int J = decltype(j)::value;
                             u32 k[4];
-                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_octet, k_lane, k);
 #pragma unroll
                             for (int n = 0; n < TILES_N; n++) {
                                 uint2 x;
@@ -616,6 +643,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             stage = stage == (STAGES - 1) * Layout::STAGE ? 0 : stage + Layout::STAGE;
         }
 
+        const Item next = p.items[it.next];
+        if (it.next) queries.load(p, next, warp, lane);
+
         // The block's sum.
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
@@ -728,9 +758,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             for (int r = warp; r < rows; r += WARPS)
                 finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
         if (it.next == 0) break;
-        it = p.items[it.next];
-        __syncthreads();
-        load_queries(p, it, acc, warp, lane);
+        it = next;
+        __syncwarp();
     }
     copy_wait<0>();
 }
