@@ -208,7 +208,7 @@ struct Fetch {
             }
             tile += WARPS, slot += WARPS * TILE;
             while (slot >= capacity) slot -= capacity;
-            if (tile >= tile_end && next) start(p.items[next]);
+            if (unlikely(tile >= tile_end && next)) start(p.items[next]);
             else load_page();
         }
         copy_commit();
@@ -403,7 +403,10 @@ struct Queries {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __grid_constant__ Params p) {
     constexpr int THREADS = WARPS * 32;
-    constexpr int SUB = TILES_N == 1 ? TILE / 16 : 1;     // runs of 16 positions whose scores are held at once
+#ifndef SUB_RUNS
+#define SUB_RUNS (TILE / 16)
+#endif
+    constexpr int SUB = TILES_N == 1 ? SUB_RUNS : 1;     // runs of 16 positions whose scores are held at once
     constexpr int K_STEPS = K::SPAN / 16;                 // tensor-core steps over a span of a key
     constexpr int V_TILES = V::SPAN / 16;                 // tensor-core tiles of a span of a value
     constexpr int FRAGMENTS = D / 16;
@@ -435,7 +438,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
         build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
-    const Octet k_octet((u16*)scratch);
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
 
@@ -492,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             u8* const scales_v = scales_k + TILE * K::SCALE_ROW;
             const int base = tile * TILE;
             const bool edge = base < all_lo || base + TILE > all_hi;
-            if (edge) {
+            if (unlikely(edge)) {
                 // What lies outside the sequence may be any bits: its weight is zero, but zero times NaN is not.
                 for (int r = lane; r < TILE; r += 32) {
                     if (base + r >= (int)it.first && base + r < (int)it.len) continue;
@@ -521,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         repeat<K_STEPS>([&](auto j) {
                             constexpr int J = decltype(j)::value;
                             u32 k[4];
-                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_octet, k_lane, k);
+                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
 #pragma unroll
                             for (int n = 0; n < TILES_N; n++) {
                                 uint2 x;
@@ -541,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             }
                     });
                 }
-                if (p.softcap > 0.f) {
+                if (unlikely(p.softcap > 0.f)) {
                     const float inverse = 1.f / p.softcap, factor = p.softcap * LOG2E;
 #pragma unroll
                     for (int u = 0; u < SUB; u++)
@@ -550,7 +552,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                             for (int e = 0; e < 4; e++) s[u][n][e] = factor * tanh_exact(s[u][n][e] * inverse);
                 }
-                if (edge) {
+                if (unlikely(edge)) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -574,7 +576,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + 2]));
                         grown |= top[n][c] > m[n][c] + 4.f;
                     }
-                if (__any_sync(~0u, grown)) {
+                if (unlikely(__any_sync(~0u, grown))) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll

@@ -105,33 +105,8 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_row(const u32* w, const
     }
 }
 
-// The eight f16 values of a 3-bit codebook in registers, low bytes and high bytes apart, so that PRMT looks four codes up.
-struct Octet {
-    u32 low[2], high[2];
-    DEVICE Octet(const u16* codebook) {
-        low[0] = low[1] = high[0] = high[1] = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            low[i / 4] |= (u32)(codebook[i] & 255) << (i % 4 * 8);
-            high[i / 4] |= (u32)(codebook[i] >> 8) << (i % 4 * 8);
-        }
-    }
-    // Codes I to I + 3 of a row of 3-bit codes: two pairs.
-    template <int I> DEVICE void decode(const u32* words, u32& x, u32& y) const {
-        constexpr int FIRST = I / 8 * 24, Q = FIRST / 32, R = FIRST % 32;
-        u32 v = R > 8 ? __funnelshift_r(words[Q], words[Q + 1], R) : words[Q] >> R;
-        // 24 bits to eight nibbles.
-        v = (v & 0xfff) | (v << 4 & 0xfff0000);
-        v = (v & 0x003f003f) | (v << 2 & 0x3f003f00);
-        v = (v & 0x07070707) | (v << 1 & 0x70707070);
-        if (I & 4) v >>= 16;
-        const u32 l = __byte_perm(low[0], low[1], v), h = __byte_perm(high[0], high[1], v);
-        x = __byte_perm(l, h, 0x5140), y = __byte_perm(l, h, 0x7362);
-    }
-};
-
 // Codes I to I + 3 of two rows as a key's fragment: (row a, row b) of the first pair, (row a, row b) of the second.
-template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, const u32* b, const u8* table, const Octet& octet, u32 lane, u32 (&x)[4]) {
+template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, const u32* b, const u8* table, u32 lane, u32 (&x)[4]) {
     if constexpr (BITS == 2) {
         // The rows' pairs merged, so that what a look-up gives lies in neighbouring registers of the fragment.
         constexpr u32 M = 0x0f0f0f0f;
@@ -139,10 +114,6 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, cons
         const uint2 first = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 4 & ~M), lane));
         const uint2 second = look2(table, byte_line<I / 4 % 4>((p >> 4 & M) | (q & ~M), lane));
         x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
-    } else if constexpr (BITS == 3 && (I / 8 % 4 == 0 || I / 8 % 4 == 3)) {
-        // Shared memory is the busiest unit: half of the codes (those that lie well) are left to the ALU.
-        octet.decode<I>(a, x[0], x[2]);
-        octet.decode<I>(b, x[1], x[3]);
     } else {
         decode_row<BITS, BOTH, I>(a, table, lane, x[0], x[2]);
         decode_row<BITS, BOTH, I>(b, table, lane, x[1], x[3]);

@@ -9,6 +9,8 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
 // Element types of queries and outputs.
 #define TYPE_F32 0
 #define TYPE_F16 1
