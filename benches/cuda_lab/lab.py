@@ -59,15 +59,18 @@ def codecs(name):
 
 
 # ---------------------------------------------------------------- specialisation
+CHOICES = [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)]
+
+
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
-                 shared_limit=227 * 1024):
+                 shared_limit=227 * 1024, macros=()):
         self.k, self.v = codecs(codec)
         self.d, self.codec, self.tiles_n, self.stages = d, codec, tiles_n, stages
-        self.q_type, self.out_type = q_type, out_type
+        self.q_type, self.out_type, self.macros = q_type, out_type, macros
         self.const_page = 0 if contiguous else page_size
         if warps is None:
-            for warps, tile in [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)]:
+            for warps, tile in CHOICES:
                 if tile > 32 and tiles_n > 1: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
@@ -92,7 +95,7 @@ class Variant:
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
                  STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page)
-        return [f"-D{k}={v}" for k, v in m.items()]
+        return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 
     def key(self):
         return " ".join(self.options())
@@ -121,7 +124,7 @@ def nvrtc_compile(args):
 # ---------------------------------------------------------------- plan
 def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhead=None):
     """sequences: (first, len, q_start, q_len). Returns items [n, 16] u32 and the number of parts."""
-    overhead = 8 * 64 // tile if overhead is None else overhead
+    overhead = int(os.environ.get("OVERHEAD", 16)) * 64 // tile if overhead is None else overhead
     groups = []
     for i, (first, length, _, q_len) in enumerate(sequences):
         for row in range(0, q_len * group, rows):
@@ -560,13 +563,13 @@ def shape_case(gpu, shape, v, sets):
 
 
 def cmd_tune(args):
-    """SHAPE CODEC/WARPSxTILE...: times choices of warps and tile."""
+    """SHAPE CODEC/WARPSxTILE/MACRO=VALUE...: times choices of warps and tile."""
     gpu, shape = Gpu(), SHAPES[int(args[0])]
     jobs = []
     for a in args[1:]:
-        codec, _, wt = a.partition("/")
+        codec, wt, *macros = (a + "/").rstrip("/").split("/") if "/" in a else (a, "")
         w, t = map(int, wt.split("x")) if wt else (None, None)
-        jobs.append((a, shape_variant(shape, codec, warps=w, tile=t)))
+        jobs.append((a, shape_variant(shape, codec, warps=w, tile=t, macros=macros)))
     built = compile_all([v for _, v in jobs], arch_of(gpu))
     for a, v in jobs:
         cubin, log = built[v.key()]

@@ -99,6 +99,17 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 DEVICE u32 page_size(const Params& p) { return PAGE_SIZE ? PAGE_SIZE : p.page_size; }
 
+// Compile-time loop.
+template <int I> struct Index {
+    static constexpr int value = I;
+};
+template <int N, int STEP = 1, int I = 0, typename F> DEVICE void repeat(F&& f) {
+    if constexpr (I < N) {
+        f(Index<I>());
+        repeat<N, STEP, I + STEP>(f);
+    }
+}
+
 // Rows of one side in a tile.
 template <int BITS, int SCALE> struct Side {
     static constexpr int ROW = D * BITS / 8;                                 // bytes a row
@@ -196,31 +207,24 @@ struct Fetch {
                 copy_rows(stage);
             }
             tile += WARPS, slot += WARPS * TILE;
-            if (slot >= capacity) slot %= capacity;
-            if (tile >= tile_end && next) start(p.items[next]);
+            while (slot >= capacity) slot -= capacity;
+            if (unlikely(tile >= tile_end && next)) start(p.items[next]);
             else load_page();
         }
         copy_commit();
     }
-    template <typename S> __device__ __forceinline__ void copy_codes(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_codes(u32 to, const u8* from) const {
         constexpr int CHUNKS = TILE * S::ROW / 16;
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i += 32) {
-            int c = i + lane;
-            if (CHUNKS % 32 && c >= CHUNKS) break;
-            u32 offset;
-            if constexpr (S::POW2 && S::ROW <= 64) {
-                // 32 chunks are whole groups of eight rows: only the lane's part of the place varies.
-                offset = i * 16 + S::place(lane / (S::ROW / 16), lane % (S::ROW / 16));
-            } else if constexpr (S::POW2) {
-                offset = S::place(c / (S::ROW / 16), c % (S::ROW / 16));
-            } else {
-                offset = c * 16;
-            }
-            copy_async16(to + offset, from + c * 16);
-        }
+        constexpr int PERIOD = S::POW2 && S::ROW > 64 ? S::ROW / 2 : 32;  // chunks after which a lane's place repeats
+        from = opaque(from + lane * 16);
+        repeat<(CHUNKS + 31) / 32>([&](auto index) {
+            constexpr int I = decltype(index)::value * 32, LEAD = I / PERIOD * PERIOD;
+            const u32 c = I - LEAD + lane;
+            if (I + 32 > CHUNKS && I + lane >= CHUNKS) return;
+            copy_async16_at<LEAD * 16, I * 16>(to + (S::POW2 ? S::place(c / (S::ROW / 16), c % (S::ROW / 16)) : c * 16), from);
+        });
     }
-    template <typename S> __device__ __forceinline__ void copy_scales(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_scales(u32 to, const u8* from) const {
         constexpr int CHUNKS = TILE * S::SCALE_ROW / 16;
 #pragma unroll
         for (int c = lane; c < CHUNKS; c += 32) copy_async16(to + c * 16, from + c * 16);
@@ -243,7 +247,7 @@ struct Fetch {
             copy_halves(scales_v + r * V::SCALE_ROW, p.v_scales + row * V::SCALE_ROW, RUN * V::SCALE_ROW);
         }
     }
-    template <typename S> __device__ __forceinline__ void copy_run(u8* to, const u8* from, u32 r) const {
+    template <typename S> DEVICE void copy_run(u8* to, const u8* from, u32 r) const {
         if constexpr (RUN >= 16) {
             for (u32 c = lane; c < RUN * S::ROW / 16; c += 32) {
                 u32 offset = S::POW2 ? S::place(r + c / (S::ROW / 16), c % (S::ROW / 16)) : r * S::ROW + c * 16;
@@ -266,7 +270,8 @@ template <typename S, int BITS, int N> struct Lane {
     static constexpr bool ALIGNED = LANE_BITS % 32 == 0 && S::ROW % 4 == 0;
     static constexpr int VECTOR = LANE_BITS % 128 == 0 && S::ROW % 16 == 0 ? 4 : LANE_BITS % 64 == 0 && S::ROW % 8 == 0 ? 2 : 1;
     static constexpr int LOADS = ALIGNED ? WORDS / VECTOR : 1;
-    static constexpr int RAW = (28 + LANE_BITS + 31) / 32;
+    static constexpr int UNIT = (LANE_BITS | S::ROW * 8 | 32) & -(LANE_BITS | S::ROW * 8 | 32);  // what divides every offset, in bits
+    static constexpr int RAW = (32 - UNIT + LANE_BITS + 31) / 32;
     static_assert(ALIGNED || !S::POW2, "swizzled rows give every lane whole words");
 
     u32 offset[S::SCALES][LOADS];  // from the first row of a run of 16
@@ -281,16 +286,16 @@ template <typename S, int BITS, int N> struct Lane {
 #pragma unroll
                 for (int j = 0; j < LOADS; j++) {
                     u32 byte = bit / 8 + j * VECTOR * 4;
-                    offset[h][j] = S::POW2 ? S::place(row, byte / 16) + byte % 16 : row * S::ROW + byte;
+                    offset[h][j] = opaque(S::POW2 ? S::place(row, byte / 16) + byte % 16 : row * S::ROW + byte);
                 }
             } else {
                 bit += row * S::ROW * 8;
-                offset[h][0] = bit / 32 * 4, shift = bit % 32;
+                offset[h][0] = opaque(bit / 32 * 4), shift = bit % 32;
             }
         }
     }
     // Two words more than needed, for look-ahead within bit fields.
-    template <int H> __device__ __forceinline__ void load(u32 (&w)[WORDS + 2], const u8* run) const {
+    template <int H> DEVICE void load(u32 (&w)[WORDS + 2], const u8* run) const {
         w[WORDS] = w[WORDS + 1] = 0;
         if constexpr (ALIGNED) {
 #pragma unroll
@@ -321,17 +326,6 @@ template <typename S, int BITS, int N> struct Lane {
 template <int SCALE> DEVICE float load_scale(const u8* scales, int i) {
     if (SCALE == 0) return 1.f;
     return SCALE == 16 ? f32_from_f16(((const u16*)scales)[i]) : ((const float*)scales)[i];
-}
-
-// Compile-time loop.
-template <int I> struct Index {
-    static constexpr int value = I;
-};
-template <int N, int STEP = 1, int I = 0, typename F> DEVICE void repeat(F&& f) {
-    if constexpr (I < N) {
-        f(Index<I>());
-        repeat<N, STEP, I + STEP>(f);
-    }
 }
 
 // Bounds [lo, hi) of the positions that a query row sees.
@@ -371,22 +365,48 @@ DEVICE void finish_row(const Params& p, const Item& it, u32 row, float* acc, flo
     }
 }
 
-// Queries of an item: rotated, in f32, scaled; zero in rows beyond. One warp a row.
-DEVICE void load_queries(const Params& p, const Item& it, float* acc, int warp, int lane) {
-    const u32* signs = p.rotate_q ? p.k_signs : nullptr;
-    for (int r = warp; r < ROWS; r += WARPS) {
-        float* x = acc + r * Layout::ACC_ROW;
-        u64 from = query_row(p, it, it.row + r) * D;
-        for (int d = lane; d < D; d += 32)
-            x[d] = r < it.rows ? flip_sign(signs, d, load_element<Q_TYPE>(p.q, from + d)) * p.q_scale : 0.f;
-        __syncwarp();
-        if (p.rotate_q && r < it.rows) rotate_row<D>(x, lane);
+// Queries of an item on their way to `acc`: read early, then rotated, in f32, and scaled; zero in rows beyond. One warp a row.
+struct Queries {
+    static constexpr int N = (D + 31) / 32, MINE = (ROWS + WARPS - 1) / WARPS;
+    float x[MINE][N];
+
+    DEVICE void load(const Params& p, const Item& it, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const u32 r = warp + i * WARPS;
+            const u64 from = query_row(p, it, it.row + r) * D;
+#pragma unroll
+            for (int k = 0; k < N; k++) x[i][k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
+        }
     }
-}
+    DEVICE void keep(const Params& p, float* acc, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int r = warp + i * WARPS;
+            if (r >= ROWS) break;
+            float* to = acc + r * Layout::ACC_ROW;
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                x[i][k] *= p.q_scale;
+                if (p.rotate_q && lane + 32 * k < D) x[i][k] = flip_sign(p.k_signs, lane + 32 * k, x[i][k]);
+            }
+            if constexpr (D % 32 == 0)
+                if (p.rotate_q) rotate_registers<D>(x[i], lane);
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                if (lane + 32 * k < D) to[lane + 32 * k] = x[i][k];
+            if constexpr (D % 32 != 0)
+                if (p.rotate_q) __syncwarp(), rotate_shared<D>(to, lane);
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __grid_constant__ Params p) {
     constexpr int THREADS = WARPS * 32;
-    constexpr int SUB = TILES_N == 1 ? TILE / 16 : 1;     // runs of 16 positions whose scores are held at once
+#ifndef SUB_RUNS
+#define SUB_RUNS (TILE / 16)
+#endif
+    constexpr int SUB = TILES_N == 1 ? SUB_RUNS : 1;     // runs of 16 positions whose scores are held at once
     constexpr int K_STEPS = K::SPAN / 16;                 // tensor-core steps over a span of a key
     constexpr int V_TILES = V::SPAN / 16;                 // tensor-core tiles of a span of a value
     constexpr int FRAGMENTS = D / 16;
@@ -408,7 +428,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const Codebook<K_LEVELS, THREADS> k_codebook(p.k_codebook, thread);
     const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
     Fetch fetch(p, it, warp, lane);
-    load_queries(p, it, acc, warp, lane);
+    Queries queries;
+    queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
     if constexpr (!Codec<K_BITS>::DENSE) k_codebook.keep((u16*)scratch, thread);
     if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
@@ -431,9 +452,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     v_at[0].init(t, g);
     v_at[1].init(t + 4, g);
 
-    int stage = 0;
+    u32 stage = 0;  // byte offset in the pipe
     while (true) {
         const u32 rows = it.rows;
+        queries.keep(p, acc, warp, lane);
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
         for (int i = thread; i < TILES_N * FRAGMENTS * 32; i += THREADS) {
@@ -463,16 +485,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 
 #pragma unroll 1
         for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
-            fetch.issue(pipe + (stage + STAGES - 1) % STAGES * Layout::STAGE);
+            fetch.issue(pipe + (stage ? stage - Layout::STAGE : (STAGES - 1) * Layout::STAGE));
             copy_wait<STAGES - 1>();
             __syncwarp();
-            u8* const codes_k = pipe + stage * Layout::STAGE;
+            u8* const codes_k = pipe + stage;
             u8* const codes_v = codes_k + TILE * K::ROW;
             u8* const scales_k = codes_v + TILE * V::ROW;
             u8* const scales_v = scales_k + TILE * K::SCALE_ROW;
             const int base = tile * TILE;
             const bool edge = base < all_lo || base + TILE > all_hi;
-            if (edge) {
+            if (unlikely(edge)) {
                 // What lies outside the sequence may be any bits: its weight is zero, but zero times NaN is not.
                 for (int r = lane; r < TILE; r += 32) {
                     if (base + r >= (int)it.first && base + r < (int)it.len) continue;
@@ -500,15 +522,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         k_at.template load<H>(b, codes_k + run * 16 * K::ROW + 8 * K::ROW);
                         repeat<K_STEPS>([&](auto j) {
                             constexpr int J = decltype(j)::value;
-                            u32 a0, a1, a2, a3;
-                            decode_row<K_BITS, Layout::K_BOTH, 4 * J>(a, k_table, k_lane, a0, a2);
-                            decode_row<K_BITS, Layout::K_BOTH, 4 * J>(b, k_table, k_lane, a1, a3);
+                            u32 k[4];
+                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
 #pragma unroll
                             for (int n = 0; n < TILES_N; n++) {
                                 uint2 x;
                                 if constexpr (Layout::Q_REGISTERS) x = q[n][H * K_STEPS + J];
                                 else x = q_fragments[(n * FRAGMENTS + H * K_STEPS + J) * 32 + lane];
-                                mma(dot[n], a0, a1, a2, a3, x.x, x.y);
+                                mma(dot[n], k[0], k[1], k[2], k[3], x.x, x.y);
                             }
                         });
                         const int r = (run * 16 + key_row) * K::SCALES + H;
@@ -522,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             }
                     });
                 }
-                if (p.softcap > 0.f) {
+                if (unlikely(p.softcap > 0.f)) {
                     const float inverse = 1.f / p.softcap, factor = p.softcap * LOG2E;
 #pragma unroll
                     for (int u = 0; u < SUB; u++)
@@ -531,7 +552,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                             for (int e = 0; e < 4; e++) s[u][n][e] = factor * tanh_exact(s[u][n][e] * inverse);
                 }
-                if (edge) {
+                if (unlikely(edge)) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -555,7 +576,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + 2]));
                         grown |= top[n][c] > m[n][c] + 4.f;
                     }
-                if (__any_sync(~0u, grown)) {
+                if (unlikely(__any_sync(~0u, grown))) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -606,20 +627,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         v_at[1].template load<H>(x1, from);
                         v_at[0].template load<H>(x2, from + 8 * V::ROW);
                         v_at[1].template load<H>(x3, from + 8 * V::ROW);
-                        repeat<V_TILES>([&](auto i) {
+                        repeat<V_TILES, 2>([&](auto i) {
                             constexpr int I = decltype(i)::value;
-                            u32 a0, a1, a2, a3;
-                            decode_rows<V_BITS, Layout::V_BOTH, 2 * I>(x0, x1, v_table, v_lane, a0, a1);
-                            decode_rows<V_BITS, Layout::V_BOTH, 2 * I>(x2, x3, v_table, v_lane, a2, a3);
+                            u32 a[4], b[4];
+                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
+                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
 #pragma unroll
-                            for (int n = 0; n < TILES_N; n++) mma(o[n][H * V_TILES + I], a0, a1, a2, a3, b0[n], b1[n]);
+                            for (int n = 0; n < TILES_N; n++) {
+                                mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
+                                if constexpr (I + 1 < V_TILES) mma(o[n][H * V_TILES + I + 1], a[2], a[3], b[2], b[3], b0[n], b1[n]);
+                            }
                         });
                     });
                 }
             }
             __syncwarp();
-            stage = (stage + 1) % STAGES;
+            stage = stage == (STAGES - 1) * Layout::STAGE ? 0 : stage + Layout::STAGE;
         }
+
+        const Item next = p.items[it.next];
+        if (it.next) queries.load(p, next, warp, lane);
 
         // The block's sum.
 #pragma unroll
@@ -676,7 +703,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     float sum = 0.f;
 #pragma unroll
                     for (int k = 0; k < WARPS; k++) sum += scratch[k * 512 + i];
-                    const int d = fragment / V_TILES * V::SPAN + (i >> 3 & 7) * (V::SPAN / 8) + fragment % V_TILES * 2 + (i >> 2 & 1);
+                    const int d = fragment / V_TILES * V::SPAN + (i >> 3 & 7) * (V::SPAN / 8) + fragment_element<V_BITS>(fragment % V_TILES, V_TILES, i >> 2 & 1);
                     acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
                 }
                 __syncthreads();
@@ -733,9 +760,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             for (int r = warp; r < rows; r += WARPS)
                 finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
         if (it.next == 0) break;
-        it = p.items[it.next];
-        __syncthreads();
-        load_queries(p, it, acc, warp, lane);
+        it = next;
+        __syncwarp();
     }
     copy_wait<0>();
 }

@@ -92,9 +92,6 @@ template <int BITS, bool BOTH, int I> DEVICE u32 look_code(const u8* table, cons
 template <int BITS, bool BOTH, int I> DEVICE void decode_row(const u32* w, const u8* table, u32 lane, u32& x, u32& y) {
     if constexpr (BITS == 16) {
         x = w[I / 2], y = w[I / 2 + 1];
-    } else if constexpr (BITS == 2) {
-        uint2 v = look2(table, byte_line<I / 4 % 4>(w[I / 16], lane));
-        x = v.x, y = v.y;
     } else if constexpr (BITS == 4) {
         x = look(table, byte_line<I / 2 % 4>(w[I / 8], lane));
         y = look(table, byte_line<I / 2 % 4 + 1>(w[I / 8], lane));
@@ -108,9 +105,22 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_row(const u32* w, const
     }
 }
 
-// Codes I and I + 1 of two rows: element by element the pair (row a, row b). Merging the rows' codes first, so that one index
-// holds both, halves the look-ups. I is even.
-template <int BITS, bool BOTH, int I> DEVICE void decode_rows(const u32* a, const u32* b, const u8* table, u32 lane, u32& x, u32& y) {
+// Codes I to I + 3 of two rows as a key's fragment: (row a, row b) of the first pair, (row a, row b) of the second.
+template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, const u32* b, const u8* table, u32 lane, u32 (&x)[4]) {
+    if constexpr (BITS == 2) {
+        // The rows' pairs merged, so that what a look-up gives lies in neighbouring registers of the fragment.
+        constexpr u32 M = 0x0f0f0f0f;
+        const u32 p = a[I / 16], q = b[I / 16];
+        const uint2 first = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 4 & ~M), lane));
+        const uint2 second = look2(table, byte_line<I / 4 % 4>((p >> 4 & M) | (q & ~M), lane));
+        x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
+    } else {
+        decode_row<BITS, BOTH, I>(a, table, lane, x[0], x[2]);
+        decode_row<BITS, BOTH, I>(b, table, lane, x[1], x[3]);
+    }
+}
+
+template <int BITS, bool BOTH, int I> DEVICE void decode_rows2(const u32* a, const u32* b, const u8* table, u32 lane, u32& x, u32& y) {
     if constexpr (BITS == 16) {
         x = __byte_perm(a[I / 2], b[I / 2], 0x5410);
         y = __byte_perm(a[I / 2], b[I / 2], 0x7632);
@@ -119,13 +129,6 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_rows(const u32* a, cons
         u32 p = a[I / 8], q = b[I / 8];
         x = look(table, byte_line<I / 2 % 4>((p & M) | (q << 4 & ~M), lane));
         y = look(table, byte_line<I / 2 % 4>((p >> 4 & M) | (q & ~M), lane));
-    } else if constexpr (BITS == 2) {
-        // A look-up of a merged byte gives two elements, I and I + 2; the compiler sees that the next call asks for the same.
-        constexpr u32 M = 0x33333333;
-        u32 p = a[I / 16], q = b[I / 16];
-        uint2 even = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 2 & ~M), lane));
-        uint2 odd = look2(table, byte_line<I / 4 % 4>((p >> 2 & M) | (q & ~M), lane));
-        x = I & 2 ? even.y : even.x, y = I & 2 ? odd.y : odd.x;
     } else if constexpr (BITS == 3) {
         // The merged streams of even and of odd codes, as far as this field reaches.
         constexpr int Q = (BOTH ? I * 3 - (I * 3 & 4) : I * 3) / 32, N = I * 3 + 6 > Q * 32 + 32 || (BOTH && I * 3 & 4) ? 2 : 1;
@@ -144,5 +147,25 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_rows(const u32* a, cons
         u32 c = look_code<BITS, BOTH, I>(table, a, lane), d = look_code<BITS, BOTH, I>(table, b, lane);
         u32 e = look_code<BITS, BOTH, I + 1>(table, a, lane), f = look_code<BITS, BOTH, I + 1>(table, b, lane);
         x = __byte_perm(c, d, 0x5410), y = __byte_perm(e, f, 0x5410);
+    }
+}
+
+// Codes I to I + 3 of two rows, I even (beyond the last code: unspecified), as a value's fragments: element by element the pair
+// (row a, row b). Merging the rows' codes first, so that one index holds both, halves the look-ups. The order of the four is
+// that of `fragment_element`: two for each of two fragments, or for the one that is left.
+template <int BITS> DEVICE constexpr int fragment_element(int fragment, int fragments, int e) {
+    return BITS == 2 && (fragment | 1) < fragments ? fragment / 2 * 4 + fragment % 2 + e * 2 : fragment * 2 + e;
+}
+template <int BITS, bool BOTH, bool PAIR, int I> DEVICE void decode_rows(const u32* a, const u32* b, const u8* table, u32 lane, u32 (&x)[4]) {
+    if constexpr (BITS == 2) {
+        static_assert(I % 4 == 0, "a look-up spans four codes");
+        constexpr u32 M = 0x33333333;
+        const u32 p = a[I / 16], q = b[I / 16];
+        const uint2 even = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 2 & ~M), lane));
+        const uint2 odd = look2(table, byte_line<I / 4 % 4>((p >> 2 & M) | (q & ~M), lane));
+        x[0] = even.x, x[1] = PAIR ? even.y : odd.x, x[2] = odd.x, x[3] = odd.y;
+    } else {
+        decode_rows2<BITS, BOTH, I>(a, b, table, lane, x[0], x[1]);
+        decode_rows2<BITS, BOTH, I + 2>(a, b, table, lane, x[2], x[3]);
     }
 }

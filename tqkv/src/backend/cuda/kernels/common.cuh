@@ -9,6 +9,8 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
 // Element types of queries and outputs.
 #define TYPE_F32 0
 #define TYPE_F16 1
@@ -64,11 +66,24 @@ DEVICE float log2_approx(float x) {
 // tanh to about 1e-7 of its range; tanh.approx's 5e-4 would be felt in a logit.
 DEVICE float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
 
+// A value whose origin the compiler shall forget, so that it is kept in a register instead of being computed anew.
+template <typename T> DEVICE T* opaque(T* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+DEVICE u32 opaque(u32 x) {
+    asm("" : "+r"(x));
+    return x;
+}
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Asynchronous copies from global to shared memory.
 DEVICE void copy_async16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+template <int TO, int FROM> DEVICE void copy_async16_at(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(TO), "n"(FROM) : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

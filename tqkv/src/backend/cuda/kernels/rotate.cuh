@@ -25,7 +25,7 @@ DEVICE float flip_sign(const u32* signs, int i, float x) {
 }
 
 // Element lane + 32 k of the row is x[k].
-template <int D> DEVICE void rotate_registers(float (&x)[D / 32], int lane) {
+template <int D> DEVICE void rotate_registers(float (&x)[(D + 31) / 32], int lane) {
     constexpr int BLOCK = Rotation<D>::BLOCK, BLOCKS = Rotation<D>::BLOCKS, N = D / 32;
 #pragma unroll
     for (int h = 1; h < 32; h <<= 1)
@@ -81,7 +81,7 @@ template <int D> DEVICE void rotate_shared(float* x, int lane) {
 // T of the row `x` in shared memory, by one warp.
 template <int D> DEVICE void rotate_row(float* x, int lane) {
     if constexpr (D % 32 == 0) {
-        float r[D / 32];
+        float r[(D + 31) / 32];
 #pragma unroll
         for (int k = 0; k < D / 32; k++) r[k] = x[lane + 32 * k];
         rotate_registers<D>(r, lane);
