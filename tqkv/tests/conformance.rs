@@ -511,7 +511,7 @@ fn attention_is_close_to_float64(device: &Device) {
                 let own = len - new + i;
                 let start = case.window.map_or(first, |w| first.max((own + 1).saturating_sub(w)));
                 let end = if case.causal { own + 1 } else { len };
-                for head in 0..heads {
+                for (head, &sink) in sinks.iter().enumerate() {
                     let (mut keys, mut values) = (vec![], vec![]);
                     for (page, slot) in (start..end).map(|p| layout.locate(s, p)) {
                         keys.push(key.row(page, head / case.group, slot));
@@ -527,7 +527,7 @@ fn attention_is_close_to_float64(device: &Device) {
                         q: &rotated,
                         scale: params.scale as f64,
                         softcap: case.softcap.map(f64::from),
-                        sink: case.sinks.then(|| sinks[head] as f64),
+                        sink: case.sinks.then_some(sink as f64),
                     };
                     let (want, want_lse) = reference::attention(&query, &keys, &values);
                     let want = match case.domain {

@@ -83,6 +83,7 @@ pub(crate) enum Op {
     Dequantize(Dequantize),
     Attention(Attention),
     Merge(Merge),
+    Copy(Copy),
     Custom(Custom),
 }
 
@@ -132,6 +133,13 @@ pub(crate) struct Merge {
     pub parts: Vec<(Buffer, Buffer)>,
     pub out: Buffer,
     pub lse: Option<Buffer>,
+}
+
+/// Bytes from one view to another of the same size; they may share memory but do not overlap. Offsets and size are
+/// multiples of 4 bytes.
+pub(crate) struct Copy {
+    pub from: Buffer,
+    pub to: Buffer,
 }
 
 /// A kernel of the caller's own.

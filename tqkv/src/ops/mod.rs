@@ -5,6 +5,7 @@
 
 mod attention;
 mod batch;
+mod copy;
 mod dequantize;
 mod merge;
 mod pool;
@@ -15,6 +16,7 @@ pub use attention::{AttentionParams, attention};
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
+pub use copy::copy;
 pub use dequantize::{Positions, RowOrder, dequantize};
 pub use merge::merge;
 pub use pool::PagePool;

@@ -105,9 +105,6 @@ pub(super) struct Variant {
     defines: Vec<String>,
     pub tiles_n: usize,
     pub tile: usize,
-    /// Shared memory as this module counts it.
-    #[cfg_attr(not(test), allow(dead_code))] // The kernel's own count is used.
-    pub shared_memory: usize,
 }
 
 impl Variant {
@@ -155,7 +152,7 @@ impl Variant {
             ("PAGE_SIZE", constant_page),
         ];
         let defines = defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        Some(Variant { defines, tiles_n, tile, shared_memory: needed(warps, tile) })
+        Some(Variant { defines, tiles_n, tile })
     }
 
     pub fn source(&self) -> Source {

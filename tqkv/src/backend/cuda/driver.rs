@@ -344,6 +344,13 @@ impl Stream {
         .map_err(|e| self.context.failed(e))
     }
 
+    /// Copies within the GPU.
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: both are within buffers that are kept alive by stream order.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw) }.map_err(|e| self.context.failed(e))
+    }
+
     /// A mark behind all work enqueued so far.
     pub fn mark(self: &Arc<Self>) -> Result<Mark> {
         self.context.enter()?;

@@ -145,9 +145,15 @@ fn type_number(dtype: DType) -> u32 {
     }
 }
 
-/// A launch, and what must stay alive until it is enqueued.
+/// What goes to the stream.
+enum Work {
+    Launch(Launch),
+    Copy { from: u64, to: u64, bytes: usize },
+}
+
+/// Work, and what must stay alive until it is enqueued.
 struct Prepared {
-    launch: Launch,
+    work: Work,
     #[allow(dead_code)] // Only held.
     buffers: Vec<Buffer>,
     memory: Vec<Arc<Memory>>,
@@ -179,7 +185,8 @@ impl Gpu {
     ) -> Result<Prepared> {
         let kernel = self.stream.context.kernel(source)?;
         let params = bytemuck::bytes_of(params).to_vec();
-        Ok(Prepared { launch: Launch { kernel, grid: [blocks, 1, 1], params }, buffers, memory: vec![] })
+        let work = Work::Launch(Launch { kernel, grid: [blocks, 1, 1], params });
+        Ok(Prepared { work, buffers, memory: vec![] })
     }
 }
 
@@ -197,14 +204,22 @@ impl Recorder for CudaRecorder {
             Op::Dequantize(op) => self.work.push(rows::dequantize(gpu, op)?),
             Op::Attention(op) => self.work.push(attention::attention(gpu, op)?),
             Op::Merge(op) => self.work.push(rows::merge(gpu, op)?),
+            Op::Copy(op) => self.work.push(Prepared {
+                work: Work::Copy { from: address(&op.from), to: address(&op.to), bytes: op.from.bytes() },
+                buffers: vec![op.from.clone(), op.to.clone()],
+                memory: vec![],
+            }),
             Op::Custom(op) => self.work.push(rows::custom(gpu, op)?),
         }
         Ok(())
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
-        for work in &self.work {
-            self.gpu.stream.launch(&work.launch)?;
+        for prepared in &self.work {
+            match &prepared.work {
+                Work::Launch(launch) => self.gpu.stream.launch(launch)?,
+                Work::Copy { from, to, bytes } => self.gpu.stream.copy(*from, *to, *bytes)?,
+            }
         }
         Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }

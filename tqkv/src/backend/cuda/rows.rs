@@ -3,7 +3,7 @@
 use super::driver::Launch;
 use super::nvrtc::Source;
 use super::tables::{Cells, Tables, Turn, row_defines, scale_unit};
-use super::{Gpu, Prepared, address, type_number};
+use super::{Gpu, Prepared, Work, address, type_number};
 use crate::backend::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::compute::{Buffer, DType, KernelSource};
 use crate::error::{Error, Result, to_u32};
@@ -61,7 +61,7 @@ pub(super) fn rotate_source(row: &RowFormat, direction: Direction, from: DType, 
         format!("-DHEAD_DIM={}", row.head_dim()),
         format!("-DX_TYPE={}", type_number(from)),
         format!("-DOUT_TYPE={}", type_number(to)),
-        format!("-DALIGNED={aligned}"),
+        format!("-DBOTH_ALIGNED={aligned}"),
         format!("-DINVERSE={}", (direction == Direction::Inverse) as u32),
     ];
     source("rotate", include_str!("kernels/rotate.cu"), size_of::<RotateParams>(), options)
@@ -214,7 +214,10 @@ struct DequantizeParams {
     kv_heads: u32,
     page_size: u32,
     width: u32,
+    restored: u32,
+    head_major: u32,
     unit: f32,
+    pad: u32,
 }
 
 pub(super) fn dequantize_source(
@@ -222,15 +225,11 @@ pub(super) fn dequantize_source(
     out: DType,
     out_aligned: u32,
     code_alignment: u64,
-    (domain, order, list): (Domain, RowOrder, bool),
 ) -> Source {
-    let options = row_defines("", row).into_iter().chain([
+    let options = row_defines("ROW_", row).into_iter().chain([
         format!("-DCODE_ALIGN={code_alignment}"),
         format!("-DOUT_TYPE={}", type_number(out)),
         format!("-DOUT_ALIGNED={out_aligned}"),
-        format!("-DRESTORED={}", (domain == Domain::Original) as u32),
-        format!("-DHEAD_MAJOR={}", (order == RowOrder::HeadMajor) as u32),
-        format!("-DLIST={}", list as u32),
     ]);
     source("dequantize", include_str!("kernels/dequantize.cu"), size_of::<DequantizeParams>(), options)
 }
@@ -242,8 +241,7 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize) -> Result<Prepared> {
         Positions::Range(r) => (to_u32("position", r.start)?, None),
         Positions::List(l) => (0, Some(gpu.stream.upload(bytemuck::cast_slice(l))?)),
     };
-    let form = (op.domain, op.order, list.is_some());
-    let source = dequantize_source(row, op.out.dtype(), aligned(&op.out), code_alignment(pool), form);
+    let source = dequantize_source(row, op.out.dtype(), aligned(&op.out), code_alignment(pool));
     let (count, width) = (op.positions.len(), op.batch.width());
     let rows = to_u32("vectors", count * pool.kv_heads())?;
     let params = DequantizeParams {
@@ -259,7 +257,10 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize) -> Result<Prepared> {
         kv_heads: pool.kv_heads() as u32,
         page_size: pool.page_size() as u32,
         width: width as u32,
+        restored: (op.domain == Domain::Original) as u32,
+        head_major: (op.order == RowOrder::HeadMajor) as u32,
         unit: scale_unit(row),
+        pad: 0,
     };
     let mut keep = vec![op.batch.device_table().clone(), op.out.clone()];
     keep.extend(pool.buffers().cloned());
@@ -337,5 +338,6 @@ pub(super) fn custom(gpu: &Gpu, op: &Custom) -> Result<Prepared> {
     let kernel = gpu.stream.context.kernel(&source)?;
     let mut params: Vec<u8> = op.bindings.iter().flat_map(|b| address(b).to_le_bytes()).collect();
     params.extend(op.constants.iter().flat_map(|c| c.to_le_bytes()));
-    Ok(Prepared { launch: Launch { kernel, grid: op.workgroups, params }, buffers: op.bindings.clone(), memory: vec![] })
+    let work = Work::Launch(Launch { kernel, grid: op.workgroups, params });
+    Ok(Prepared { work, buffers: op.bindings.clone(), memory: vec![] })
 }

@@ -6,7 +6,7 @@ use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_sourc
 use super::tables::Cells;
 use crate::compute::DType;
 use crate::format::{Codec, RowFormat};
-use crate::ops::{Direction, Domain, RowOrder};
+use crate::ops::Direction;
 use rayon::prelude::*;
 
 /// Architectures, and the shared memory that a block can have there.
@@ -50,11 +50,11 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
                     code_alignment: alignment(aligned),
                 };
                 all.push(quantize_source([side, side]));
-                for domain in [Domain::Rotated, Domain::Original] {
-                    let form = (domain, if aligned { RowOrder::HeadMajor } else { RowOrder::TokenMajor }, !aligned);
-                    all.push(dequantize_source(&row, dtype, aligned as u32, alignment(aligned), form));
-                }
             }
+            for out in [DType::F32, DType::F16, DType::BF16] {
+                all.push(dequantize_source(&row, out, 1, alignment(true)));
+            }
+            all.push(dequantize_source(&row, dtype, 0, 1));
             all.push(plain_source(&row, &row, dtype, dtype));
         }
         let row = RowFormat::new(Codec::tq(4), d).unwrap();
@@ -66,15 +66,44 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
 
 /// The tensor-core attention kernel as this module would compile it for a device with so much shared memory.
 fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant> {
+    const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
     let mut all = vec![];
+    let mut add = |key, value, page_size, query_rows, q, out| {
+        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true };
+        all.extend(Variant::choose(&shape, shared_memory));
+    };
+    let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());
     for &d in head_dims {
-        let codecs = codecs(d);
-        let mixed = [(5, 4), (4, 3), (8, 2)].map(|(k, v)| (Codec::tq(k), Codec::tq(v)));
-        let mixed = mixed.map(|(k, v)| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap()));
-        for (key, value) in codecs.iter().map(|&c| (c, c)).chain(mixed) {
-            for (query_rows, page_size, types) in [(2, 16, DType::F32), (4, 64, DType::F16), (64, 64, DType::F16), (3, 9, DType::F32)] {
-                let shape = Shape { key, value, page_size, query_rows, q: types, out: types, aligned: true };
-                all.extend(Variant::choose(&shape, shared_memory));
+        for row in codecs(d) {
+            add(row, row, 16, 2, DType::F32, DType::F32);
+            if d == 128 {
+                add(row, row, 64, 4, DType::F16, DType::F16);
+                add(row, row, 64, 64, DType::F16, DType::F16);
+            }
+        }
+        for (k, v) in [(5, 4), (4, 3), (8, 2), (3, 7), (3, 3), (4, 4)].map(|(k, v)| pair(Codec::tq(k), Codec::tq(v), d)) {
+            // Pages that hold no whole tile, and few, several and many query rows.
+            add(k, v, 9, 3, DType::F32, DType::F32);
+            for (page_size, query_rows) in [(16, 4), (16, 16), (16, 64), (64, 4), (64, 16), (64, 64)] {
+                add(k, v, page_size, query_rows, DType::F32, DType::F32);
+            }
+        }
+    }
+    if head_dims.contains(&128) {
+        for codec in [Codec::tq(4), Codec::seed(5), Codec::F16, Codec::tq(3)] {
+            let (k, v) = pair(codec, codec, 128);
+            FLOATS.iter().for_each(|&q| FLOATS.iter().for_each(|&out| add(k, v, 16, 72, q, out)));
+        }
+        for (k, v) in [
+            (Codec::seed(8), Codec::tq(4)),
+            (Codec::F16, Codec::tq(4)),
+            (Codec::tq(6), Codec::F16),
+            (Codec::F16, Codec::F16),
+            (Codec::seed(5), Codec::seed(6)),
+        ] {
+            let (k, v) = pair(k, v, 128);
+            for (page_size, query_rows) in [(9, 4), (9, 16), (16, 4), (16, 64), (64, 4), (64, 64)] {
+                add(k, v, page_size, query_rows, DType::F32, DType::F32);
             }
         }
     }

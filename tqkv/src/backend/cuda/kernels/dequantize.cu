@@ -1,5 +1,5 @@
-// Rows of a pool back to floats. -D: HEAD_DIM, BITS, PACKING, SCALING, CODE_ALIGN (bytes), OUT_TYPE, OUT_ALIGNED (to 16 bytes),
-// RESTORED, HEAD_MAJOR, LIST.
+// Rows of a pool back to floats. -D: ROW_HEAD_DIM, ROW_BITS, ROW_PACKING, ROW_SCALING, CODE_ALIGN (bytes), OUT_TYPE,
+// OUT_ALIGNED (to 16 bytes).
 #include "row.cuh"
 
 struct Params {
@@ -7,12 +7,15 @@ struct Params {
     const u8* scales;
     const float* levels;
     const u32* table;      // of the sequence, [width]
-    const u32* positions;  // if LIST
+    const u32* positions;  // or null
     void* out;
     Turn turn;
     u32 start;             // the first position, if no list
-    u32 positions_count, kv_heads, page_size, width;
-    float unit;            // what a stored scale is multiplied by, or divided by if it is a block's
+    u32 count, kv_heads, page_size, width;
+    u32 restored;    // else the rows stay rotated
+    u32 head_major;  // out is [kv_heads, count, D], else [count, kv_heads, D]
+    float unit;      // what a stored scale is multiplied by, or divided by if it is a block's
+    u32 pad;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
@@ -34,13 +37,13 @@ template <typename R> DEVICE void decode(const Params& p) {
     }
     const int lane = threadIdx.x % R::GROUP;
     const float* const mine = levels + threadIdx.x % R::REPLICAS;
-    const u32 rows = p.positions_count * p.kv_heads;
+    const u32 rows = p.count * p.kv_heads;
     // All lanes of a warp take part in shuffles: those past the end repeat the last row and store nothing.
     for (u32 first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
         const u32 wanted = first + threadIdx.x / R::GROUP, r = min(wanted, rows - 1);
-        const u32 head = HEAD_MAJOR ? r / p.positions_count : r % p.kv_heads;
-        const u32 i = HEAD_MAJOR ? r - head * p.positions_count : r / p.kv_heads;
-        const u32 position = LIST ? p.positions[i] : p.start + i;
+        const u32 head = p.head_major ? r / p.count : r % p.kv_heads;
+        const u32 i = p.head_major ? r - head * p.count : r / p.kv_heads;
+        const u32 position = p.positions ? p.positions[i] : p.start + i;
         const u64 row = locate(p.table, position, p.page_size, p.width, p.kv_heads, head);
         const u8* const codes = p.codes + row * R::BYTES;
         float x[R::N];
@@ -61,7 +64,7 @@ template <typename R> DEVICE void decode(const Params& p) {
             for (int r = 0; r < R::N / 8; r++)
                 load8<R::PACKING == PACK_F16 ? TYPE_F16 : TYPE_F32, R::ALIGN >= 16>(codes, R::element(r, lane), x + r * 8);
         }
-        if (RESTORED) restore<R>(x, p.turn, lane);
+        if (p.restored) restore<R>(x, p.turn, lane);
         if (wanted < rows)
 #pragma unroll
             for (int k = 0; k < R::N / 8; k++)
@@ -70,5 +73,5 @@ template <typename R> DEVICE void decode(const Params& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) dequantize(const __grid_constant__ Params p) {
-    decode<Row<HEAD_DIM, BITS, PACKING, SCALING, CODE_ALIGN>>(p);
+    decode<Row<ROW_HEAD_DIM, ROW_BITS, ROW_PACKING, ROW_SCALING, CODE_ALIGN>>(p);
 }

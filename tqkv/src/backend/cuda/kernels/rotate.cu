@@ -1,4 +1,4 @@
-// Rows into the rotated domain, or back. -D: HEAD_DIM, X_TYPE, OUT_TYPE, ALIGNED (both to 16 bytes), INVERSE.
+// Rows into the rotated domain, or back. -D: HEAD_DIM, X_TYPE, OUT_TYPE, BOTH_ALIGNED (to 16 bytes), INVERSE.
 #include "row.cuh"
 
 struct Params {
@@ -19,11 +19,11 @@ extern "C" __global__ void __launch_bounds__(256) rotate(const __grid_constant__
         const u64 at = (u64)min(row, p.rows - 1) * S::D;
         float x[S::N];
 #pragma unroll
-        for (int r = 0; r < S::N / 8; r++) load8<X_TYPE, ALIGNED>(p.x, at + S::element(r, lane), x + r * 8);
+        for (int r = 0; r < S::N / 8; r++) load8<X_TYPE, BOTH_ALIGNED>(p.x, at + S::element(r, lane), x + r * 8);
         if (INVERSE) restore<S>(x, p.turn, lane);
         else rotate<S>(x, p.turn, lane);
         if (row < p.rows)
 #pragma unroll
-            for (int r = 0; r < S::N / 8; r++) store8<OUT_TYPE, ALIGNED>(p.out, at + S::element(r, lane), x + r * 8);
+            for (int r = 0; r < S::N / 8; r++) store8<OUT_TYPE, BOTH_ALIGNED>(p.out, at + S::element(r, lane), x + r * 8);
     }
 }
