@@ -19,8 +19,8 @@ F32, F16, BF16 = 0, 1, 2
 class Codec:
     def __init__(self, name):
         self.name = name
-        if name == "f16":
-            self.bits, self.levels, self.scale = 16, 1, 0
+        if name in ("f16", "f32"):
+            self.bits, self.levels, self.scale = int(name[1:]), 1, 0
         elif name.startswith("seed"):
             b = int(name[4:])
             self.bits, self.levels, self.scale = (4 if b == 4 else 8), 1 << b, 32
@@ -69,7 +69,10 @@ class Variant:
         self.d, self.codec, self.tiles_n, self.stages = d, codec, tiles_n, stages
         self.q_type, self.out_type, self.macros = q_type, out_type, macros
         self.const_page = 0 if contiguous else page_size
-        if warps is None:
+        self.plain = codec == "f32"  # attention_f32.cu
+        if self.plain:
+            warps, tile = 4, 64
+        elif warps is None:
             for warps, tile in CHOICES:
                 if tile > 32 and tiles_n > 1: continue
                 if self.shared(warps, tile) <= shared_limit: break
@@ -95,6 +98,7 @@ class Variant:
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
                  STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page)
+        if self.plain: m = {k: m[k] for k in ("HEAD_DIM", "TILE", "Q_TYPE", "OUT_TYPE", "PAGE_SIZE")}
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 
     def key(self):
@@ -124,7 +128,7 @@ def nvrtc_compile(args):
 # ---------------------------------------------------------------- plan
 def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhead=None):
     """sequences: (first, len, q_start, q_len). Returns items [n, 16] u32 and the number of parts."""
-    overhead = int(os.environ.get("OVERHEAD", 16)) * 64 // tile if overhead is None else overhead
+    overhead = int(os.environ.get("OVERHEAD", 12)) * 64 // tile if overhead is None else overhead
     groups = []
     for i, (first, length, _, q_len) in enumerate(sequences):
         for row in range(0, q_len * group, rows):
@@ -170,11 +174,10 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
         out.append(cur)
         return out
 
-    total = sum(sizes)
-    candidates = []
-    for chunk in sorted({-(-total // blocks), *[-(-n // s) for n in (max(sizes),) for s in range(1, blocks + 1)]}):
-        pieces = [max(1, -(-n // max(chunk, 1))) for n in sizes]
-        if sum(pieces) <= max(blocks, len(groups)): candidates.append(whole_pieces(pieces))
+    total, longest = sum(sizes), max(sizes)
+    per_block = -(-total // blocks)
+    chunks = {-(-longest // n) for n in range(1, 9)} | {per_block, -(-longest // max(1, blocks // len(sizes)))}
+    candidates = [whole_pieces([max(1, -(-n // max(chunk, 1))) for n in sizes]) for chunk in sorted(chunks) if chunk * 8 >= per_block]
     best = min(candidates, key=lambda c: c[0]) if candidates else (1 << 60, None)
     lo, hi = overhead + 1, total + overhead * (len(groups) + 1)
     while lo < hi:
@@ -218,11 +221,13 @@ class Gpu:
         r = getattr(self.cu, f)(*a)
         if r: raise RuntimeError(f"{f}: {r}")
 
-    def load(self, cubin, name=b"attention"):
+    def load(self, cubin, v=None):
+        """(function, shared bytes) of a variant, or of the bandwidth kernel."""
+        name = b"read_all" if v is None else b"attention_f32" if v.plain else b"attention"
         module, fn = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), cubin)
         self.call("cuModuleGetFunction", ctypes.byref(fn), module, name)
-        shared = 0
+        shared = 16 * v.d if v else 0
         if name == b"attention":
             ptr, size = ctypes.c_uint64(), ctypes.c_size_t()
             self.call("cuModuleGetGlobal_v2", ctypes.byref(ptr), ctypes.byref(size), module, b"attention_shared_bytes")
@@ -247,8 +252,8 @@ class Store:
         self.codec, self.d = codec, d
         g = torch.Generator("cuda").manual_seed(seed)
         shape = (pages, kv_heads, page_size)
-        if codec.name == "f16":
-            self.codes = torch.randn(*shape, d, generator=g, device="cuda", dtype=torch.float16)
+        if codec.name in ("f16", "f32"):
+            self.codes = torch.randn(*shape, d, generator=g, device="cuda", dtype=torch.float16 if codec.name == "f16" else torch.float32)
             self.scales = torch.zeros(1, device="cuda")
         else:
             n = pages * kv_heads * page_size * codec.row(d)
@@ -261,7 +266,7 @@ class Store:
         """f64 [n, d] of (page, row) index pairs."""
         raw = self.codes[pages, head, rows]
         c, d = self.codec, self.d
-        if c.name == "f16": return raw.double()
+        if c.name in ("f16", "f32"): return raw.double()
         i = torch.arange(d, device="cuda") * c.bits
         padded = torch.cat([raw, raw.new_zeros(raw.shape[0], 1)], 1).int()
         code = ((padded[:, i // 8] | padded[:, i // 8 + 1] << 8) >> (i % 8)) & ((1 << c.bits) - 1) & (c.levels - 1)
@@ -319,6 +324,10 @@ class Case:
         self.scale = 1 / math.sqrt(d)
         items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, blocks or gpu.sms, causal, window, overhead)
         self.blocks = blocks or gpu.sms
+        if v.plain:  # whole groups, a block each
+            rows = max(s[3] for s in sequences) * group
+            self.blocks = n * kv_heads
+            items, self.parts = plan(sequences, kv_heads, group, rows, v.tile, self.blocks, causal, window, 1 << 20)
         up = lambda a: torch.from_numpy(np.ascontiguousarray(a).view(np.int32)).cuda()
         self.items = up(items)
         self.partial = torch.full((max(self.parts, 1), 8 * v.tiles_n, d), float("nan"), device="cuda")
@@ -448,7 +457,7 @@ def bandwidth(gpu):
     _, n = nvrtc.nvrtcGetCUBINSize(prog)
     cubin = b" " * n
     nvrtc.nvrtcGetCUBIN(prog, cubin)
-    fn, _ = gpu.load(cubin, b"read_all")
+    fn, _ = gpu.load(cubin)
     x = torch.randint(0, 255, (2 << 30,), device="cuda", dtype=torch.uint8)
     out = torch.zeros(1, device="cuda", dtype=torch.int32)
     best = 1e9
@@ -486,7 +495,7 @@ def arch_of(gpu):
 def compile_all(variants, arch):
     unique = {v.key(): v for v in variants}
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(nvrtc_compile, [("attention.cu", v.options(), arch) for v in unique.values()]))
+        results = list(pool.map(nvrtc_compile, [("attention_f32.cu" if v.plain else "attention.cu", v.options(), arch) for v in unique.values()]))
     return dict(zip(unique, results))
 
 
@@ -546,7 +555,7 @@ def cmd_time(names):
             size = sum(lens) * s[2] * (v.k.bytes(s[3]) + v.v.bytes(s[3]))
             sets = max(2, min(64, -(-300_000_000 // size)))
             case = shape_case(gpu, s, v, sets)
-            kernel = gpu.load(cubin)
+            kernel = gpu.load(cubin, v)
             e = case.error(kernel, 0, only=[0, len(lens) - 1])
             burst, sustained = time_graph(torch, lambda i: case.run(kernel, i), sets, 128 if size < 5e7 else 20, 30, 0.5)
             target = s[5] if c == "k4v4" else s[6] if c == "k8v8" else None
@@ -574,7 +583,7 @@ def cmd_tune(args):
     for a, v in jobs:
         cubin, log = built[v.key()]
         case = shape_case(gpu, shape, v, 2 if shape[4] * (shape[0] if shape[0] != "ragged" else 20) > 2e5 else 32)
-        kernel = gpu.load(cubin)
+        kernel = gpu.load(cubin, v)
         burst, sustained = time_graph(gpu.torch, lambda i: case.run(kernel, i), len(case.sets), 20, 30, 0.2)
         print(f"{shape[:5]} {a}: {burst:.4f} ms ({sustained:.4f}) {case.bytes() / burst / 1e6:.0f} GB/s regs/spill {report_log(log)[:2]} shared {kernel[1]}", flush=True)
         del case
@@ -586,7 +595,7 @@ def cmd_once(args):
     gpu, shape = Gpu(), SHAPES[int(args[0])]
     v = shape_variant(shape, args[1])
     case = shape_case(gpu, shape, v, 1)
-    kernel = gpu.load(nvrtc_compile(("attention.cu", v.options(), arch_of(gpu)))[0])
+    kernel = gpu.load(nvrtc_compile(("attention.cu", v.options(), arch_of(gpu)))[0], v)
     for _ in range(3): case.run(kernel)
     gpu.torch.cuda.synchronize()
 
@@ -595,7 +604,7 @@ def random_case(rng):
     """Keyword arguments of a Variant and a Case."""
     d = rng.choice([64, 64, 80, 96, 112, 128, 128, 128, 192, 256, 256, 512, 576])
     bits = [2, 3, 4, 5, 6, 7, 8]
-    codec = rng.choice([f"k{rng.choice(bits)}v{rng.choice(bits)}"] * 5 + ["f16"])
+    codec = rng.choice([f"k{rng.choice(bits)}v{rng.choice(bits)}"] * 6 + ["f16", "f32"])
     if d in (64, 128, 256, 512) and rng.random() < 0.25: codec = f"seed{rng.choice([2, 3, 4, 5, 6, 8])}"
     group = rng.choice([1, 2, 3, 4, 4, 8, 8, 12, 16])
     q_len = rng.choice([1, 1, 1, 1, 2, 3, 5, 16, 40])
@@ -633,7 +642,7 @@ def cmd_check(n, seed=1):
         cubin, log = built[v.key()]
         try:
             case = Case(gpu, v, **ck)
-            e, e2, clean = case.error(gpu.load(cubin))
+            e, e2, clean = case.error(gpu.load(cubin, v))
         except Exception as x:
             print("FAILED", x, vk, ck, "shared", v.shared(v.warps, v.tile), flush=True)
             bad += 1
@@ -650,11 +659,10 @@ def cmd_check(n, seed=1):
 def coverage():
     """Specialisations that a release must be able to build."""
     for d in (64, 80, 96, 112, 128, 192, 256, 512, 576):
-        for c in ["k2v2", "k3v3", "k4v4", "k5v5", "k6v6", "k7v7", "k8v8", "k5v4", "k4v3", "f16"]:
-            for tiles in (1, 2, 4):
-                if tiles * d <= 576: yield d, c, tiles
-    for d in (64, 128, 256, 512):
-        for b in (4, 5, 8): yield d, f"seed{b}", 1
+        for c in ("k4v4", "k8v8", "f16"): yield d, c, 1
+    for c in ("k2v2", "k3v3", "k5v5", "k6v6", "k7v7", "k5v4", "k4v3", "seed4", "seed5", "seed8"): yield 128, c, 1
+    for d, t in ((64, 4), (128, 2), (128, 4), (256, 2)): yield d, "k4v4", t
+    yield 512, "seed4", 1
 
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227, "sm_120": 99}

@@ -111,13 +111,21 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, cons
         // The rows' pairs merged, so that what a look-up gives lies in neighbouring registers of the fragment.
         constexpr u32 M = 0x0f0f0f0f;
         const u32 p = a[I / 16], q = b[I / 16];
-        const uint2 first = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 4 & ~M), lane));
-        const uint2 second = look2(table, byte_line<I / 4 % 4>((p >> 4 & M) | (q & ~M), lane));
+        const uint2 first = look2(table, byte_line<I / 4 % 4>(merge<M>(p, q << 4), lane));
+        const uint2 second = look2(table, byte_line<I / 4 % 4>(merge<M>(p >> 4, q), lane));
         x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
     } else {
         decode_row<BITS, BOTH, I>(a, table, lane, x[0], x[2]);
         decode_row<BITS, BOTH, I>(b, table, lane, x[1], x[3]);
     }
+}
+
+// Word Q of two rows of 3-bit codes, merged: six-bit fields of the rows' even codes and of their odd codes. The fields drift by two
+// bits from word to word.
+template <int Q> DEVICE void merge3(const u32* a, const u32* b, u32& even, u32& odd) {
+    constexpr u32 M = Q % 3 == 0 ? 0xc71c71c7 : Q % 3 == 1 ? 0x71c71c71 : 0x1c71c71c;
+    even = merge<M>(a[Q], Q ? __funnelshift_l(b[Q - (Q > 0)], b[Q], 3) : b[Q] << 3);
+    odd = merge<M>(__funnelshift_r(a[Q], a[Q + 1], 3), b[Q]);
 }
 
 template <int BITS, bool BOTH, int I> DEVICE void decode_rows2(const u32* a, const u32* b, const u8* table, u32 lane, u32& x, u32& y) {
@@ -127,20 +135,14 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_rows2(const u32* a, con
     } else if constexpr (BITS == 4) {
         constexpr u32 M = 0x0f0f0f0f;
         u32 p = a[I / 8], q = b[I / 8];
-        x = look(table, byte_line<I / 2 % 4>((p & M) | (q << 4 & ~M), lane));
-        y = look(table, byte_line<I / 2 % 4>((p >> 4 & M) | (q & ~M), lane));
+        x = look(table, byte_line<I / 2 % 4>(merge<M>(p, q << 4), lane));
+        y = look(table, byte_line<I / 2 % 4>(merge<M>(p >> 4, q), lane));
     } else if constexpr (BITS == 3) {
         // The merged streams of even and of odd codes, as far as this field reaches.
         constexpr int Q = (BOTH ? I * 3 - (I * 3 & 4) : I * 3) / 32, N = I * 3 + 6 > Q * 32 + 32 || (BOTH && I * 3 & 4) ? 2 : 1;
         u32 even[2], odd[2];
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            // Six-bit fields drift by two bits from word to word.
-            const u32 m = (Q + k) % 3 == 0 ? 0xc71c71c7 : (Q + k) % 3 == 1 ? 0x71c71c71 : 0x1c71c71c;
-            const u32 p = a[Q + k], q = b[Q + k];
-            even[k] = (p & m) | ((Q + k ? __funnelshift_l(b[Q + k - (Q + k > 0)], q, 3) : q << 3) & ~m);
-            odd[k] = (__funnelshift_r(p, a[Q + k + 1], 3) & m) | (q & ~m);
-        }
+        merge3<Q>(a, b, even[0], odd[0]);
+        if constexpr (N == 2) merge3<Q + 1>(a, b, even[1], odd[1]);
         x = look_six<BOTH, I * 3 - Q * 32>(table, even, lane);
         y = look_six<BOTH, I * 3 - Q * 32>(table, odd, lane);
     } else {
@@ -161,8 +163,8 @@ template <int BITS, bool BOTH, bool PAIR, int I> DEVICE void decode_rows(const u
         static_assert(I % 4 == 0, "a look-up spans four codes");
         constexpr u32 M = 0x33333333;
         const u32 p = a[I / 16], q = b[I / 16];
-        const uint2 even = look2(table, byte_line<I / 4 % 4>((p & M) | (q << 2 & ~M), lane));
-        const uint2 odd = look2(table, byte_line<I / 4 % 4>((p >> 2 & M) | (q & ~M), lane));
+        const uint2 even = look2(table, byte_line<I / 4 % 4>(merge<M>(p, q << 2), lane));
+        const uint2 odd = look2(table, byte_line<I / 4 % 4>(merge<M>(p >> 2, q), lane));
         x[0] = even.x, x[1] = PAIR ? even.y : odd.x, x[2] = odd.x, x[3] = odd.y;
     } else {
         decode_rows2<BITS, BOTH, I>(a, b, table, lane, x[0], x[1]);

@@ -76,6 +76,13 @@ DEVICE u32 opaque(u32 x) {
     return x;
 }
 
+// The bits of a where the mask is set, of b elsewhere, in one instruction.
+template <u32 MASK> DEVICE u32 merge(u32 a, u32 b) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(v) : "r"(a), "r"(b), "n"(MASK));
+    return v;
+}
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Asynchronous copies from global to shared memory.
