@@ -530,7 +530,11 @@ def lengths(shape):
 
 
 def shape_variant(shape, codec, **kw):
-    return Variant(shape[3], codec, tiles_n=1 if shape[1] // shape[2] <= 8 else 2, **kw)
+    """Small problems, not two tiles of 64 a warp, are better cut finer."""
+    v = Variant(shape[3], codec, tiles_n=1 if shape[1] // shape[2] <= 8 else 2, **kw)
+    if v.tile == 64 and kw.get("warps") is None and sum(lengths(shape)) * shape[2] < 132 * 2 * v.warps * 64:
+        v = Variant(shape[3], codec, tiles_n=v.tiles_n, **{**kw, "warps": v.warps, "tile": 32})
+    return v
 
 
 def cmd_time(names):
