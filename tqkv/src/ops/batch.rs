@@ -106,7 +106,17 @@ impl Batch {
         }
         let device_spans = device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?;
         let device_table = device.upload(&table, &[infos.len(), width])?;
-        Ok(Batch(Arc::new(Inner { page_size, width, spans: infos, table, tokens, pages, device_spans, device_table, plans: Plans::default() })))
+        Ok(Batch(Arc::new(Inner {
+            page_size,
+            width,
+            spans: infos,
+            table,
+            tokens,
+            pages,
+            device_spans,
+            device_table,
+            plans: Plans::default(),
+        })))
     }
 
     /// One sequence in a contiguous cache: positions `first..len` of which the last `new` are new. Past `capacity`

@@ -250,7 +250,8 @@ impl DevicePlan {
 fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
     let (key, value) = (op.key.row(), op.value.row());
     let (k_tables, v_tables) = (gpu.tables(key)?, gpu.tables(value)?);
-    let (d, kv_heads, group, rows) = (key.head_dim(), op.key.kv_heads(), op.heads / op.key.kv_heads(), 8 * variant.tiles_n);
+    let (d, kv_heads, group, rows) =
+        (key.head_dim(), op.key.kv_heads(), op.heads / op.key.kv_heads(), 8 * variant.tiles_n);
     let problem = Problem {
         kv_heads,
         group,

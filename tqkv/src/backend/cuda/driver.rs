@@ -22,7 +22,8 @@ fn unavailable(device: &str, reason: impl Into<String>) -> Error {
 }
 
 fn words(code: Code) -> String {
-    let text = |s: Result<&std::ffi::CStr, Code>| s.map_or_else(|_| "?".to_owned(), |s| s.to_string_lossy().into_owned());
+    let text =
+        |s: Result<&std::ffi::CStr, Code>| s.map_or_else(|_| "?".to_owned(), |s| s.to_string_lossy().into_owned());
     format!("{} ({})", text(code.error_string()), text(code.error_name()))
 }
 
@@ -204,7 +205,10 @@ impl Context {
                 let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 result::function::set_function_attribute(raw, attribute, shared as i32)?;
             }
-            let threads = result::function::get_function_attribute(raw, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
+            let threads = result::function::get_function_attribute(
+                raw,
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
+            )?;
             Ok(Kernel { raw, shared_memory: shared, threads: threads as u32 })
         }
     }
@@ -278,7 +282,8 @@ impl Stream {
             unsafe {
                 let pool = result::mem_pool::create(&properties).map_err(|e| context.failed(e))?;
                 stream.pool = Some(pool);
-                result::mem_pool::set_attribute(pool, threshold, (&raw mut keep).cast()).map_err(|e| context.failed(e))?;
+                result::mem_pool::set_attribute(pool, threshold, (&raw mut keep).cast())
+                    .map_err(|e| context.failed(e))?;
             }
         }
         Ok(stream)

@@ -60,8 +60,7 @@ impl Cuda {
 
     fn on(stream: Stream) -> Result<Self> {
         // Without the compiler nothing would run, so its absence is said when the device is opened.
-        nvrtc::load()
-            .map_err(|reason| Error::DeviceUnavailable { device: stream.context.id.clone(), reason })?;
+        nvrtc::load().map_err(|reason| Error::DeviceUnavailable { device: stream.context.id.clone(), reason })?;
         let gpu = Gpu { stream: Arc::new(stream), tables: Mutex::default(), workspace: Mutex::default() };
         Ok(Cuda(Arc::new(gpu)))
     }

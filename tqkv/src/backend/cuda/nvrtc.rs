@@ -12,7 +12,8 @@ use std::sync::OnceLock;
 const PATH_VARIABLE: &str = "TQKV_NVRTC";
 
 /// What the kernels include.
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 5] = [
+    ("attention.cuh", include_str!("kernels/attention.cuh")),
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("codec.cuh", include_str!("kernels/codec.cuh")),
     ("rotate.cuh", include_str!("kernels/rotate.cuh")),
@@ -37,10 +38,19 @@ impl Source {
     /// What the compiled code is kept under.
     pub fn key(&self, architecture: &str, version: (i32, i32)) -> u128 {
         let mut digest = cache::Digest::new();
-        for (name, text) in HEADERS {
-            digest.add(name.as_bytes()).add(text.as_bytes());
+        // Headers that it includes, directly or through others.
+        let mut included = vec![&*self.text];
+        let mut i = 0;
+        while i < included.len() {
+            for (name, text) in HEADERS {
+                if included[i].contains(&format!("#include \"{name}\"")) && !included.contains(&text) {
+                    included.push(text);
+                }
+            }
+            digest.add(included[i].as_bytes());
+            i += 1;
         }
-        digest.add(self.text.as_bytes()).add(architecture.as_bytes());
+        digest.add(architecture.as_bytes());
         for option in &self.options {
             digest.add(option.as_bytes());
         }
@@ -155,7 +165,8 @@ impl Nvrtc {
         let headers = HEADERS.iter().map(|(n, t)| Ok((text(n)?, text(t)?))).collect::<Result<Vec<_>>>()?;
         let names: Vec<_> = headers.iter().map(|h| h.0.as_ptr()).collect();
         let texts: Vec<_> = headers.iter().map(|h| h.1.as_ptr()).collect();
-        let fixed = [&format!("--gpu-architecture={architecture}"), "--std=c++17", "-default-device", "--ptxas-options=-v"];
+        let fixed =
+            [&format!("--gpu-architecture={architecture}"), "--std=c++17", "-default-device", "--ptxas-options=-v"];
         let options = fixed.into_iter().chain(source.options.iter().map(String::as_str));
         let options = options.map(text).collect::<Result<Vec<_>>>()?;
         let options: Vec<_> = options.iter().map(|o| o.as_ptr()).collect();

@@ -157,7 +157,8 @@ pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Plan {
     // Equal pieces waste nothing where they come out even; cutting at quotas always comes out even but cuts more.
     let mut best: Option<(usize, Vec<Vec<Piece>>)> = None;
     if groups.len() <= 4 * blocks {
-        let mut chunks: Vec<usize> = (1..=blocks).map(|s| longest.div_ceil(s)).chain([total.div_ceil(blocks)]).collect();
+        let mut chunks: Vec<usize> =
+            (1..=blocks).map(|s| longest.div_ceil(s)).chain([total.div_ceil(blocks)]).collect();
         chunks.sort_unstable();
         chunks.dedup();
         for chunk in chunks {
@@ -305,8 +306,7 @@ mod tests {
 
     #[test]
     fn long_contexts_fill_the_device_evenly() {
-        let problem =
-            Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, blocks: 132, causal: true, window: None };
+        let problem = Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, blocks: 132, causal: true, window: None };
         for lens in [vec![(0, 131_072, 1)], vec![(0, 32_768, 1); 8], vec![(0, 8192, 1); 32]] {
             let plan = plan(&problem, &spans(&lens));
             let tiles = |items: &[Item]| items.iter().map(|i| i.tile_end - i.tile_begin).sum::<u32>();

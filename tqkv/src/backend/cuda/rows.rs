@@ -170,7 +170,11 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Resu
             turn: tables.turn,
             kv_heads: pool.kv_heads() as u32,
             rows: to_u32("new vectors", op.batch.tokens() * pool.kv_heads())?,
-            unit: if row.scaling() == Scaling::BlockRms { row.scale_factor_d512() } else { (row.head_dim() as f32).sqrt() },
+            unit: if row.scaling() == Scaling::BlockRms {
+                row.scale_factor_d512()
+            } else {
+                (row.head_dim() as f32).sqrt()
+            },
             per_cell: cells.map_or(0.0, |c| c.per_unit),
             limit: cells.map_or(0.0, |c| c.limit),
             first_cell: cells.map_or(0.0, |c| c.first),
@@ -217,15 +221,9 @@ struct DequantizeParams {
     restored: u32,
     head_major: u32,
     unit: f32,
-    pad: u32,
 }
 
-pub(super) fn dequantize_source(
-    row: &RowFormat,
-    out: DType,
-    out_aligned: u32,
-    code_alignment: u64,
-) -> Source {
+pub(super) fn dequantize_source(row: &RowFormat, out: DType, out_aligned: u32, code_alignment: u64) -> Source {
     let options = row_defines("ROW_", row).into_iter().chain([
         format!("-DCODE_ALIGN={code_alignment}"),
         format!("-DOUT_TYPE={}", type_number(out)),
@@ -260,7 +258,6 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize) -> Result<Prepared> {
         restored: (op.domain == Domain::Original) as u32,
         head_major: (op.order == RowOrder::HeadMajor) as u32,
         unit: scale_unit(row),
-        pad: 0,
     };
     let mut keep = vec![op.batch.device_table().clone(), op.out.clone()];
     keep.extend(pool.buffers().cloned());

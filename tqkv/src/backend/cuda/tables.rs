@@ -105,7 +105,13 @@ pub(super) fn row_defines(side: &str, row: &RowFormat) -> [String; 4] {
     let packing = match row.packing() {
         Packing::Dense => 0,
         Packing::Byte => 1,
-        Packing::Float(dtype) => if dtype.size() == 2 { 2 } else { 3 },
+        Packing::Float(dtype) => {
+            if dtype.size() == 2 {
+                2
+            } else {
+                3
+            }
+        }
     };
     let scaling = match row.scaling() {
         Scaling::None => 0,

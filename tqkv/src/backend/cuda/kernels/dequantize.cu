@@ -15,7 +15,6 @@ struct Params {
     u32 restored;    // else the rows stay rotated
     u32 head_major;  // out is [kv_heads, count, D], else [count, kv_heads, D]
     float unit;      // what a stored scale is multiplied by, or divided by if it is a block's
-    u32 pad;
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
