@@ -38,6 +38,8 @@ impl Workspace {
     }
 }
 
+/// Precision follows the queries' type: f16 and bf16 are answered by tensor cores, in f16 products and f32 sums; f32 by plain
+/// cores in f32, which is slower. So are shapes that the tensor-core kernel does not take.
 pub(super) fn attention(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
     let limit = gpu.stream.context.limits.shared_memory as usize;
     match Shape::of(op).and_then(|shape| Variant::choose(&shape, limit)) {
@@ -65,6 +67,9 @@ impl Shape {
     fn of(op: &Attention) -> Option<Self> {
         let queries = op.batch.spans().iter().map(|s| s.new as usize).max()?;
         let buffers = || [&op.key, &op.value].into_iter().flat_map(PagePool::buffers);
+        if op.q.dtype() == DType::F32 {
+            return None;
+        }
         let at = |unit: u64| buffers().all(|b| address(b).is_multiple_of(unit));
         at(2).then(|| Shape {
             key: *op.key.row(),
@@ -339,6 +344,11 @@ struct PlainParams {
     sinks: u64,
     spans: u64,
     table: u64,
+    partial: u64,
+    partial_ml: u64,
+    counters: u64,
+    splits: u32,
+    pad: u32,
     sequences: u32,
     kv_heads: u32,
     heads: u32,
@@ -379,6 +389,13 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         pad: 0,
     };
     let (key, value) = (gpu.tables(op.key.row())?, gpu.tables(op.value.row())?);
+    let (rows, d) = (op.batch.tokens() * op.heads, op.key.row().head_dim());
+    // Two blocks for every multiprocessor, of 128 positions at least.
+    let longest = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).max().unwrap_or(0);
+    let wanted = 2 * gpu.stream.context.limits.multiprocessors as usize;
+    let splits = wanted.div_ceil(rows).min(longest.div_ceil(128)).max(1);
+    let sums = rows * splits * d * 4;
+    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + rows * splits * 16, rows * 4)?;
     let params = PlainParams {
         sides: [side(&op.key, &key), side(&op.value, &value)],
         q: address(&op.q),
@@ -387,6 +404,11 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         sinks: op.params.sinks.as_ref().map_or(0, address),
         spans: address(op.batch.device_spans()),
         table: address(op.batch.device_table()),
+        partial: partial.address,
+        partial_ml: partial.address + sums as u64,
+        counters: counters.address,
+        splits: splits as u32,
+        pad: 0,
         sequences: op.batch.sequences() as u32,
         kv_heads: op.key.kv_heads() as u32,
         heads: to_u32("heads", op.heads)?,
@@ -398,7 +420,9 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         scale: op.params.scale,
         softcap: op.params.softcap.unwrap_or(0.0),
     };
-    let blocks = to_u32("query rows", op.batch.tokens() * op.heads)?;
+    let blocks = to_u32("query rows", rows * splits)?;
     let source = plain_source(op.key.row(), op.value.row(), op.q.dtype(), op.out.dtype());
-    gpu.prepare(&source, blocks, &params, buffers(op))
+    let mut prepared = gpu.prepare(&source, blocks, &params, buffers(op))?;
+    prepared.memory.extend([partial, counters]);
+    Ok(prepared)
 }

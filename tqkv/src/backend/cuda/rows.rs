@@ -118,7 +118,10 @@ pub(super) struct QuantizeShape<'a> {
 }
 
 pub(super) fn quantize_source(sides: [QuantizeShape; 2]) -> Source {
-    let mut options = vec![format!("-DZERO_NORM={ZERO_NORM:e}f")];
+    let [a, b] = &sides;
+    let kind = |s: &QuantizeShape| (s.row.codec(), s.row.head_dim(), s.input, s.input_aligned, s.code_alignment);
+    let same = (kind(a) == kind(b)) as u32;
+    let mut options = vec![format!("-DZERO_NORM={ZERO_NORM:e}f"), format!("-DSAME={same}")];
     let mut shared = 0;
     for (name, side) in ["A_", "B_"].into_iter().zip(sides) {
         let row = side.row;

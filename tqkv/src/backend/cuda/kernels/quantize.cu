@@ -1,6 +1,6 @@
 // Encodes new vectors of one or two pools (K and V) in one launch. For each side A and B, -D: X_HEAD_DIM, X_BITS, X_PACKING,
 // X_SCALING, X_TYPE (of the input), X_ALIGNED (the input, to 16 bytes), X_CODE_ALIGN (bytes), X_CELLS, X_CELL_REPLICAS.
-// For all: ZERO_NORM, PARAMS_BYTES. Dynamic shared memory: the larger of the sides' Encoder::BYTES.
+// For all: ZERO_NORM, PARAMS_BYTES, SAME (the sides differ in nothing). Dynamic shared memory: the larger of the sides' Encoder::BYTES.
 //
 // A code is the number of decision boundaries below an element. To find it without a search, the line is cut into cells of one
 // size, each with at most one boundary: an entry holds the cell's boundary and the number of those below it.
@@ -55,20 +55,26 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
         for (int i = threadIdx.x; i < R::TABLE; i += THREADS) ((float*)(shared + CELL_BYTES))[i] = s.squares[i / R::REPLICAS];
     }
 
-    // COUNT elements from `x` to codes, and the squares of their levels. A zero vector has gain 0: its elements get the code
-    // below the boundary at zero.
-    template <int COUNT> static DEVICE void assign(const Side& s, const u8* shared, const float* x, float gain, u32* code, float* square) {
+    // A run of eight elements to packed codes; `x` becomes the squares of their levels. A zero vector has gain 0: its elements
+    // get the code below the boundary at zero.
+    static DEVICE u64 assign(const Side& s, const u8* shared, float* x, float gain) {
         // The sum with `first_cell` has the cell's number in its low bits.
         const u32 base = threadIdx.x % REPLICAS * 8 - 0x4b400000u * (REPLICAS * 8);
         const float* squares = (const float*)(shared + CELL_BYTES) + threadIdx.x % R::REPLICAS;
+        u32 low = 0, high = 0;
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) {
-            const float u = fminf(fmaxf(x[k] * gain, -s.limit), s.limit);
+        for (int i = 0; i < 8; i++) {
+            const float u = fminf(fmaxf(x[i] * gain, -s.limit), s.limit);
             const u32 at = __float_as_uint(__fmaf_rn(u, s.per_cell, s.first_cell)) * (REPLICAS * 8) + base;
             const uint2 cell = *(const uint2*)(shared + at);
-            code[k] = cell.y + (u > __uint_as_float(cell.x));
-            if (R::SCALING == SCALE_CORRECTED) square[k] = squares[code[k] * R::REPLICAS];
+            const u32 code = cell.y + (u > __uint_as_float(cell.x));
+            if (R::SCALING == SCALE_CORRECTED) x[i] = squares[code * R::REPLICAS];
+            const int bit = i * R::STORED;
+            if (bit < 32) low |= code << bit;
+            if (bit < 32 && bit + R::STORED > 32) high |= code >> (32 - bit);
+            if (bit >= 32) high |= code << (bit - 32);
         }
+        return (u64)high << 32 | low;
     }
 
     static DEVICE void run(const Side& s, const u8* shared, float (&x)[R::N], u32 row, int lane, bool valid) {
@@ -81,38 +87,30 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
             return;
         }
         rotate<R>(x, s.turn, lane);
-        u32 code[R::N];
-        constexpr int PARTS = R::SCALING == SCALE_BLOCK_RMS ? R::SCALES : 1, PART = R::N / PARTS;
+        constexpr int PARTS = R::SCALING == SCALE_BLOCK_RMS ? R::SCALES : 1, PART = R::N / PARTS, RUNS = R::RUNS / PARTS;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             float square[PART];
 #pragma unroll
             for (int k = 0; k < PART; k++) square[k] = x[part * PART + k] * x[part * PART + k];
-            constexpr int RUNS = R::RUNS / PARTS;
             const float sum = fold_squares<R::GROUP, RUNS, R::BLOCKS>(square);
             const float norm = __fsqrt_rn(R::SCALING == SCALE_BLOCK_RMS ? __fdiv_rn(sum, 256.f) : sum);
             const bool finite = is_finite(norm);
             const float gain = norm <= ZERO_NORM ? 0.f : __fmul_rn(__fdiv_rn(1.f, norm), s.unit);
-            assign<PART>(s, shared, x + part * PART, gain, code + part * PART, square);
-            if (!finite)
 #pragma unroll
-                for (int k = 0; k < PART; k++) code[part * PART + k] = 0;
+            for (int r = part * PART / 8; r < (part + 1) * PART / 8; r++) {
+                const u64 packed = assign(s, shared, x + r * 8, gain);
+                u8* const to = codes + R::element(r, lane) / 8 * R::STORED;
+                if (valid) store_bytes<R::STORED, run_align()>(to, finite ? packed : 0);
+            }
+            float scale = finite ? norm : __uint_as_float(0x7fc00000u);
             if constexpr (R::SCALING == SCALE_CORRECTED) {
-                const float scale = __fdiv_rn(norm, __fsqrt_rn(fold_squares<R::GROUP, RUNS, R::BLOCKS>(square)));
+                scale = __fdiv_rn(norm, __fsqrt_rn(fold_squares<R::GROUP, RUNS, R::BLOCKS>(x)));
                 if (valid && lane == 0) ((u16*)s.scales)[row] = finite ? f16_from_f32(scale) : 0x7e00;
-            } else {
-                const float scale = finite ? norm : __uint_as_float(0x7fc00000u);
-                if (valid && lane == 0) ((float*)s.scales)[(u64)row * PARTS + part] = scale;
+            } else if (valid && lane == 0) {
+                ((float*)s.scales)[(u64)row * PARTS + part] = scale;
             }
         }
-        if (valid)
-#pragma unroll
-            for (int r = 0; r < R::N / 8; r++) {
-                u64 packed = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) packed |= (u64)code[r * 8 + i] << (i * R::STORED);
-                store_bytes<R::STORED, run_align()>(codes + R::element(r, lane) / 8 * R::STORED, packed);
-            }
     }
     // Runs of eight codes lie at multiples of STORED bytes.
     static constexpr int run_align() {
@@ -145,6 +143,11 @@ DEVICE void encode(const Params& p, const Side& s, u32 block, u32 blocks) {
 extern "C" __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Params p) {
     typedef Row<A_HEAD_DIM, A_BITS, A_PACKING, A_SCALING, A_CODE_ALIGN> A;
     typedef Row<B_HEAD_DIM, B_BITS, B_PACKING, B_SCALING, B_CODE_ALIGN> B;
-    if (blockIdx.x < p.a_blocks) encode<A, A_CELLS, A_CELL_REPLICAS, A_TYPE, A_ALIGNED>(p, p.side[0], blockIdx.x, p.a_blocks);
+    if constexpr (SAME) {
+        // One copy of the code serves both.
+        const bool b = blockIdx.x >= p.a_blocks;
+        encode<A, A_CELLS, A_CELL_REPLICAS, A_TYPE, A_ALIGNED>(
+            p, p.side[b], b ? blockIdx.x - p.a_blocks : blockIdx.x, b ? gridDim.x - p.a_blocks : p.a_blocks);
+    } else if (blockIdx.x < p.a_blocks) encode<A, A_CELLS, A_CELL_REPLICAS, A_TYPE, A_ALIGNED>(p, p.side[0], blockIdx.x, p.a_blocks);
     else encode<B, B_CELLS, B_CELL_REPLICAS, B_TYPE, B_ALIGNED>(p, p.side[1], blockIdx.x - p.a_blocks, gridDim.x - p.a_blocks);
 }

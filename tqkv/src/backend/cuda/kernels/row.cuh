@@ -101,6 +101,16 @@ template <typename S> DEVICE void restore(float (&x)[S::N], const Turn& t, int l
     apply_signs<S>(x, t.signs, lane);
 }
 
+// Folds the upper half onto the lower, H sums each, and goes on until H is STOP. (A recursion: of loops over shrinking halves
+// the compiler makes local memory.)
+template <int H, int STOP> DEVICE void fold_halves(float* sum) {
+    if constexpr (H > STOP) {
+#pragma unroll
+        for (int j = 0; j < H; j++) sum[j] += sum[j + H];
+        fold_halves<H / 2, STOP>(sum);
+    }
+}
+
 // The sum of SETS * 8 * RUNS squares a lane: sets first, one after the other, then halves folded onto each other. All lanes of
 // the group get it.
 template <int GROUP, int RUNS, int SETS> DEVICE float fold_squares(const float* square) {
@@ -111,18 +121,29 @@ template <int GROUP, int RUNS, int SETS> DEVICE float fold_squares(const float* 
 #pragma unroll
         for (int b = 1; b < SETS; b++) sum[j] += square[b * RUNS * 8 + j];
     }
+    fold_halves<RUNS * 4, 4>(sum);
+    // Lanes, the farthest first. As long as it has more than two sums, a lane hands half of them over and adds the other's
+    // to those it keeps: odd ones and even ones part at the first step, then those that are left.
+    constexpr int SPLITS = GROUP >= 4 ? 2 : GROUP / 2, LEFT = 8 >> SPLITS;
+    const int lane = threadIdx.x % GROUP;
 #pragma unroll
-    for (int h = RUNS / 2; h > 0; h >>= 1)
+    for (int step = 0; step < SPLITS; step++) {
+        const int h = GROUP / 2 >> step;
 #pragma unroll
-        for (int j = 0; j < h * 8; j++) sum[j] += sum[j + h * 8];
+        for (int j = 0; j < 4 >> step; j++) {
+            const float even = sum[2 * j], odd = sum[2 * j + 1];
+            const float other = __shfl_xor_sync(~0u, lane & h ? even : odd, h);
+            sum[j] = (lane & h ? odd : even) + other;
+        }
+    }
 #pragma unroll
-    for (int h = GROUP / 2; h > 0; h >>= 1)
+    for (int h = GROUP / 2 >> SPLITS; h > 0; h >>= 1)
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += __shfl_xor_sync(~0u, sum[j], h);
+        for (int j = 0; j < LEFT; j++) sum[j] += __shfl_xor_sync(~0u, sum[j], h);
+    // Within the run of eight, the farthest first.
+    fold_halves<LEFT / 2, 0>(sum);
 #pragma unroll
-    for (int h = 4; h > 0; h >>= 1)
-#pragma unroll
-        for (int j = 0; j < h; j++) sum[j] += sum[j + h];
+    for (int step = SPLITS - 1; step >= 0; step--) sum[0] += __shfl_xor_sync(~0u, sum[0], GROUP / 2 >> step);
     return sum[0];
 }
 
