@@ -8,6 +8,8 @@
 //   dynamic shared memory: the value of the module's global `attention_shared_bytes` (u32), which the host reads back after
 //   loading, or the same arithmetic as in `Layout`. Above 48 KiB the function attribute must be raised.
 //
+// NVRTC options: --std=c++17 -default-device (NVRTC 12.9 to 13.5 were tried); headers: all *.cuh beside this file, nothing else.
+//
 // Macros (-D), all required unless a default is named:
 //   HEAD_DIM               multiple of 16
 //   K_BITS, V_BITS         bits a stored code takes: 2 to 8, or 16 for a dense f16 cache. Seed 5 and 6 bit: 8 (a code a byte),
@@ -26,8 +28,8 @@
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
 // 163 on sm_80, 99 on sm_86, sm_89, sm_120): 8 x 64, 12 x 32 (HEAD_DIM <= 128 only: 168 registers), 8 x 32, 8 x 16, 4 x 16, 2 x 16,
-// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a
-// warp are faster with TILE = 32.
+// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less
+// than two tiles of 64 a warp are faster with TILE = 32.
 //
 // PLAN
 //
