@@ -59,22 +59,23 @@ def codecs(name):
 
 
 # ---------------------------------------------------------------- specialisation
-CHOICES = [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)]
+# (warps, tile, wide tables, stages), the first that fits
+CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
 
 
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
                  shared_limit=227 * 1024, macros=()):
         self.k, self.v = codecs(codec)
-        self.d, self.codec, self.tiles_n, self.stages = d, codec, tiles_n, stages
+        self.d, self.codec, self.tiles_n, self.stages, self.wide = d, codec, tiles_n, stages, 1
         self.q_type, self.out_type, self.macros = q_type, out_type, macros
         self.const_page = 0 if contiguous else page_size
         self.plain = codec == "f32"  # attention_f32.cu
         if self.plain:
             warps, tile = 4, 64
         elif warps is None:
-            for warps, tile in CHOICES:
-                if tile > 32 and tiles_n > 1: continue
+            for warps, tile, self.wide, self.stages in CHOICES:
+                if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
         self.run = tile if page_size % tile == 0 else 16 if page_size % 16 == 0 else 1
@@ -84,7 +85,7 @@ class Variant:
         k, v, d = self.k, self.v, self.d
         entries = {2: 256, 3: 64, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
         same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale)
-        wide = [c.bits in (2, 4, 8) or (same and c.bits in (3, 6)) for c in (k, v)]
+        wide = [self.wide and (c.bits in (2, 4, 8) or (same and c.bits in (3, 6))) for c in (k, v)]
         tables = 65536 if wide[0] or (wide[1] and not same) else 0
         tables += 0 if wide[0] else entries[k.bits] * 128
         tables += 0 if same or wide[1] else entries[v.bits] * 128
@@ -97,7 +98,7 @@ class Variant:
     def options(self):
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
-                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page)
+                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide)
         if self.plain: m = {k: m[k] for k in ("HEAD_DIM", "TILE", "Q_TYPE", "OUT_TYPE", "PAGE_SIZE")}
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 

@@ -8,6 +8,8 @@
 //   dynamic shared memory: the value of the module's global `attention_shared_bytes` (u32), which the host reads back after
 //   loading, or the same arithmetic as in `Layout`. Above 48 KiB the function attribute must be raised.
 //
+// NVRTC options: --std=c++17 -default-device (NVRTC 12.9 to 13.5 were tried); headers: all *.cuh beside this file, nothing else.
+//
 // Macros (-D), all required unless a default is named:
 //   HEAD_DIM               multiple of 16
 //   K_BITS, V_BITS         bits a stored code takes: 2 to 8, or 16 for a dense f16 cache. Seed 5 and 6 bit: 8 (a code a byte),
@@ -17,13 +19,17 @@
 //   Q_TYPE, OUT_TYPE       0 f32, 1 f16, 2 bf16
 //   TILES_N                query rows of a work item over 8: 1, 2 or 4 (see PLAN). Registers set the limit: TILES_N * HEAD_DIM
 //                          of at most 576 and TILES_N of at most 4
-//   WARPS, TILE, STAGES    warps a block (2 to 8), positions a warp copies at once (16, 32, 64), copies in flight and in use (2)
+//   WARPS, TILE, STAGES    warps a block (1 to 12), positions a warp copies at once (16, 32, 64), copies in flight and in use (2; 1
+//                          waits for every copy)
+//   WIDE_TABLES            1 (default) or 0: smaller and slower tables, see codec.cuh
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
 //   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
 //
-// Choice of WARPS and TILE: bytes a position B = HEAD_DIM * (K_BITS + V_BITS) / 8 + scales. The largest TILE in 64, 32, 16 with
-// 8 warps, then 16 with 4 and with 2 warps, whose Layout fits the device's shared memory a block (and TILE <= 32 if TILES_N > 1).
+// Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
+// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 8 x 64, 12 x 32 (HEAD_DIM <= 128 only: 168 registers), 8 x 32, 8 x 16, 4 x 16, 2 x 16,
+// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less
+// than two tiles of 64 a warp are faster with TILE = 32.
 //
 // PLAN
 //
@@ -91,7 +97,7 @@ typedef Side<V_BITS, V_SCALE> V;
 struct Layout {
     static constexpr bool SHARED_TABLE = K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
     // Six-bit fields (3 bits in pairs, 6 bits) with a table for both places that a field can have in a byte; see codec.cuh.
-    static constexpr bool K_BOTH = Codec<K_BITS>::SIX && SHARED_TABLE, V_BOTH = K_BOTH;
+    static constexpr bool K_BOTH = WIDE_TABLES && Codec<K_BITS>::SIX && SHARED_TABLE, V_BOTH = K_BOTH;
     static constexpr bool K_WIDE = Codec<K_BITS>::BYTE_INDEX || K_BOTH;
     static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
     static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;

@@ -8,14 +8,19 @@
 // half of each 256 bytes and the value's the upper. Six-bit fields (3 bits in pairs, 6 bits) begin at bit 0, 2, 4 or 6 of a byte;
 // shifting the stream by 4 leaves 0 and 2. Where key and value share a codec, both halves of the 256 bytes are theirs: one table
 // for fields in a byte's lower six bits and one for the upper, and the index again is a byte.
+// WIDE_TABLES=0 keeps all lines 128 bytes apart, at one more instruction a look-up, for devices with little shared memory.
 #pragma once
 #include "common.cuh"
+
+#ifndef WIDE_TABLES
+#define WIDE_TABLES 1
+#endif
 
 template <int BITS> struct Codec {
     static constexpr bool DENSE = BITS == 16;
     static constexpr int CODES = BITS == 2 ? 4 : BITS <= 4 ? 2 : 1;
     static constexpr bool SIX = BITS == 3 || BITS == 6;
-    static constexpr bool BYTE_INDEX = BITS == 2 || BITS == 4 || BITS == 8;
+    static constexpr bool BYTE_INDEX = WIDE_TABLES && (BITS == 2 || BITS == 4 || BITS == 8);
     static constexpr int ENTRIES = DENSE ? 0 : 1 << (BITS * CODES % 16);
     static constexpr int STRIDE = BYTE_INDEX ? 256 : 128;
 };
@@ -58,8 +63,6 @@ template <int BITS, bool BOTH> DEVICE void build_table(u8* table, const u16* cod
     }
 }
 
-// The line of the index in byte K of a word.
-template <int K> DEVICE u32 byte_line(u32 word, u32 lane) { return __byte_perm(word, lane, 0x7604 | K << 4); }
 // The line of the index of N bits at bit FIRST of a stream.
 template <int FIRST, int N> DEVICE u32 bit_line(const u32* words, u32 lane) {
     constexpr int Q = FIRST / 32, R = FIRST % 32;
@@ -68,6 +71,10 @@ template <int FIRST, int N> DEVICE u32 bit_line(const u32* words, u32 lane) {
     else if constexpr (R >= 7) v = words[Q] >> (R - 7);
     else v = words[Q] << (7 - R);
     return (v & (((1u << N) - 1) << 7)) | lane;
+}
+// The line of the index in byte K of a word.
+template <int K> DEVICE u32 byte_line(u32 word, u32 lane) {
+    return WIDE_TABLES ? __byte_perm(word, lane, 0x7604 | K << 4) : bit_line<8 * K, 8>(&word, lane);
 }
 DEVICE u32 look(const u8* table, u32 line) { return *(const u32*)(table + line); }
 DEVICE uint2 look2(const u8* table, u32 line) { return *(const uint2*)(table + line); }
