@@ -42,7 +42,9 @@ impl Workspace {
 /// cores in f32, which is slower. So are shapes that the tensor-core kernel does not take.
 pub(super) fn attention(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
     let limit = gpu.stream.context.limits.shared_memory as usize;
-    match Shape::of(op).and_then(|shape| Variant::choose(&shape, limit)) {
+    match Shape::of(op, gpu.stream.context.limits.multiprocessors as usize)
+        .and_then(|shape| Variant::choose(&shape, limit))
+    {
         Some(variant) => tensor(gpu, op, &variant),
         None => plain(gpu, op),
     }
@@ -60,17 +62,22 @@ pub(super) struct Shape {
     pub out: DType,
     /// Whether rows may be copied 16 bytes at a time.
     pub aligned: bool,
+    /// Whether there is little for each block to do: finer tiles spread it better over its warps.
+    pub short: bool,
 }
 
 impl Shape {
     /// `None` for what the kernel does not take.
-    fn of(op: &Attention) -> Option<Self> {
+    fn of(op: &Attention, multiprocessors: usize) -> Option<Self> {
         let queries = op.batch.spans().iter().map(|s| s.new as usize).max()?;
         let buffers = || [&op.key, &op.value].into_iter().flat_map(PagePool::buffers);
         if op.q.dtype() == DType::F32 {
             return None;
         }
         let at = |unit: u64| buffers().all(|b| address(b).is_multiple_of(unit));
+        // Less than two tiles of 64 positions for each of eight warps.
+        let positions: usize = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).sum();
+        let short = positions * op.key.kv_heads() < 2 * 64 * 8 * multiprocessors;
         at(2).then(|| Shape {
             key: *op.key.row(),
             value: *op.value.row(),
@@ -79,6 +86,7 @@ impl Shape {
             q: op.q.dtype(),
             out: op.out.dtype(),
             aligned: at(16),
+            short,
         })
     }
 }
@@ -124,11 +132,17 @@ impl Variant {
         };
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
-        let needed = |warps, tile| needed_shared_memory(shape, (k, v), tiles_n, warps, tile);
-        let (warps, tile) = [(8, 64), (8, 32), (8, 16), (4, 16), (2, 16)]
+        let sizes =
+            [(8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)].into_iter().filter(|&(warps, tile)| {
+                (tile <= 32 || (tiles_n == 1 && !shape.short))
+                    && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
+            });
+        let layouts = [true, false]
             .into_iter()
-            .filter(|&(_, tile)| tile <= 32 || tiles_n == 1)
-            .find(|&(warps, tile)| needed(warps, tile) <= shared_memory)?;
+            .flat_map(|wide| sizes.clone().map(move |(warps, tile)| Layout { warps, tile, wide, stages: 2 }));
+        let last = Layout { warps: 1, tile: 16, wide: false, stages: 1 };
+        let layout = layouts.chain([last]).find(|l| l.shared_memory(shape, (k, v), tiles_n) <= shared_memory)?;
+        let Layout { warps, tile, wide, stages } = layout;
         let run = match shape.page_size {
             n if shape.aligned && n.is_multiple_of(tile) => tile,
             n if shape.aligned && n.is_multiple_of(16) => 16,
@@ -152,7 +166,8 @@ impl Variant {
             ("TILES_N", tiles_n),
             ("WARPS", warps),
             ("TILE", tile),
-            ("STAGES", STAGES),
+            ("STAGES", stages),
+            ("WIDE_TABLES", wide as usize),
             ("RUN", run),
             ("PAGE_SIZE", constant_page),
         ];
@@ -172,30 +187,42 @@ impl Variant {
     }
 }
 
-/// Copies of a tile in flight and in use.
-const STAGES: usize = 2;
+/// How a block of the tensor-core kernel divides its shared memory.
+#[derive(Clone, Copy)]
+struct Layout {
+    warps: usize,
+    /// Positions that a warp copies at once.
+    tile: usize,
+    /// Large tables, which are faster.
+    wide: bool,
+    /// Copies in flight and in use.
+    stages: usize,
+}
 
-/// `Layout::BYTES` of attention.cu.
-fn needed_shared_memory(shape: &Shape, (k, v): (Side, Side), tiles_n: usize, warps: usize, tile: usize) -> usize {
-    let d = shape.key.head_dim();
-    let entries = |s: Side| match s.bits {
-        2 | 4 | 8 => 256,
-        5 => 32,
-        3 | 6 => 64,
-        7 => 128,
-        _ => 0,
-    };
-    let same = k == v;
-    let wide = |s: Side| matches!(s.bits, 2 | 4 | 8) || (same && matches!(s.bits, 3 | 6));
-    let mut tables = if wide(k) || (wide(v) && !same) { 65536 } else { 0 };
-    tables += if wide(k) { 0 } else { entries(k) * 128 };
-    tables += if same || wide(v) { 0 } else { entries(v) * 128 };
-    let row_bytes = |s: Side, row: &RowFormat| d * s.bits / 8 + row.scales_per_row() * s.scale / 8;
-    let stage = (tile * (row_bytes(k, &shape.key) + row_bytes(v, &shape.value))).next_multiple_of(128);
-    let rows = 8 * tiles_n;
-    let (sums, queries) = (warps * 2048, rows * d * 2);
-    let scratch = if tiles_n * d <= 256 { sums.max(queries) } else { sums + queries };
-    tables + warps * STAGES * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 2) * rows * 4 + 16
+impl Layout {
+    /// `Layout::BYTES` of attention.cu.
+    fn shared_memory(self, shape: &Shape, (k, v): (Side, Side), tiles_n: usize) -> usize {
+        let d = shape.key.head_dim();
+        let entries = |s: Side| match s.bits {
+            2 | 4 | 8 => 256,
+            5 => 32,
+            3 | 6 => 64,
+            7 => 128,
+            _ => 0,
+        };
+        let same = k == v;
+        let wide = |s: Side| self.wide && (matches!(s.bits, 2 | 4 | 8) || (same && matches!(s.bits, 3 | 6)));
+        let mut tables = if wide(k) || (wide(v) && !same) { 65536 } else { 0 };
+        tables += if wide(k) { 0 } else { entries(k) * 128 };
+        tables += if same || wide(v) { 0 } else { entries(v) * 128 };
+        let row_bytes = |s: Side, row: &RowFormat| d * s.bits / 8 + row.scales_per_row() * s.scale / 8;
+        let stage = (self.tile * (row_bytes(k, &shape.key) + row_bytes(v, &shape.value))).next_multiple_of(128);
+        let rows = 8 * tiles_n;
+        let (sums, queries) = (self.warps * 2048, rows * d * 2);
+        let scratch = if tiles_n * d <= 256 { sums.max(queries) } else { sums + queries };
+        let pipes = self.warps * self.stages * stage;
+        tables + pipes + rows * (d + 4) * 4 + scratch + (2 * self.warps + 2) * rows * 4 + 16
+    }
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -61,11 +61,20 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
             if matches!(d, 80 | 128) {
                 all.push(dequantize_source(&row, dtype, 0, 1));
             }
-            let shape =
-                Shape { key: row, value: row, page_size: 16, query_rows: 2, q: dtype, out: dtype, aligned: true };
-            if d == 128 || Variant::choose(&shape, usize::MAX).is_none() {
-                all.push(plain_source(&row, &row, DType::F32, DType::F32));
+            let shape = Shape {
+                key: row,
+                value: row,
+                page_size: 16,
+                query_rows: 2,
+                q: dtype,
+                out: dtype,
+                aligned: true,
+                short: true,
+            };
+            if Variant::choose(&shape, usize::MAX).is_none() {
+                all.push(plain_source(&row, &row, DType::F16, DType::F16));
             }
+            all.push(plain_source(&row, &row, DType::F32, DType::F32));
         }
         let row = RowFormat::new(Codec::tq(4), d).unwrap();
         all.push(rotate_source(&row, Direction::Forward, DType::F32, DType::F16, 1));
@@ -79,42 +88,29 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
     const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
     let mut all = vec![];
     let mut add = |key, value, page_size, query_rows, q, out| {
-        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true };
+        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true, short: true };
         all.extend(Variant::choose(&shape, shared_memory));
     };
     let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());
     for &d in head_dims {
         for row in codecs(d) {
-            add(row, row, 16, 2, DType::F32, DType::F32);
-            if d == 128 {
-                add(row, row, 64, 4, DType::F16, DType::F16);
+            add(row, row, 64, 4, DType::F16, DType::F16);
+            if matches!(d, 80 | 128) {
+                // Pages that hold no whole tile; several and many query rows.
+                add(row, row, 9, 1, DType::F16, DType::F16);
+                add(row, row, 64, 16, DType::F16, DType::F16);
                 add(row, row, 64, 64, DType::F16, DType::F16);
             }
         }
-        let pairs = [(5, 4), (4, 3), (8, 2), (3, 7), (3, 3), (4, 4)].map(|(k, v)| pair(Codec::tq(k), Codec::tq(v), d));
-        for (k, v) in pairs.into_iter().filter(|_| matches!(d, 64 | 80 | 112 | 128)) {
-            // Pages that hold no whole tile, and few, several and many query rows.
-            add(k, v, 9, 3, DType::F32, DType::F32);
-            for (page_size, query_rows) in [(16, 4), (16, 16), (16, 64), (64, 4), (64, 16), (64, 64)] {
-                add(k, v, page_size, query_rows, DType::F32, DType::F32);
-            }
+        for (k, v) in [(5, 4), (4, 3), (8, 2)].map(|(k, v)| pair(Codec::tq(k), Codec::tq(v), d)) {
+            add(k, v, 64, 4, DType::F16, DType::F16);
         }
     }
-    if head_dims.contains(&128) {
+    for d in [128].into_iter().filter(|d| head_dims.contains(d)) {
         for codec in [Codec::tq(4), Codec::seed(5), Codec::F16, Codec::tq(3)] {
-            let (k, v) = pair(codec, codec, 128);
-            FLOATS.iter().for_each(|&q| FLOATS.iter().for_each(|&out| add(k, v, 16, 72, q, out)));
-        }
-        for (k, v) in [
-            (Codec::seed(8), Codec::tq(4)),
-            (Codec::F16, Codec::tq(4)),
-            (Codec::tq(6), Codec::F16),
-            (Codec::F16, Codec::F16),
-            (Codec::seed(5), Codec::seed(6)),
-        ] {
-            let (k, v) = pair(k, v, 128);
-            for (page_size, query_rows) in [(9, 4), (9, 16), (16, 4), (16, 64), (64, 4), (64, 64)] {
-                add(k, v, page_size, query_rows, DType::F32, DType::F32);
+            let (k, v) = pair(codec, codec, d);
+            for q in [DType::F16, DType::BF16] {
+                FLOATS.iter().for_each(|&out| add(k, v, 16, 72, q, out));
             }
         }
     }
@@ -270,4 +266,87 @@ fn kernels_in_numbers() {
         });
         println!("  1 x 32768 with a new batch each: {:.4} ms", t * 1e3);
     }
+}
+
+/// The judge of tensor cores: the CPU backend, over the same bytes. f32 queries, which the conformance suite has most of, go
+/// to plain cores.
+#[test]
+fn tensor_cores_are_close_to_the_cpu() {
+    let Ok(device) = Device::open("cuda") else {
+        let required = std::env::var("TQKV_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|r| r == "cuda"), "TQKV_REQUIRE names cuda");
+        eprintln!("SKIPPED: tensor cores: no CUDA device");
+        return;
+    };
+    let cpu = Device::cpu();
+    let mut state = 1u64;
+    let mut normal = move || {
+        let mut unit = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) as f32 + 0.5) / (1u64 << 31) as f32
+        };
+        (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
+    };
+    let mut worst = (0.0, String::new());
+    let mut failures = vec![];
+    for d in [64, 80, 96, 112, 128, 192, 256, 512, 576] {
+        let mixed = [(5, 4), (4, 3), (8, 2)].map(|(k, v)| (Codec::tq(k), Codec::tq(v)));
+        let mixed = mixed.map(|(k, v)| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap()));
+        for (case, (key, value)) in codecs(d).into_iter().map(|c| (c, c)).chain(mixed).enumerate() {
+            if key.codec() == Codec::F32 {
+                continue;
+            }
+            // Rows of one to four tensor-core tiles, pages that hold tiles and such that do not.
+            let kinds = [(4, 1), (1, 1), (3, 5), (8, 4)];
+            let (group, new) = kinds[if matches!(d, 80 | 128) { case % 4 } else { 0 }];
+            let page = if group == 1 { 9 } else { 64 };
+            let (kv_heads, lens) = (2usize, [700usize, 33, 64 + new]);
+            let heads = kv_heads * group;
+            let used: Vec<usize> = lens.iter().map(|n| n.div_ceil(page)).collect();
+            let total: usize = used.iter().sum();
+            let mut pages = (0..total as u32).rev();
+            let tables: Vec<Vec<u32>> = used.iter().map(|&n| pages.by_ref().take(n).collect()).collect();
+            let n: usize = lens.iter().sum();
+            let kv: Vec<f32> = (0..n * kv_heads * d).map(|_| normal()).collect();
+            let q: Vec<half::f16> = (0..lens.len() * new * heads * d).map(|_| half::f16::from_f32(normal())).collect();
+            let mut params = AttentionParams::for_head_dim(d);
+            params.window = (case % 3 == 1).then_some(100);
+            params.softcap = (case % 3 == 2).then_some(10.0);
+            let (mut pools, mut outs) = (vec![], vec![]);
+            for device in [&cpu, &device] {
+                let own = [key, value].map(|row| PagePool::new(device, row, kv_heads, page, total).unwrap());
+                let batch = |new: Option<usize>| {
+                    let span = |(&len, pages): (&usize, _)| Span { first: 0, len, new: new.unwrap_or(len), pages };
+                    let tables = tables.iter().map(Vec::as_slice);
+                    Batch::new(device, page, &lens.iter().zip(tables).map(span).collect::<Vec<_>>()).unwrap()
+                };
+                let x = device.upload(&kv, &[n, kv_heads, d]).unwrap();
+                let q = device.upload(&q, &[lens.len() * new, heads, d]).unwrap();
+                let out = device.zeros(DType::F32, q.shape()).unwrap();
+                let mut encoder = device.encoder().unwrap();
+                quantize(&mut encoder, &[(&x, &own[0]), (&x, &own[1])], &batch(None)).unwrap();
+                attention(&mut encoder, &q, &own[0], &own[1], &batch(Some(new)), &params, &out, None).unwrap();
+                encoder.submit_and_wait().unwrap();
+                outs.push(out.read::<f32>().unwrap());
+                pools.push(own);
+            }
+            let name = format!("{}/{} D={d} group {group} new {new}", key.codec(), value.codec());
+            for (a, b) in pools[0].iter().zip(&pools[1]) {
+                assert!(a.codes().read::<u8>().unwrap() == b.codes().read::<u8>().unwrap(), "{name}: bytes differ");
+            }
+            for (want, got) in outs[0].chunks(d).zip(outs[1].chunks(d)) {
+                let norm = want.iter().map(|w| w * w).sum::<f32>().sqrt();
+                let error = want.iter().zip(got).map(|(w, g)| (w - g).powi(2)).sum::<f32>().sqrt() / norm;
+                if error.is_nan() || error > worst.0 {
+                    worst = (error, name.clone());
+                }
+                // Queries, levels, weights and values are rounded to f16's 2^-11 each.
+                if error.is_nan() || error > 2e-3 {
+                    failures.push(format!("{name}: {error:e}"));
+                }
+            }
+        }
+    }
+    println!("largest error {:.1e}: {}", worst.0, worst.1);
+    assert!(failures.is_empty(), "{} of them, first {:?}", failures.len(), &failures[..failures.len().min(20)]);
 }
