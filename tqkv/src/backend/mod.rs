@@ -1,6 +1,8 @@
 //! Kernels and how they are launched. Backends validate nothing: `ops` has.
 
 pub(crate) mod cpu;
+#[cfg(feature = "wgpu")]
+pub(crate) mod wgpu;
 
 use crate::compute::{Buffer, DeviceInfo, KernelSource};
 use crate::error::Result;
@@ -10,6 +12,8 @@ use crate::ops::{AttentionParams, Batch, Direction, Domain, PagePool, Positions,
 /// Memory of one allocation.
 pub(crate) enum Storage {
     Cpu(cpu::Memory),
+    #[cfg(feature = "wgpu")]
+    Wgpu(wgpu::Memory),
 }
 
 /// A device's driver.

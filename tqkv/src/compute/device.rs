@@ -41,14 +41,14 @@ struct Inner {
 }
 
 impl Device {
-    fn new(backend: Box<dyn Backend>) -> Self {
+    pub(crate) fn from_backend(backend: Box<dyn Backend>) -> Self {
         Device(Arc::new(Inner { backend, kernels: KernelRegistry::default() }))
     }
 
     /// The host's processor: always there. One device for the whole process, with one thread a logical core.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
-        CPU.get_or_init(|| Device::new(Box::new(backend::cpu::Cpu::new()))).clone()
+        CPU.get_or_init(|| Device::from_backend(Box::new(backend::cpu::Cpu::new()))).clone()
     }
 
     /// The host's processor with this many threads of its own.
@@ -56,11 +56,15 @@ impl Device {
     /// # Errors
     /// [`Error::Zero`] for no thread, [`Error::DeviceUnavailable`] if threads cannot be started.
     pub fn cpu_with_threads(threads: usize) -> Result<Self> {
-        Ok(Device::new(Box::new(backend::cpu::Cpu::with_threads(threads)?)))
+        Ok(Device::from_backend(Box::new(backend::cpu::Cpu::with_threads(threads)?)))
     }
 
     /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU.
     pub fn best() -> Self {
+        #[cfg(feature = "wgpu")]
+        if let Some(gpu) = backend::wgpu::best() {
+            return Device::from_backend(Box::new(gpu));
+        }
         Device::cpu()
     }
 
@@ -78,6 +82,9 @@ impl Device {
         };
         match (kind, index) {
             ("cpu", None) => Ok(Device::cpu()),
+            #[cfg(feature = "wgpu")]
+            ("wgpu", index) => Ok(Device::from_backend(Box::new(backend::wgpu::open(index)?))),
+            #[allow(unreachable_patterns)] // Each build has some of them.
             ("wgpu" | "cuda", _) => Err(Error::DeviceUnavailable {
                 device: name.to_owned(),
                 reason: "this build has no such backend".to_owned(),
@@ -88,7 +95,11 @@ impl Device {
 
     /// Every device that this build finds on this machine, and why others cannot be used.
     pub fn list() -> Vec<Result<DeviceInfo>> {
-        vec![Ok(Device::cpu().info())]
+        #[allow(unused_mut)] // In a build without GPU backends.
+        let mut devices = vec![Ok(Device::cpu().info())];
+        #[cfg(feature = "wgpu")]
+        devices.extend(backend::wgpu::list());
+        devices
     }
 
     /// What is known of it.

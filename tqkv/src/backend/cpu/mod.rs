@@ -77,6 +77,8 @@ impl Backend for Cpu {
 fn memory_of(storage: &Storage) -> Result<&Memory> {
     match storage {
         Storage::Cpu(memory) => Ok(memory),
+        #[allow(unreachable_patterns)] // In a build without GPU backends.
+        _ => Err(Error::WrongDevice { what: "buffer", got: "another".into(), expected: "cpu".into() }),
     }
 }
 
