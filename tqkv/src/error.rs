@@ -231,6 +231,14 @@ pub enum Error {
         /// Layers of the cache.
         layers: usize,
     },
+    /// A layer that holds nothing of its own cannot be appended to.
+    #[error("layer {layer} shares the positions of layer {source_layer}: expected a layer with its own")]
+    SharedLayer {
+        /// The layer.
+        layer: usize,
+        /// The layer that it reads.
+        source_layer: usize,
+    },
     /// Layers of a sequence hold different lengths where one length is needed: a step was left half done.
     #[error("layer {layer} of sequence {sequence} holds {got} positions: expected {expected} as in layer 0")]
     UnevenLayers {

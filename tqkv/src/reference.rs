@@ -41,7 +41,7 @@ fn transform(row: &RowFormat, x: &mut [f64]) {
         .map(|i| {
             let start = i - i % block;
             let sum: f64 = (0..block)
-                .map(|j| if (i % block & j).count_ones() % 2 == 0 { x[start + j] } else { -x[start + j] })
+                .map(|j| if ((i % block) & j).count_ones() % 2 == 0 { x[start + j] } else { -x[start + j] })
                 .sum();
             sum / (block as f64).sqrt()
         })

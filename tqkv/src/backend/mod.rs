@@ -39,6 +39,7 @@ pub(crate) trait Completion: Send {
     fn wait(self: Box<Self>) -> Result<()>;
 }
 
+#[allow(clippy::large_enum_variant)] // A list of them is short, and attention is most of it.
 /// A validated operation. Shapes stand beside the fields; D is the row's head_dim.
 pub(crate) enum Op {
     Rotate(Rotate),
@@ -46,6 +47,7 @@ pub(crate) enum Op {
     Dequantize(Dequantize),
     Attention(Attention),
     Merge(Merge),
+    Copy(Copy),
     Custom(Custom),
 }
 
@@ -95,6 +97,13 @@ pub(crate) struct Merge {
     pub parts: Vec<(Buffer, Buffer)>,
     pub out: Buffer,
     pub lse: Option<Buffer>,
+}
+
+/// Bytes from one view to another of the same size; they may share memory but do not overlap. Offsets and size are
+/// multiples of 4 bytes.
+pub(crate) struct Copy {
+    pub from: Buffer,
+    pub to: Buffer,
 }
 
 /// A kernel of the caller's own.

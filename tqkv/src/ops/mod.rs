@@ -5,6 +5,7 @@
 
 mod attention;
 mod batch;
+mod copy;
 mod dequantize;
 mod merge;
 mod pool;
@@ -13,6 +14,7 @@ mod rotate;
 
 pub use attention::{AttentionParams, attention};
 pub use batch::{Batch, NO_PAGE, Span};
+pub use copy::copy;
 pub use dequantize::{Positions, RowOrder, dequantize};
 pub use merge::merge;
 pub use pool::PagePool;

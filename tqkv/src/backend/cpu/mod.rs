@@ -7,7 +7,7 @@ mod memory;
 
 pub(crate) use memory::Memory;
 
-use super::{Backend, Completion, Custom, Dequantize, Op, Quantize, Recorder, Rotate, Storage};
+use super::{Backend, Completion, Copy, Custom, Dequantize, Op, Quantize, Recorder, Rotate, Storage};
 use crate::compute::{DeviceInfo, DeviceKind, KernelSource};
 use crate::error::{Error, Result};
 use crate::ops::{Direction, Domain, RowOrder};
@@ -125,6 +125,7 @@ fn run(op: &Op) -> Result<()> {
         Op::Dequantize(op) => dequantize(op),
         Op::Attention(op) => attention::attention(op),
         Op::Merge(op) => attention::merge(op),
+        Op::Copy(op) => copy(op),
         Op::Custom(op) => custom(op),
     }
 }
@@ -207,6 +208,16 @@ fn dequantize(op: &Dequantize) -> Result<()> {
             float::store(to, &v, row);
         }
     });
+    Ok(())
+}
+
+fn copy(op: &Copy) -> Result<()> {
+    let (from, to) = (op.from.offset(), op.to.offset());
+    if op.from.shares_memory(&op.to) {
+        memory_of(op.to.storage())?.write()?.copy_within(from..from + op.from.bytes(), to);
+    } else {
+        memory::view_mut(&op.to)?.bytes().copy_from_slice(memory::view(&op.from)?.bytes());
+    }
     Ok(())
 }
 

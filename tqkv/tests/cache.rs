@@ -1,0 +1,365 @@
+//! Random schedules against a plain model that keeps every vector.
+
+mod support;
+
+use proptest::prelude::*;
+use std::collections::HashMap;
+use support::*;
+use tqkv::cache::{LayerKind, Side};
+use tqkv::format::RowFormat;
+use tqkv::ops::*;
+use tqkv::{CacheConfig, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
+
+const KV_HEADS: usize = 2;
+const HEADS: usize = 4;
+const D: usize = 32;
+const PAGE: usize = 8;
+const WINDOW: usize = 12;
+const LAYERS: usize = 4;
+const CAPACITY: usize = 40 * PAGE;
+
+/// Full layers of two codecs, a windowed one, and one that shares with the first.
+fn config() -> CacheConfig {
+    CacheConfig::new(LAYERS, KV_HEADS, D)
+        .codec("k5v4".parse().unwrap())
+        .codec_at(1, "k3v8".parse().unwrap())
+        .kind_at(2, LayerKind::Window(WINDOW))
+        .kind_at(3, LayerKind::Shared(0))
+        .page_size(PAGE)
+        .capacity(CAPACITY)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Add,
+    /// New tokens for up to three sequences at once.
+    Append([(usize, usize); 3], usize),
+    Attend(usize, usize),
+    Fork(usize),
+    Truncate(usize, usize),
+    Free(usize),
+    Check(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let any = 0..1000usize;
+    prop_oneof![
+        1 => Just(Step::Add),
+        6 => (prop::array::uniform3((any.clone(), 0..20usize)), 1..=3usize).prop_map(|(t, n)| Step::Append(t, n)),
+        3 => (any.clone(), 1..6usize).prop_map(|(s, n)| Step::Attend(s, n)),
+        2 => any.clone().prop_map(Step::Fork),
+        3 => (any.clone(), 0..30usize).prop_map(|(s, n)| Step::Truncate(s, n)),
+        1 => any.clone().prop_map(Step::Free),
+        1 => any.prop_map(Step::Check),
+    ]
+}
+
+/// The vectors of a token: a function of its number, the layer and the side.
+fn vectors(token: u64, layer: usize, side: Side) -> Vec<f32> {
+    Rng(token * 16 + layer as u64 * 2 + (side == Side::Value) as u64).normals(KV_HEADS * D)
+}
+
+/// What a token's vectors decode to: encoded alone on the CPU, in a pool of one position.
+fn decoded(token: u64, layer: usize, side: Side) -> Vec<f32> {
+    let (cpu, pair) = (Device::cpu(), config().layer_codec(layer));
+    let row = RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap();
+    let pool = PagePool::new(&cpu, row, KV_HEADS, 1, 1).unwrap();
+    let batch = Batch::contiguous(&cpu, 1, 0, 1, 1).unwrap();
+    let x = cpu.upload(&vectors(token, layer, side), &[1, KV_HEADS, D]).unwrap();
+    let out = cpu.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+    run(&cpu, |e| {
+        quantize(e, &[(&x, &pool)], &batch)?;
+        dequantize(e, &pool, &batch, 0, 0, Domain::Rotated, RowOrder::TokenMajor, &out)
+    });
+    out.read().unwrap()
+}
+
+struct Model {
+    cache: KvCache,
+    /// Tokens of every sequence, and the oldest position that the windowed layer must still hold.
+    sequences: Vec<(SequenceId, Vec<u64>)>,
+    next_token: u64,
+    decoded: HashMap<(u64, usize, bool), Vec<f32>>,
+}
+
+impl Model {
+    fn new(device: &Device) -> Model {
+        let cache = KvCache::new(device, config()).unwrap();
+        Model { cache, sequences: vec![], next_token: 0, decoded: HashMap::new() }
+    }
+
+    fn decoded(&mut self, token: u64, layer: usize, side: Side) -> &[f32] {
+        let key = (token, layer, side == Side::Value);
+        self.decoded.entry(key).or_insert_with(|| decoded(token, layer, side))
+    }
+
+    fn pick(&self, n: usize) -> Option<usize> {
+        (!self.sequences.is_empty()).then(|| n % self.sequences.len())
+    }
+
+    fn run(&mut self, step: &Step) {
+        match *step {
+            Step::Add => {
+                if self.sequences.len() < 8 {
+                    let id = self.cache.add_sequence();
+                    self.sequences.push((id, vec![]));
+                }
+            }
+            Step::Append(ref tokens, n) => self.append(&tokens[..n]),
+            Step::Attend(s, n) => {
+                if let Some(s) = self.pick(s) {
+                    self.attend(s, n);
+                }
+            }
+            Step::Fork(s) => {
+                if let Some(s) = self.pick(s).filter(|_| self.sequences.len() < 8) {
+                    let twin = self.cache.fork(self.sequences[s].0).unwrap();
+                    self.sequences.push((twin, self.sequences[s].1.clone()));
+                }
+            }
+            Step::Truncate(s, n) => {
+                if let Some(s) = self.pick(s) {
+                    let (id, tokens) = &mut self.sequences[s];
+                    let len = tokens.len().saturating_sub(n);
+                    match self.cache.truncate(*id, len) {
+                        Ok(()) => tokens.truncate(len),
+                        // Only what the window has dropped may stand in the way.
+                        Err(Error::Positions { start, first, .. }) => assert!(start < first && first > 0),
+                        Err(e) => panic!("{e}"),
+                    }
+                }
+            }
+            Step::Free(s) => {
+                if let Some(s) = self.pick(s) {
+                    let (id, _) = self.sequences.swap_remove(s);
+                    self.cache.free_sequence(id).unwrap();
+                    assert_eq!(self.cache.len(id), Err(Error::UnknownSequence { got: number(id) }));
+                }
+            }
+            Step::Check(s) => {
+                if let Some(s) = self.pick(s) {
+                    self.check(s);
+                }
+            }
+        }
+    }
+
+    fn append(&mut self, tokens: &[(usize, usize)]) {
+        let mut chosen: Vec<(usize, usize)> = vec![];
+        for &(s, n) in tokens {
+            if let Some(s) = self.pick(s).filter(|s| chosen.iter().all(|(t, _)| t != s)) {
+                chosen.push((s, n));
+            }
+        }
+        if chosen.is_empty() {
+            return;
+        }
+        let n: usize = chosen.iter().map(|t| t.1).sum();
+        let new: Vec<u64> = (self.next_token..).take(n).collect();
+        let tokens: Vec<_> = chosen.iter().map(|&(s, n)| (self.sequences[s].0, n)).collect();
+        let device = self.cache.device().clone();
+        let mut encoder = device.encoder().unwrap();
+        for layer in 0..LAYERS - 1 {
+            let input = |side| {
+                let all: Vec<f32> = new.iter().flat_map(|&t| vectors(t, layer, side)).collect();
+                device.upload(&all, &[n, KV_HEADS, D]).unwrap()
+            };
+            let (k, v) = (input(Side::Key), input(Side::Value));
+            match self.cache.append(&mut encoder, layer, &tokens, &k, &v) {
+                Ok(()) => {}
+                Err(Error::OutOfPages { needed, free, .. }) => {
+                    assert!(needed > free, "{needed} pages are free");
+                    // The step ends here; what the layers before took goes back.
+                    encoder.submit_and_wait().unwrap();
+                    for &(s, _) in &chosen {
+                        let (id, held) = &self.sequences[s];
+                        // Windowed layers come last, so the full ones hold at least the old length.
+                        self.cache.truncate(*id, held.len()).unwrap();
+                    }
+                    return;
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
+        encoder.submit_and_wait().unwrap();
+        self.next_token += n as u64;
+        let mut new = new.into_iter();
+        for (s, n) in chosen {
+            self.sequences[s].1.extend(new.by_ref().take(n));
+        }
+    }
+
+    fn attend(&mut self, s: usize, n: usize) {
+        let (id, tokens) = self.sequences[s].clone();
+        let n = n.min(tokens.len());
+        let device = self.cache.device().clone();
+        let q = Rng(tokens.len() as u64).normals(n * HEADS * D);
+        let input = device.upload(&q, &[n, HEADS, D]).unwrap();
+        let params = AttentionParams::for_head_dim(D);
+        for layer in 0..LAYERS {
+            let source = if layer == LAYERS - 1 { 0 } else { layer };
+            let row = |side| {
+                let pair = config().layer_codec(source);
+                RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap()
+            };
+            let out = Guarded::new(&device, DType::F32, &[n, HEADS, D]);
+            let mut encoder = device.encoder().unwrap();
+            match self.cache.attend(&mut encoder, layer, &[(id, n)], &input, &out.buffer, None, &params) {
+                Ok(()) => encoder.submit_and_wait().unwrap(),
+                // Queries from before the last step may look at what the window has dropped.
+                Err(Error::Positions { start, first, .. }) if layer == 2 && start < first => continue,
+                Err(e) => panic!("{e}"),
+            }
+            let out = out.take();
+            for i in 0..n {
+                let own = tokens.len() - n + i;
+                let start = if layer == 2 { (own + 1).saturating_sub(WINDOW) } else { 0 };
+                for head in 0..HEADS {
+                    let at = head * KV_HEADS / HEADS * D;
+                    let mut rows = |side| -> Vec<Vec<f32>> {
+                        let of = |&t: &u64| self.decoded(t, source, side)[at..at + D].to_vec();
+                        tokens[start..=own].iter().map(of).collect()
+                    };
+                    let (keys, values) = (rows(Side::Key), rows(Side::Value));
+                    let r = (i * HEADS + head) * D;
+                    let rotated: Vec<f32> =
+                        reference::rotate(&row(Side::Key), &q[r..r + D]).iter().map(|&x| x as f32).collect();
+                    let query = reference::Query { q: &rotated, scale: params.scale as f64, softcap: None, sink: None };
+                    let keys: Vec<&[f32]> = keys.iter().map(Vec::as_slice).collect();
+                    let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+                    let want = reference::restore(&row(Side::Value), &reference::attention(&query, &keys, &values).0);
+                    let error = relative_error(&out[r..r + D], &want);
+                    assert!(error <= attention_tolerance(&device, DType::F32), "layer {layer}: {error:e}");
+                }
+            }
+        }
+    }
+
+    /// Every position that must be there is there to the bit; every other is an error.
+    fn check(&mut self, s: usize) {
+        let (id, tokens) = self.sequences[s].clone();
+        assert_eq!(self.cache.len(id), Ok(tokens.len()));
+        let device = self.cache.device().clone();
+        // What a GPU's encoder may round otherwise is another test's matter.
+        let exact = device.info().kind != tqkv::compute::DeviceKind::Wgpu;
+        for layer in 0..LAYERS {
+            let source = if layer == LAYERS - 1 { 0 } else { layer };
+            let start = if layer == 2 { (tokens.len() + 1).saturating_sub(WINDOW) } else { 0 };
+            for side in [Side::Key, Side::Value] {
+                let n = tokens.len() - start.min(tokens.len());
+                let range = tokens.len() - n..tokens.len();
+                let out = device.zeros(DType::F32, &[n, KV_HEADS, D]).unwrap();
+                let mut decode = |range: std::ops::Range<usize>| {
+                    let mut encoder = device.encoder().unwrap();
+                    let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
+                    self.cache.dequantize(&mut encoder, layer, side, id, range, domain, order, &out)?;
+                    encoder.submit_and_wait()
+                };
+                decode(range.clone()).unwrap();
+                let past = tokens.len()..tokens.len() + 1;
+                assert!(matches!(decode(past), Err(Error::Positions { .. })));
+                let got = out.read::<f32>().unwrap();
+                for (got, &token) in got.chunks(KV_HEADS * D).zip(&tokens[range]) {
+                    let want = self.decoded(token, source, side);
+                    let differ = got.iter().zip(want).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                    assert!(if exact { differ == 0 } else { differ <= 1 }, "layer {layer} {side:?} token {token}");
+                }
+            }
+        }
+    }
+
+    /// Frees everything: no page may be lost.
+    fn finish(mut self) {
+        for s in 0..self.sequences.len() {
+            self.check(s);
+        }
+        for (id, _) in self.sequences.drain(..) {
+            self.cache.free_sequence(id).unwrap();
+        }
+        let usage = self.cache.usage();
+        assert_eq!((usage.used, usage.free, usage.fragmentation), (0, usage.capacity, 0.0));
+        assert_eq!(usage.capacity, config().bytes().unwrap());
+    }
+}
+
+fn number(id: SequenceId) -> u64 {
+    format!("{id:?}").chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap()
+}
+
+fn schedule(device: &Device, cases: u32, steps: usize) {
+    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 2000, ..Default::default() };
+    let mut runner = proptest::test_runner::TestRunner::new_with_rng(
+        config,
+        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+    );
+    let steps = prop::collection::vec(step(), steps..=steps);
+    let result = runner.run(&steps, |steps| {
+        let mut model = Model::new(device);
+        steps.iter().for_each(|step| model.run(step));
+        model.finish();
+        Ok(())
+    });
+    if let Err(e) = result {
+        panic!("{e}");
+    }
+}
+
+#[test]
+fn random_schedules_on_the_cpu() {
+    schedule(&Device::cpu(), 60, 200);
+}
+
+#[test]
+fn random_schedules_on_wgpu() {
+    on("wgpu", |device| schedule(device, 4, 60));
+}
+
+#[test]
+fn random_schedules_on_cuda() {
+    on("cuda", |device| schedule(device, 10, 100));
+}
+
+#[test]
+fn running_out_changes_nothing() {
+    let device = Device::cpu();
+    let mut cache = KvCache::new(&device, config().capacity(2 * PAGE)).unwrap();
+    let (a, b) = (cache.add_sequence(), cache.add_sequence());
+    let x = device.zeros(DType::F32, &[PAGE + 1, KV_HEADS, D]).unwrap();
+    let mut encoder = device.encoder().unwrap();
+    for layer in 0..3 {
+        cache.append(&mut encoder, layer, &[(a, PAGE + 1)], &x, &x).unwrap();
+    }
+    let before = cache.usage();
+    assert_eq!(before.free, 0);
+    assert!((before.fragmentation - 7.0 / 16.0).abs() < 1e-12);
+    let one = x.slice(0..1).unwrap();
+    let full = Err(Error::OutOfPages { needed: 1, free: 0, pages: 2 });
+    assert_eq!(cache.append(&mut encoder, 0, &[(b, 1)], &one, &one), full);
+    // A shared page that would be written needs a page of its own.
+    let twin = cache.fork(a).unwrap();
+    assert_eq!(cache.append(&mut encoder, 0, &[(twin, 1)], &one, &one), full);
+    assert_eq!((cache.len(a), cache.len(b), cache.len(twin)), (Ok(PAGE + 1), Ok(0), Ok(PAGE + 1)));
+    assert_eq!(cache.usage(), before);
+}
+
+#[test]
+fn shared_and_unknown_layers_are_named() {
+    let device = Device::cpu();
+    let mut cache = KvCache::new(&device, config()).unwrap();
+    let seq = cache.add_sequence();
+    let x = device.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+    let mut encoder = device.encoder().unwrap();
+    let shared = Err(Error::SharedLayer { layer: 3, source_layer: 0 });
+    assert_eq!(cache.append(&mut encoder, 3, &[(seq, 1)], &x, &x), shared);
+    assert_eq!(cache.append(&mut encoder, 4, &[(seq, 1)], &x, &x), Err(Error::Layer { got: 4, layers: 4 }));
+    let twice = [(seq, 1), (seq, 1)];
+    assert_eq!(cache.append(&mut encoder, 0, &twice, &x, &x), Err(Error::RepeatedSequence { got: number(seq) }));
+    for (kind, layer) in [(LayerKind::Shared(2), 2), (LayerKind::Shared(3), 2), (LayerKind::Window(0), 1)] {
+        assert!(config().kind_at(layer, kind).bytes().is_err());
+    }
+    assert!(config().kind_at(3, LayerKind::Shared(1)).kind_at(1, LayerKind::Shared(0)).bytes().is_err());
+    assert!(config().page_size(12).bytes().is_err());
+    let ends = CacheConfig::new(6, 1, 64).codec_at_ends(1, CodecPair::both(tqkv::Codec::F16));
+    let dense: Vec<bool> = (0..6).map(|l| ends.layer_codec(l).key.is_dense()).collect();
+    assert_eq!(dense, [true, false, false, false, false, true]);
+}

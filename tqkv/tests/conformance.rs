@@ -1,0 +1,728 @@
+//! One suite for every backend: written once over `Device`, stamped onto each by a line at the end.
+//!
+//! The judge is `tqkv::reference`. Outputs start as NaN between guards; pools start as garbage.
+
+mod support;
+
+use std::collections::HashMap;
+use support::*;
+use tqkv::compute::DeviceKind;
+use tqkv::format::{MAX_HEAD_DIM, RowFormat};
+use tqkv::ops::*;
+use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, KvCache, reference};
+
+const HEAD_DIMS: [usize; 10] = [64, 80, 96, 112, 128, 192, 256, 512, 576, MAX_HEAD_DIM];
+const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Every codec that exists at a head_dim.
+fn codecs(head_dim: usize) -> Vec<Codec> {
+    let native = (2..=8).map(Codec::tq);
+    let seed = [2, 3, 4, 5, 6, 8].map(Codec::seed).into_iter();
+    let all = native.chain(seed).chain([Codec::F16, Codec::F32]);
+    all.filter(|&c| RowFormat::new(c, head_dim).is_ok()).collect()
+}
+
+/// A pool of random codes and plausible scales, and what the reference decodes from it.
+struct Filled {
+    pool: PagePool,
+    /// Decoded rows by pool index (page · kv_heads + head) · page_size + slot.
+    rows: Vec<Vec<f32>>,
+}
+
+impl Filled {
+    fn new(device: &Device, rng: &mut Rng, row: RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Filled {
+        let n = pages * kv_heads * page_size;
+        let codes: Vec<u8> = match row.codec() {
+            Codec::F32 => bytemuck::cast_slice(&rng.normals(n * row.head_dim())).to_vec(),
+            Codec::F16 => {
+                let values = rng.normals(n * row.head_dim());
+                values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
+            }
+            _ => rng.bytes(n * row.row_bytes()),
+        };
+        let spr = row.scales_per_row();
+        // Scales of vectors whose elements are near 1.
+        let unit = match row.codec() {
+            Codec::Seed { .. } if row.head_dim() <= 256 => (row.head_dim() as f32).sqrt(),
+            _ => 1.0,
+        };
+        let scales: Vec<f32> =
+            (0..n * spr).map(|_| rounded(row.scale_dtype(), unit * (0.5 + rng.unit() as f32))).collect();
+        let rows = (0..n)
+            .map(|i| {
+                reference::dequantize(&row, &codes[i * row.row_bytes()..][..row.row_bytes()], &scales[i * spr..][..spr])
+            })
+            .collect();
+        let codes = device.upload(&codes, &[pages, kv_heads, page_size, row.row_bytes()]).unwrap();
+        let scales = (spr > 0).then(|| upload(device, row.scale_dtype(), &scales, &[pages, kv_heads, page_size, spr]));
+        Filled { pool: PagePool::from_buffers(row, &codes, scales.as_ref()).unwrap(), rows }
+    }
+
+    fn row(&self, page: usize, head: usize, slot: usize) -> &[f32] {
+        &self.rows[(page * self.pool.kv_heads() + head) * self.pool.page_size() + slot]
+    }
+}
+
+/// Sequences over pages in a scrambled order, with what the reference needs to find a position.
+struct Layout {
+    page_size: usize,
+    pages: usize,
+    /// (first, len, new, pages)
+    spans: Vec<(usize, usize, usize, Vec<u32>)>,
+}
+
+impl Layout {
+    /// Each sequence gets the pages that its positions need, scattered over the pool.
+    fn paged(rng: &mut Rng, page_size: usize, lens: &[(usize, usize)]) -> Layout {
+        let total: usize = lens.iter().map(|(len, _)| len.div_ceil(page_size)).sum();
+        let pages = total + 3;
+        let mut order: Vec<u32> = (0..pages as u32).collect();
+        for i in (1..pages).rev() {
+            order.swap(i, rng.below(i + 1));
+        }
+        let mut order = order.into_iter();
+        let spans = lens
+            .iter()
+            .map(|&(len, new)| (0, len, new, order.by_ref().take(len.div_ceil(page_size)).collect()))
+            .collect();
+        Layout { page_size, pages, spans }
+    }
+
+    /// One sequence in a contiguous ring.
+    fn ring(capacity: usize, first: usize, len: usize, new: usize) -> Layout {
+        Layout { page_size: capacity, pages: 1, spans: vec![(first, len, new, vec![0])] }
+    }
+
+    fn batch(&self, device: &Device) -> Batch {
+        let spans: Vec<_> = self
+            .spans
+            .iter()
+            .map(|(first, len, new, pages)| Span { first: *first, len: *len, new: *new, pages })
+            .collect();
+        Batch::new(device, self.page_size, &spans).unwrap()
+    }
+
+    fn tokens(&self) -> usize {
+        self.spans.iter().map(|s| s.2).sum()
+    }
+
+    fn locate(&self, sequence: usize, position: usize) -> (usize, usize) {
+        let pages = &self.spans[sequence].3;
+        let slot = position % (pages.len() * self.page_size);
+        (pages[slot / self.page_size] as usize, slot % self.page_size)
+    }
+}
+
+fn rotation_matches_the_definition(device: &Device) {
+    let mut rng = Rng(1);
+    for d in HEAD_DIMS {
+        for codec in [Codec::tq(4), Codec::seed(4), Codec::F16] {
+            let Ok(row) = RowFormat::new(codec, d) else { continue };
+            let n = 5;
+            for dtype in FLOATS {
+                let x: Vec<f32> = rng.normals(n * d).iter().map(|&x| rounded(dtype, x)).collect();
+                let input = upload(device, dtype, &x, &[n, d]);
+                let (rotated, restored) =
+                    (Guarded::new(device, DType::F32, &[n, d]), Guarded::new(device, dtype, &[n, d]));
+                run(device, |e| {
+                    rotate(e, &row, Direction::Forward, &input, &rotated.buffer)?;
+                    rotate(e, &row, Direction::Inverse, &rotated.buffer, &restored.buffer)?;
+                    rotate(e, &row, Direction::Forward, &input, &input)
+                });
+                // log2(D) + 1 ≤ 11 roundings of 2^-24, and the type's own.
+                let own = match dtype {
+                    DType::F16 => 2f64.powi(-11),
+                    DType::BF16 => 2f64.powi(-8),
+                    _ => 0.0,
+                };
+                let (rotated, restored, in_place) = (rotated.take(), restored.take(), download(&input));
+                for i in 0..n {
+                    let at = i * d..(i + 1) * d;
+                    let want = reference::rotate(&row, &x[at.clone()]);
+                    let name = format!("{codec} D={d} {dtype}");
+                    assert!(relative_error(&rotated[at.clone()], &want) < 1e-6, "{name}");
+                    assert!(relative_error(&in_place[at.clone()], &want) < 1e-6 + own, "{name} in place");
+                    let back: Vec<f64> = x[at.clone()].iter().map(|&x| x as f64).collect();
+                    assert!(relative_error(&restored[at], &back) < 1e-6 + own, "{name} back");
+                }
+            }
+        }
+    }
+}
+
+fn quantize_writes_the_codes(device: &Device) {
+    let mut rng = Rng(2);
+    let (mut elements, mut differ) = (0usize, 0usize);
+    for d in HEAD_DIMS {
+        for (c, codec) in codecs(d).into_iter().enumerate() {
+            let row = RowFormat::new(codec, d).unwrap();
+            let dtype = FLOATS[c % 3];
+            let kv_heads = 1 + c % 3;
+            let layout = if c % 2 == 0 {
+                Layout::paged(&mut rng, 4, &[(9, 5), (3, 3), (6, 0)])
+            } else {
+                Layout::ring(7, 2, 9, 4)
+            };
+            let batch = layout.batch(device);
+            let n = layout.tokens() * kv_heads;
+            let mut x = rng.normals(n * d);
+            // Vectors of very different size, an outlier, and zeros.
+            x[..d].iter_mut().for_each(|x| *x *= 300.0);
+            x[d..2 * d].iter_mut().for_each(|x| *x *= 1e-3);
+            x[2 * d] = 40.0;
+            x[3 * d..4 * d].fill(0.0);
+            let x: Vec<f32> = x.iter().map(|&x| rounded(dtype, x)).collect();
+
+            // Two pools, as K and V; garbage that must stay where nothing is written.
+            let filled = [0, 1].map(|_| Filled::new(device, &mut rng, row, kv_heads, layout.page_size, layout.pages));
+            let before = filled.each_ref().map(|f| f.pool.codes().read::<u8>().unwrap());
+            let input = upload(device, dtype, &x, &[layout.tokens(), kv_heads, d]);
+            let flipped: Vec<f32> = x.iter().map(|x| -x).collect();
+            let second = upload(device, dtype, &flipped, &[layout.tokens(), kv_heads, d]);
+            run(device, |e| quantize(e, &[(&input, &filled[0].pool), (&second, &filled[1].pool)], &batch));
+
+            for (side, (filled, x)) in filled.iter().zip([&x, &flipped]).enumerate() {
+                let codes = filled.pool.codes().read::<u8>().unwrap();
+                let scales = filled.pool.scales().map_or(vec![], download);
+                let mut written = HashMap::new();
+                let mut token = 0;
+                for (s, (_, len, new, _)) in layout.spans.iter().enumerate() {
+                    for position in len - new..*len {
+                        let (page, slot) = layout.locate(s, position);
+                        for head in 0..kv_heads {
+                            let index = (page * kv_heads + head) * layout.page_size + slot;
+                            written.insert(index, &x[(token * kv_heads + head) * d..][..d]);
+                        }
+                        token += 1;
+                    }
+                }
+                for (index, got) in codes.chunks(row.row_bytes()).enumerate() {
+                    let name = format!("{codec} D={d} {dtype} side {side} row {index}");
+                    let Some(x) = written.get(&index) else {
+                        assert!(got == &before[side][index * row.row_bytes()..][..row.row_bytes()], "{name} untouched");
+                        continue;
+                    };
+                    if codec.is_dense() {
+                        let want: Vec<f32> =
+                            x.iter().map(|&x| if codec == Codec::F16 { rounded(DType::F16, x) } else { x }).collect();
+                        assert!(reference::dequantize(&row, got, &[]) == want, "{name}");
+                        continue;
+                    }
+                    let want = reference::quantize(&row, x);
+                    for i in 0..d {
+                        elements += 1;
+                        if row.get_code(got, i) != want.codes[i] {
+                            differ += 1;
+                            assert!(want.margins[i] < 1e-5, "{name} element {i}");
+                        }
+                    }
+                    for (j, want) in want.scales.iter().enumerate() {
+                        let got = scales[index * row.scales_per_row() + j];
+                        // One step of f16, or the rounding of a sum of D squares in f32.
+                        let tolerance = if row.scale_dtype() == DType::F16 { 1e-3 } else { 1e-6 };
+                        assert!((got - want).abs() <= tolerance * want.abs() + 1e-7, "{name} scale {got} {want}");
+                    }
+                }
+            }
+            // The CPU's bytes are the definition; CUDA must give the same.
+            if device.info().kind == DeviceKind::Cuda {
+                let cpu = Device::cpu();
+                let pool = PagePool::new(&cpu, row, kv_heads, layout.page_size, layout.pages).unwrap();
+                pool.codes().write_bytes(&before[0]).unwrap();
+                if let Some(scales) = pool.scales() {
+                    let mut bytes = vec![0; scales.bytes()];
+                    filled[0].pool.scales().unwrap().read_bytes(&mut bytes).unwrap();
+                    scales.write_bytes(&bytes).unwrap();
+                }
+                let input = upload(&cpu, dtype, &x, &[layout.tokens(), kv_heads, d]);
+                run(&cpu, |e| quantize(e, &[(&input, &pool)], &layout.batch(&cpu)));
+                for (a, b) in
+                    [(Some(pool.codes()), Some(filled[0].pool.codes())), (pool.scales(), filled[0].pool.scales())]
+                {
+                    let bytes = |b: Option<&Buffer>| {
+                        b.map(|b| {
+                            let mut bytes = vec![0; b.bytes()];
+                            b.read_bytes(&mut bytes).unwrap();
+                            bytes
+                        })
+                    };
+                    assert!(bytes(a) == bytes(b), "{codec} D={d} {dtype}: bytes differ from the CPU's");
+                }
+            }
+        }
+    }
+    // Only vectors that the judge rounds otherwise at a boundary may differ.
+    assert!(differ as f64 <= 1e-5 * elements as f64, "{differ} of {elements} codes differ");
+}
+
+fn vectors_that_are_not_finite_decode_to_nan(device: &Device) {
+    for codec in [Codec::tq(3), Codec::tq(8), Codec::seed(4), Codec::seed(5)] {
+        for d in [64, 512] {
+            let row = RowFormat::new(codec, d).unwrap();
+            let mut x = Rng(3).normals(4 * d);
+            x[5] = f32::NAN;
+            x[d + 7] = f32::INFINITY;
+            x[2 * d + 9] = f32::NEG_INFINITY;
+            let pool = PagePool::new(device, row, 1, 8, 1).unwrap();
+            let batch = Batch::contiguous(device, 8, 0, 4, 4).unwrap();
+            let input = device.upload(&x, &[4, 1, d]).unwrap();
+            let out = Guarded::new(device, DType::F32, &[4, 1, d]);
+            run(device, |e| {
+                quantize(e, &[(&input, &pool)], &batch)?;
+                dequantize(e, &pool, &batch, 0, 0..4, Domain::Original, RowOrder::TokenMajor, &out.buffer)
+            });
+            let got = out.take();
+            assert!(got[..d].iter().all(|x| x.is_nan()), "NaN in, {codec} D={d}");
+            assert!(got[d..2 * d].iter().all(|x| x.is_nan()), "infinity in, {codec} D={d}");
+            assert!(got[2 * d..3 * d].iter().all(|x| x.is_nan()), "-infinity in, {codec} D={d}");
+            assert!(got[3 * d..].iter().all(|x| x.is_finite()), "its neighbour, {codec} D={d}");
+        }
+    }
+}
+
+fn dequantize_is_bit_exact(device: &Device) {
+    let mut rng = Rng(4);
+    for d in HEAD_DIMS {
+        for (c, codec) in codecs(d).into_iter().enumerate() {
+            let row = RowFormat::new(codec, d).unwrap();
+            let kv_heads = 1 + c % 3;
+            let layout =
+                if c % 2 == 0 { Layout::paged(&mut rng, 4, &[(5, 1), (11, 2)]) } else { Layout::ring(9, 4, 13, 1) };
+            let filled = Filled::new(device, &mut rng, row, kv_heads, layout.page_size, layout.pages);
+            let batch = layout.batch(device);
+            let sequence = layout.spans.len() - 1;
+            let (first, len) = (layout.spans[sequence].0, layout.spans[sequence].1);
+            let list: Vec<u32> = (0..6).map(|_| (first + rng.below(len - first)) as u32).collect();
+            let wanted = [Positions::Range(first..len), Positions::Range(len - 1..len), Positions::List(list)];
+            for (w, positions) in wanted.into_iter().enumerate() {
+                let n = positions.len();
+                let at = |i: usize| match &positions {
+                    Positions::Range(r) => r.start + i,
+                    Positions::List(l) => l[i] as usize,
+                };
+                let dtype = FLOATS[(c + w) % 3];
+                for order in [RowOrder::TokenMajor, RowOrder::HeadMajor] {
+                    let shape = match order {
+                        RowOrder::TokenMajor => [n, kv_heads, d],
+                        RowOrder::HeadMajor => [kv_heads, n, d],
+                    };
+                    let (rotated, restored) =
+                        (Guarded::new(device, dtype, &shape), Guarded::new(device, DType::F32, &shape));
+                    run(device, |e| {
+                        let p = positions.clone();
+                        dequantize(
+                            e,
+                            &filled.pool,
+                            &batch,
+                            sequence,
+                            p.clone(),
+                            Domain::Rotated,
+                            order,
+                            &rotated.buffer,
+                        )?;
+                        dequantize(e, &filled.pool, &batch, sequence, p, Domain::Original, order, &restored.buffer)
+                    });
+                    let (rotated, restored) = (rotated.take(), restored.take());
+                    for i in 0..n {
+                        let (page, slot) = layout.locate(sequence, at(i));
+                        for head in 0..kv_heads {
+                            let r = if order == RowOrder::TokenMajor { i * kv_heads + head } else { head * n + i };
+                            let want = filled.row(page, head, slot);
+                            let name = format!("{codec} D={d} {dtype} {order:?} position {} head {head}", at(i));
+                            for (got, &want) in rotated[r * d..][..d].iter().zip(want) {
+                                assert_eq!(got.to_bits(), rounded(dtype, want).to_bits(), "{name}");
+                            }
+                            let exact: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                            let want = reference::restore(&row, &exact);
+                            assert!(relative_error(&restored[r * d..][..d], &want) < 1e-6, "{name} restored");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One case of attention; `..BASE` fills in what a case does not change.
+#[derive(Clone)]
+struct Case {
+    key: Codec,
+    value: Codec,
+    head_dim: usize,
+    kv_heads: usize,
+    group: usize,
+    page_size: usize,
+    /// (len, new) of each sequence; or one ring.
+    lens: &'static [(usize, usize)],
+    ring: Option<(usize, usize, usize, usize)>,
+    causal: bool,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    sinks: bool,
+    domain: Domain,
+    q: DType,
+    out: DType,
+}
+
+const BASE: Case = Case {
+    key: Codec::tq(4),
+    value: Codec::tq(4),
+    head_dim: 128,
+    kv_heads: 2,
+    group: 4,
+    page_size: 16,
+    lens: &[(75, 1)],
+    ring: None,
+    causal: true,
+    window: None,
+    softcap: None,
+    sinks: false,
+    domain: Domain::Original,
+    q: DType::F32,
+    out: DType::F32,
+};
+
+fn attention_cases() -> Vec<Case> {
+    let mut cases = vec![BASE];
+    // Every codec with itself at every head_dim, small.
+    for head_dim in HEAD_DIMS {
+        for codec in codecs(head_dim) {
+            cases.push(Case { key: codec, value: codec, head_dim, group: 2, lens: &[(37, 1)], ..BASE });
+        }
+    }
+    // Mixed codecs.
+    for (key, value) in [
+        (Codec::tq(5), Codec::tq(4)),
+        (Codec::tq(4), Codec::tq(3)),
+        (Codec::tq(8), Codec::tq(2)),
+        (Codec::seed(8), Codec::tq(4)),
+        (Codec::F16, Codec::tq(4)),
+        (Codec::tq(6), Codec::F16),
+        (Codec::F32, Codec::seed(4)),
+    ] {
+        cases.push(Case { key, value, ..BASE });
+    }
+    // Groups of query heads.
+    for group in [1, 2, 3, 5, 7, 8, 12, 16, 20] {
+        cases.push(Case { group, ..BASE });
+    }
+    // Lengths around tiles and pages, several sequences, several queries.
+    for lens in [
+        &[(1, 1)][..],
+        &[(2, 2)],
+        &[(15, 1), (16, 1), (17, 1)],
+        &[(63, 1), (64, 1), (65, 1), (128, 1)],
+        &[(300, 1)],
+        &[(1, 1), (500, 1), (33, 1), (256, 1)],
+        &[(20, 4), (7, 7), (90, 2)],
+        &[(40, 16)],
+        &[(70, 33), (5, 0), (64, 1)],
+        &[(150, 150)],
+    ] {
+        for page_size in [16, 64] {
+            cases.push(Case { lens, page_size, ..BASE });
+        }
+        cases.push(Case { lens, key: Codec::tq(3), value: Codec::tq(3), head_dim: 64, group: 1, page_size: 4, ..BASE });
+        cases.push(Case { lens, key: Codec::tq(5), value: Codec::tq(4), head_dim: 80, group: 3, ..BASE });
+        cases.push(Case { lens, key: Codec::F16, value: Codec::F16, ..BASE });
+    }
+    // Windows, softcap, sinks, no mask, rotated domain, types; each over several lengths and queries.
+    let lens: &[_] = &[(90, 3), (30, 1), (200, 18)];
+    for key in [Codec::tq(4), Codec::seed(5), Codec::F16, Codec::tq(3)] {
+        let base = Case { key, value: key, lens, ..BASE };
+        for window in [1, 5, 16, 64, 1000] {
+            cases.push(Case { window: Some(window), ..base.clone() });
+            cases.push(Case { window: Some(window), causal: false, ..base.clone() });
+        }
+        cases.push(Case { causal: false, ..base.clone() });
+        cases.push(Case { softcap: Some(2.0), ..base.clone() });
+        cases.push(Case { softcap: Some(20.0), sinks: true, window: Some(30), ..base.clone() });
+        cases.push(Case { sinks: true, ..base.clone() });
+        cases.push(Case { domain: Domain::Rotated, ..base.clone() });
+        for q in FLOATS {
+            for out in FLOATS {
+                cases.push(Case { q, out, ..base.clone() });
+            }
+        }
+    }
+    // Rings, contiguous, of sizes that align with nothing.
+    for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1)] {
+        for window in [None, Some(7)] {
+            cases.push(Case { ring: Some(ring), window, ..BASE });
+            cases.push(Case { ring: Some(ring), window, key: Codec::seed(5), value: Codec::seed(6), ..BASE });
+            cases.push(Case {
+                ring: Some(ring),
+                window,
+                key: Codec::tq(3),
+                value: Codec::tq(7),
+                head_dim: 112,
+                ..BASE
+            });
+        }
+    }
+    cases
+}
+
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Case {
+            key, value, head_dim, kv_heads, group, page_size, lens, ring, causal, window, softcap, sinks, ..
+        } = self;
+        write!(
+            f,
+            "{key}/{value} D={head_dim} {kv_heads}x{group} heads, pages of {page_size}, (len, new) {lens:?}, ring {ring:?}, \
+             causal {causal}, window {window:?}, softcap {softcap:?}, sinks {sinks}, {:?}, q {}, out {}",
+            self.domain, self.q, self.out
+        )
+    }
+}
+
+fn attention_is_close_to_float64(device: &Device) {
+    let mut rng = Rng(5);
+    let mut worst: (f64, String) = (0.0, String::new());
+    for case in attention_cases() {
+        let (d, kv_heads, heads) = (case.head_dim, case.kv_heads, case.kv_heads * case.group);
+        let layout = match case.ring {
+            Some((capacity, first, len, new)) => Layout::ring(capacity, first, len, new),
+            None => Layout::paged(&mut rng, case.page_size, case.lens),
+        };
+        let (key_row, value_row) = (RowFormat::new(case.key, d).unwrap(), RowFormat::new(case.value, d).unwrap());
+        let key = Filled::new(device, &mut rng, key_row, kv_heads, layout.page_size, layout.pages);
+        let value = Filled::new(device, &mut rng, value_row, kv_heads, layout.page_size, layout.pages);
+        let batch = layout.batch(device);
+        let tokens = layout.tokens();
+        let q: Vec<f32> = rng.normals(tokens * heads * d).iter().map(|&x| rounded(case.q, x)).collect();
+        let sinks = rng.normals(heads);
+        let mut params = AttentionParams::for_head_dim(d);
+        params.causal = case.causal;
+        params.window = case.window;
+        params.softcap = case.softcap;
+        params.domain = case.domain;
+        params.sinks = case.sinks.then(|| device.upload(&sinks, &[heads]).unwrap());
+        let input = upload(device, case.q, &q, &[tokens, heads, d]);
+        let out = Guarded::new(device, case.out, &[tokens, heads, d]);
+        let lse = Guarded::new(device, DType::F32, &[tokens, heads]);
+        run(device, |e| attention(e, &input, &key.pool, &value.pool, &batch, &params, &out.buffer, Some(&lse.buffer)));
+        let (out, lse) = (out.take(), lse.take());
+
+        let mut token = 0;
+        for (s, &(first, len, new, _)) in layout.spans.iter().enumerate() {
+            for i in 0..new {
+                let own = len - new + i;
+                let start = case.window.map_or(first, |w| first.max((own + 1).saturating_sub(w)));
+                let end = if case.causal { own + 1 } else { len };
+                for (head, &sink) in sinks.iter().enumerate() {
+                    let (mut keys, mut values) = (vec![], vec![]);
+                    for (page, slot) in (start..end).map(|p| layout.locate(s, p)) {
+                        keys.push(key.row(page, head / case.group, slot));
+                        values.push(value.row(page, head / case.group, slot));
+                    }
+                    let r = token * heads + head;
+                    let given = &q[r * d..][..d];
+                    let rotated: Vec<f32> = match case.domain {
+                        Domain::Rotated => given.to_vec(),
+                        Domain::Original => reference::rotate(&key_row, given).iter().map(|&x| x as f32).collect(),
+                    };
+                    let query = reference::Query {
+                        q: &rotated,
+                        scale: params.scale as f64,
+                        softcap: case.softcap.map(f64::from),
+                        sink: case.sinks.then_some(sink as f64),
+                    };
+                    let (want, want_lse) = reference::attention(&query, &keys, &values);
+                    let want = match case.domain {
+                        Domain::Rotated => want,
+                        Domain::Original => reference::restore(&value_row, &want),
+                    };
+                    let tolerance = attention_tolerance(device, case.out);
+                    let error = relative_error(&out[r * d..][..d], &want);
+                    assert!(
+                        error <= tolerance,
+                        "{case}: sequence {s} query {i} head {head}: {error:e} > {tolerance:e}"
+                    );
+                    let lse_error = (lse[r] as f64 - want_lse).abs() / want_lse.abs().max(1.0);
+                    assert!(
+                        lse_error <= tolerance,
+                        "{case}: sequence {s} query {i} head {head}: lse {} {want_lse}",
+                        lse[r]
+                    );
+                    if case.out == DType::F32 && error > worst.0 {
+                        worst = (error, format!("{case}"));
+                    }
+                }
+                token += 1;
+            }
+        }
+    }
+    println!("largest error {:.2e}: {}", worst.0, worst.1);
+}
+
+fn merged_parts_equal_the_whole(device: &Device) {
+    let mut rng = Rng(6);
+    let (d, kv_heads, heads, len) = (128, 2, 8, 100);
+    let row = RowFormat::new(Codec::tq(4), d).unwrap();
+    let key = Filled::new(device, &mut rng, row, kv_heads, 128, 1);
+    let value = Filled::new(device, &mut rng, row, kv_heads, 128, 1);
+    let q = device.upload(&rng.normals(heads * d), &[1, heads, d]).unwrap();
+    let params = AttentionParams { causal: false, ..AttentionParams::for_head_dim(d) };
+    // [0, 40), [40, 41) and [41, 100) against [0, 100), and a part that saw nothing.
+    let part = |first: usize, len: usize| {
+        let (out, lse) =
+            (Guarded::new(device, DType::F32, &[1, heads, d]), Guarded::new(device, DType::F32, &[1, heads]));
+        let batch = Batch::contiguous(device, 128, first, len, 1).unwrap();
+        run(device, |e| attention(e, &q, &key.pool, &value.pool, &batch, &params, &out.buffer, Some(&lse.buffer)));
+        (out, lse)
+    };
+    let (whole, whole_lse) = part(0, len);
+    let parts = [part(0, 40), part(40, 41), part(41, len)];
+    let nothing = (
+        device.upload(&vec![0f32; heads * d], &[1, heads, d]).unwrap(),
+        device.upload(&vec![f32::NEG_INFINITY; heads], &[1, heads]).unwrap(),
+    );
+    for dtype in FLOATS {
+        let out = Guarded::new(device, dtype, &[1, heads, d]);
+        let lse = Guarded::new(device, DType::F32, &[1, heads]);
+        let mut views: Vec<_> = parts.iter().map(|(o, l)| (&o.buffer, &l.buffer)).collect();
+        views.insert(1, (&nothing.0, &nothing.1));
+        run(device, |e| merge(e, &views, &out.buffer, Some(&lse.buffer)));
+        let want: Vec<f64> = whole.take().iter().map(|&x| x as f64).collect();
+        let tolerance = 2.0 * attention_tolerance(device, dtype);
+        assert!(relative_error(&out.take(), &want) <= tolerance, "{dtype}");
+        let want: Vec<f64> = whole_lse.take().iter().map(|&x| x as f64).collect();
+        assert!(relative_error(&lse.take(), &want) <= 1e-5);
+    }
+    let (out, lse) = (Guarded::new(device, DType::F32, &[1, heads, d]), Guarded::new(device, DType::F32, &[1, heads]));
+    run(device, |e| merge(e, &[(&nothing.0, &nothing.1)], &out.buffer, Some(&lse.buffer)));
+    assert!(out.take().iter().all(|&x| x == 0.0) && lse.take().iter().all(|&x| x == f32::NEG_INFINITY));
+}
+
+/// Bytes of the positions that a sequence holds, by layer and side: decoded in the rotated domain, so bit-exact.
+fn content(cache: &mut KvCache, seq: tqkv::SequenceId) -> Vec<Vec<u32>> {
+    let device = cache.device().clone();
+    let len = cache.len(seq).unwrap();
+    let config = cache.config().clone();
+    let mut all = vec![];
+    for layer in 0..config.layers() {
+        for side in [tqkv::cache::Side::Key, tqkv::cache::Side::Value] {
+            let out = device.zeros(DType::F32, &[len, config.kv_heads(), config.head_dim()]).unwrap();
+            let mut encoder = device.encoder().unwrap();
+            let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
+            cache.dequantize(&mut encoder, layer, side, seq, 0..len, domain, order, &out).unwrap();
+            encoder.submit_and_wait().unwrap();
+            all.push(out.read::<f32>().unwrap().iter().map(|x| x.to_bits()).collect());
+        }
+    }
+    all
+}
+
+fn a_truncated_cache_forgets(device: &Device) {
+    let (layers, kv_heads, heads, d) = (2, 2, 4, 64);
+    let config = CacheConfig::new(layers, kv_heads, d).codec("k5v4".parse().unwrap()).page_size(8).capacity(96);
+    let config = config.codec_at(1, CodecPair::both(Codec::tq(3)));
+    let mut rng = Rng(7);
+    let step = |cache: &mut KvCache, tokens: &[(tqkv::SequenceId, usize)], seed: u64| -> Vec<f32> {
+        let mut data = Rng(seed);
+        let n: usize = tokens.iter().map(|t| t.1).sum();
+        let mut outs = vec![];
+        let mut encoder = device.encoder().unwrap();
+        for layer in 0..layers {
+            let k = device.upload(&data.normals(n * kv_heads * d), &[n, kv_heads, d]).unwrap();
+            let v = device.upload(&data.normals(n * kv_heads * d), &[n, kv_heads, d]).unwrap();
+            let q = device.upload(&data.normals(n * heads * d), &[n, heads, d]).unwrap();
+            let out = device.zeros(DType::F32, &[n, heads, d]).unwrap();
+            cache.append(&mut encoder, layer, tokens, &k, &v).unwrap();
+            cache.attend(&mut encoder, layer, tokens, &q, &out, None, &AttentionParams::for_head_dim(d)).unwrap();
+            outs.push(out);
+        }
+        encoder.submit_and_wait().unwrap();
+        outs.iter().flat_map(|o| o.read::<f32>().unwrap()).collect()
+    };
+    let mut rolled = KvCache::new(device, config.clone()).unwrap();
+    let mut straight = KvCache::new(device, config).unwrap();
+    let (a, b) = (rolled.add_sequence(), straight.add_sequence());
+    let other = rolled.add_sequence();
+    for round in 0..12u64 {
+        let n = 1 + rng.below(6);
+        // Tokens that are rejected, and another sequence that takes pages in between.
+        let rejected = 1 + rng.below(9);
+        let len = rolled.len(a).unwrap();
+        step(&mut rolled, &[(a, rejected)], 1000 + round);
+        if round < 3 {
+            step(&mut rolled, &[(other, 5)], 2000 + round);
+        }
+        rolled.truncate(a, len).unwrap();
+        let got = step(&mut rolled, &[(a, n)], round);
+        let want = step(&mut straight, &[(b, n)], round);
+        assert_eq!(got, want, "round {round}");
+        assert!(content(&mut rolled, a) == content(&mut straight, b), "round {round}");
+    }
+    rolled.free_sequence(a).unwrap();
+    rolled.free_sequence(other).unwrap();
+    assert_eq!(rolled.free_pages(), 12);
+}
+
+fn a_batch_equals_its_sequences(device: &Device) {
+    let (kv_heads, heads, d) = (2, 8, 128);
+    let mut rng = Rng(8);
+    let lens: Vec<usize> = (0..9).map(|i| if i == 4 { 300 } else { 1 + rng.below(80) }).collect();
+    let capacity = lens.iter().map(|n| n.next_multiple_of(16)).sum();
+    let config = CacheConfig::new(1, kv_heads, d).page_size(16).capacity(capacity);
+    let mut cache = KvCache::new(device, config).unwrap();
+    let tokens: Vec<_> = lens.iter().map(|&n| (cache.add_sequence(), n)).collect();
+    let n: usize = lens.iter().sum();
+    let (k, v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * d));
+    let (k, v) = (device.upload(&k, &[n, kv_heads, d]).unwrap(), device.upload(&v, &[n, kv_heads, d]).unwrap());
+    let q = rng.normals(tokens.len() * heads * d);
+    let input = device.upload(&q, &[tokens.len(), heads, d]).unwrap();
+    let params = AttentionParams::for_head_dim(d);
+    let out = Guarded::new(device, DType::F32, &[tokens.len(), heads, d]);
+    let one_each: Vec<_> = tokens.iter().map(|t| (t.0, 1)).collect();
+    run(device, |e| {
+        cache.append(e, 0, &tokens, &k, &v)?;
+        cache.attend(e, 0, &one_each, &input, &out.buffer, None, &params)
+    });
+    let out = out.take();
+    for (i, &(seq, _)) in tokens.iter().enumerate() {
+        let single = Guarded::new(device, DType::F32, &[1, heads, d]);
+        let input = input.slice(i..i + 1).unwrap();
+        run(device, |e| cache.attend(e, 0, &[(seq, 1)], &input, &single.buffer, None, &params));
+        let want: Vec<f64> = single.take().iter().map(|&x| x as f64).collect();
+        let tolerance = 2.0 * attention_tolerance(device, DType::F32);
+        assert!(relative_error(&out[i * heads * d..][..heads * d], &want) <= tolerance, "sequence {i}");
+    }
+}
+
+fn nothing_is_no_error(device: &Device) {
+    let config = CacheConfig::new(1, 2, 64).capacity(64);
+    let mut cache = KvCache::new(device, config).unwrap();
+    let seq = cache.add_sequence();
+    let none = device.zeros(DType::F32, &[0, 2, 64]).unwrap();
+    let params = AttentionParams::for_head_dim(64);
+    let out = device.zeros(DType::F32, &[0, 2, 64]).unwrap();
+    run(device, |e| {
+        cache.append(e, 0, &[(seq, 0)], &none, &none)?;
+        cache.attend(e, 0, &[(seq, 0)], &none, &out, None, &params)
+    });
+    assert_eq!(cache.len(seq).unwrap(), 0);
+    device.encoder().unwrap().submit_and_wait().unwrap();
+    assert_eq!(device.zeros(DType::F32, &[3, 0]).unwrap().read::<f32>().unwrap(), [0f32; 0]);
+}
+
+macro_rules! suite {
+    ($($device:ident),*) => { $(
+        mod $device {
+            suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes,
+                vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_is_close_to_float64,
+                merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
+                nothing_is_no_error);
+        }
+    )* };
+    (@tests $device:ident: $($test:ident),*) => { $(
+        #[test]
+        fn $test() {
+            super::on(stringify!($device), super::$test);
+        }
+    )* };
+}
+
+suite!(cpu, wgpu, cuda);
