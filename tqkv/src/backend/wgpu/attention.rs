@@ -43,10 +43,7 @@ pub(super) struct JoinSpec {
 const TILE: usize = THREADS;
 
 /// The most floats of queries that a workgroup holds, so that everything fits 32 KiB.
-const QUERY_FLOATS: usize = 3072;
-/// The most query rows of a workgroup.
-const MOST_ROWS: usize = 16;
-
+pub(super) const QUERY_FLOATS: usize = 3072;
 const FIELDS: [&str; 19] = [
     "q_off", "k_codes_off", "k_scales_off", "v_codes_off", "v_scales_off", "table_off", "heads", "kv_heads", "group",
     "parts", "splits", "per_split", "page_size", "slots", "scale", "softcap", "window", "token_base", "rows",
@@ -115,7 +112,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.push("  let part = rest % (a.kv_heads * a.parts);\n  let kv_head = part / a.parts;");
     line!(b, "  let head0 = (part % a.parts) * {}u;", spec.heads);
     line!(b, "  let task = {TASK}u * (rest / (a.kv_heads * a.parts));");
-    for (i, name) in ["table_base", "token0", "queries", "pos0", "first", "len", "start", "stop"].iter().enumerate() {
+    for (i, name) in ["table_base", "token0", "queries", "first_pos", "first", "len", "start", "stop"].iter().enumerate() {
         line!(b, "  let {name} = tasks[task + {i}u];");
     }
     b.push("  let from_pos = start + split * a.per_split;\n  let to_pos = min(stop, from_pos + a.per_split);");
@@ -138,7 +135,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
 
     // What each query sees.
     for j in 0..spec.queries {
-        line!(b, "  let pos{j} = pos0 + {j}u;");
+        line!(b, "  let pos{j} = first_pos + {j}u;");
         let low = match spec.window {
             true => format!("max(first, select(0u, pos{j} + 1u - a.window, pos{j} + 1u > a.window))"),
             false => "first".to_owned(),
@@ -462,7 +459,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
 
     let (d, heads, kv_heads) = (op.key.row().head_dim(), op.heads, op.key.kv_heads());
     let (group, spans) = (heads / kv_heads, op.batch.spans());
-    let most = MOST_ROWS.min(QUERY_FLOATS / d);
+    let most = context.caps.query_rows.min(QUERY_FLOATS / d);
     let parts = group.div_ceil(most);
     let heads_at_once = group.div_ceil(parts);
     let longest = spans.iter().map(|s| s.new as usize).max().unwrap_or(1);

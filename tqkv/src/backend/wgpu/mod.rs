@@ -33,6 +33,8 @@ pub(crate) struct Caps {
     subgroups: bool,
     /// Workgroups that keep the device busy.
     busy: usize,
+    /// The most query rows of a workgroup of attention. Few in software, where each makes kernels slower to compile.
+    query_rows: usize,
 }
 
 pub(crate) struct Wgpu(Arc<Context>);

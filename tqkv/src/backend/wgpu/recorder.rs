@@ -3,7 +3,7 @@
 use super::context::{Context, Pipeline, lock};
 use super::wgsl::{Rows, Source, Tensor};
 use super::{Slot, Target, attention, dequantize, merge, quantize, rotate};
-use crate::backend::{Completion, Custom, Op, Recorder};
+use crate::backend::{Completion, Copy, Custom, Op, Recorder};
 use crate::compute::KernelSource;
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -38,6 +38,13 @@ impl Spec {
     }
 }
 
+/// What a submission does, in order.
+enum Step {
+    Dispatch(Dispatch),
+    /// Bytes between two places of one size.
+    Copy(Slot, Slot),
+}
+
 struct Dispatch {
     pipeline: Arc<Pipeline>,
     slots: Vec<Slot>,
@@ -48,7 +55,7 @@ struct Dispatch {
 
 pub(super) struct WgpuRecorder {
     pub context: Arc<Context>,
-    dispatches: Vec<Dispatch>,
+    steps: Vec<Step>,
     /// Parameters and lists.
     arena: Vec<u32>,
     /// Bytes that the largest operation needs between its passes.
@@ -57,7 +64,7 @@ pub(super) struct WgpuRecorder {
 
 impl WgpuRecorder {
     pub fn new(context: &Arc<Context>) -> Self {
-        WgpuRecorder { context: context.clone(), dispatches: vec![], arena: vec![], scratch: 0 }
+        WgpuRecorder { context: context.clone(), steps: vec![], arena: vec![], scratch: 0 }
     }
 
     /// Puts words where kernels can bind them.
@@ -118,7 +125,7 @@ impl WgpuRecorder {
             params.extend_from_slice(table);
         }
         let params = Some(self.store(&params));
-        self.dispatches.push(Dispatch { pipeline, slots, params, grid: [x as u32, y as u32, 1] });
+        self.steps.push(Step::Dispatch(Dispatch { pipeline, slots, params, grid: [x as u32, y as u32, 1] }));
         Ok(())
     }
 
@@ -142,14 +149,32 @@ impl WgpuRecorder {
             return Err(context.unsupported(what));
         }
         let params = if op.constants.is_empty() { None } else { Some(self.store(&op.constants)) };
-        self.dispatches.push(Dispatch { pipeline, slots, params, grid: op.workgroups });
+        self.steps.push(Step::Dispatch(Dispatch { pipeline, slots, params, grid: op.workgroups }));
+        Ok(())
+    }
+
+    fn copy(&mut self, op: &Copy) -> Result<()> {
+        let place = |b: &crate::Buffer| {
+            let target = Target::Buffer(super::buffer_of(b.storage())?.clone());
+            Ok(Slot { target, offset: b.offset() as u64, size: b.bytes() as u64, rest: 0 })
+        };
+        let (from, to) = (place(&op.from)?, place(&op.to)?);
+        // wgpu copies between different buffers only.
+        if op.from.shares_memory(&op.to) {
+            let between = Slot { target: Target::Scratch, offset: 0, size: from.size, rest: 0 };
+            self.scratch = self.scratch.max(from.size);
+            self.steps.push(Step::Copy(from, between.clone()));
+            self.steps.push(Step::Copy(between, to));
+        } else {
+            self.steps.push(Step::Copy(from, to));
+        }
         Ok(())
     }
 
     /// How many dispatches were recorded.
     #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.dispatches.len()
+    pub fn dispatches(&self) -> usize {
+        self.steps.iter().filter(|s| matches!(s, Step::Dispatch(_))).count()
     }
 }
 
@@ -162,6 +187,7 @@ impl Recorder for WgpuRecorder {
             Op::Dequantize(op) => dequantize::record(self, &op),
             Op::Attention(op) => attention::record(self, &op),
             Op::Merge(op) => merge::record(self, &op),
+            Op::Copy(op) => self.copy(&op),
             Op::Custom(op) => self.custom(op),
         }
     }
@@ -172,43 +198,35 @@ impl Recorder for WgpuRecorder {
         let mut shared = lock(&context.shared);
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
         let arena = context.grown(&mut shared.arena, 4 * self.arena.len().max(4) as u64, usage)?;
-        let scratch = context.grown(&mut shared.scratch, self.scratch.max(16), wgpu::BufferUsages::STORAGE)?;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let scratch = context.grown(&mut shared.scratch, self.scratch.max(16), usage)?;
+        let buffer_of = |slot: &Slot| match &slot.target {
+            Target::Buffer(buffer) => buffer.clone(),
+            Target::Arena => arena.clone(),
+            Target::Scratch => scratch.clone(),
+        };
         let index = context.guarded(|| {
             if !self.arena.is_empty() {
                 context.queue.write_buffer(&arena, 0, bytemuck::cast_slice(&self.arena));
             }
             let mut encoder = context.device.create_command_encoder(&Default::default());
-            let mut pass = encoder.begin_compute_pass(&Default::default());
-            for dispatch in &self.dispatches {
-                let binding = |buffer, offset, size| {
-                    wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                        buffer,
-                        offset,
-                        size: std::num::NonZeroU64::new(size),
-                    })
-                };
-                let slots = dispatch.slots.iter().map(|slot| {
-                    let buffer = match &slot.target {
-                        Target::Buffer(buffer) => buffer,
-                        Target::Arena => &arena,
-                        Target::Scratch => &scratch,
-                    };
-                    binding(buffer, slot.offset, slot.size)
-                });
-                let params = dispatch.params.map(|(offset, size)| binding(&arena, offset, size));
-                let entries: Vec<_> = slots
-                    .chain(params)
-                    .enumerate()
-                    .map(|(i, resource)| wgpu::BindGroupEntry { binding: i as u32, resource })
-                    .collect();
-                let group = context.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                    label: None,
-                    layout: &dispatch.pipeline.layout,
-                    entries: &entries,
-                });
-                pass.set_pipeline(&dispatch.pipeline.pipeline);
-                pass.set_bind_group(0, &group, &[]);
-                pass.dispatch_workgroups(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]);
+            let mut pass = None;
+            for step in &self.steps {
+                match step {
+                    Step::Copy(from, to) => {
+                        pass = None;
+                        let (source, target) = (buffer_of(from), buffer_of(to));
+                        encoder.copy_buffer_to_buffer(&source, from.offset, &target, to.offset, from.size);
+                    }
+                    Step::Dispatch(dispatch) => {
+                        let group = bind(&context.device, dispatch, &buffer_of, &arena);
+                        let pass = pass
+                            .get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+                        pass.set_pipeline(&dispatch.pipeline.pipeline);
+                        pass.set_bind_group(0, &group, &[]);
+                        pass.dispatch_workgroups(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]);
+                    }
+                }
             }
             drop(pass);
             context.queue.submit([encoder.finish()])
@@ -223,6 +241,30 @@ impl Recorder for WgpuRecorder {
         })?;
         Ok(Box::new(Submitted { context, index }))
     }
+}
+
+fn bind(
+    device: &wgpu::Device,
+    dispatch: &Dispatch,
+    buffer_of: &impl Fn(&Slot) -> wgpu::Buffer,
+    arena: &wgpu::Buffer,
+) -> wgpu::BindGroup {
+    let params = dispatch.params.map(|(offset, size)| (arena.clone(), offset, size));
+    let places: Vec<_> = dispatch.slots.iter().map(|s| (buffer_of(s), s.offset, s.size)).chain(params).collect();
+    let entries: Vec<_> = places
+        .iter()
+        .enumerate()
+        .map(|(i, (buffer, offset, size))| wgpu::BindGroupEntry {
+            binding: i as u32,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer,
+                offset: *offset,
+                size: std::num::NonZeroU64::new(*size),
+            }),
+        })
+        .collect();
+    let layout = &dispatch.pipeline.layout;
+    device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
 }
 
 struct Submitted {

@@ -32,9 +32,6 @@ pub(super) use line;
 impl Builder {
     pub fn new(caps: &Caps) -> Self {
         let mut b = Builder { text: String::new(), writable: vec![] };
-        if caps.subgroups {
-            b.push("enable subgroups;");
-        }
         line!(b, "const WG = {THREADS}u;");
         b.push(include_str!("prelude.wgsl"));
         b.push(if caps.native_f16 { include_str!("f16_native.wgsl") } else { include_str!("f16_soft.wgsl") });
