@@ -24,6 +24,9 @@ pub use cache::{CacheConfig, KvCache, SequenceId};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
 pub use error::{Error, Result};
 pub use format::{Codec, CodecPair};
+/// The wgpu that [`Device::from_wgpu`] and [`Buffer::from_wgpu`] speak of.
+#[cfg(feature = "wgpu")]
+pub use wgpu;
 
 /// The guides' snippets, compiled and run by `cargo test --doc`.
 #[cfg(doctest)]

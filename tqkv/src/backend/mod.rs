@@ -3,6 +3,8 @@
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "wgpu")]
+pub(crate) mod wgpu;
 
 use crate::compute::{Buffer, DeviceInfo, KernelSource};
 use crate::error::Result;
@@ -16,6 +18,8 @@ pub(crate) enum Storage {
     Cpu(cpu::Memory),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Memory),
+    #[cfg(feature = "wgpu")]
+    Wgpu(wgpu::Memory),
 }
 
 /// A device's driver.

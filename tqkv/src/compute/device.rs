@@ -41,14 +41,14 @@ struct Inner {
 }
 
 impl Device {
-    pub(crate) fn new(backend: Box<dyn Backend>) -> Self {
+    pub(crate) fn from_backend(backend: Box<dyn Backend>) -> Self {
         Device(Arc::new(Inner { backend, kernels: KernelRegistry::default() }))
     }
 
     /// The host's processor: always there. One device for the whole process, with one thread a logical core.
     pub fn cpu() -> Self {
         static CPU: OnceLock<Device> = OnceLock::new();
-        CPU.get_or_init(|| Device::new(Box::new(backend::cpu::Cpu::new()))).clone()
+        CPU.get_or_init(|| Device::from_backend(Box::new(backend::cpu::Cpu::new()))).clone()
     }
 
     /// The host's processor with this many threads of its own.
@@ -56,14 +56,23 @@ impl Device {
     /// # Errors
     /// [`Error::Zero`] for no thread, [`Error::DeviceUnavailable`] if threads cannot be started.
     pub fn cpu_with_threads(threads: usize) -> Result<Self> {
-        Ok(Device::new(Box::new(backend::cpu::Cpu::with_threads(threads)?)))
+        Ok(Device::from_backend(Box::new(backend::cpu::Cpu::with_threads(threads)?)))
     }
 
     /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU.
     pub fn best() -> Self {
+        static BEST: OnceLock<Device> = OnceLock::new();
+        BEST.get_or_init(Device::find_best).clone()
+    }
+
+    fn find_best() -> Self {
         #[cfg(feature = "cuda")]
         if let Ok(device) = Device::open("cuda") {
             return device;
+        }
+        #[cfg(feature = "wgpu")]
+        if let Some(gpu) = backend::wgpu::best() {
+            return Device::from_backend(Box::new(gpu));
         }
         Device::cpu()
     }
@@ -82,7 +91,7 @@ impl Device {
     #[cfg(feature = "cuda")]
     pub unsafe fn cuda_on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
         // SAFETY: the caller's promise.
-        Ok(Device::new(Box::new(unsafe { backend::cuda::Cuda::with_stream(ordinal, stream) }?)))
+        Ok(Device::from_backend(Box::new(unsafe { backend::cuda::Cuda::with_stream(ordinal, stream) }?)))
     }
 
     /// Opens a device by its name: `cpu`, `wgpu`, `wgpu:N`, `cuda` or `cuda:N`.
@@ -100,24 +109,30 @@ impl Device {
         match (kind, index) {
             ("cpu", None) => Ok(Device::cpu()),
             #[cfg(feature = "cuda")]
-            ("cuda", ordinal) => Ok(Device::new(Box::new(backend::cuda::Cuda::new(ordinal.unwrap_or(0))?))),
-            #[cfg(not(feature = "cuda"))]
-            ("cuda", _) => Err(absent(name)),
-            ("wgpu", _) => Err(absent(name)),
+            ("cuda", index) => Ok(Device::from_backend(Box::new(backend::cuda::Cuda::new(index.unwrap_or(0))?))),
+            #[cfg(feature = "wgpu")]
+            ("wgpu", index) => Ok(Device::from_backend(Box::new(backend::wgpu::open(index)?))),
+            #[allow(unreachable_patterns)] // Each build has some of them.
+            ("wgpu" | "cuda", _) => Err(Error::DeviceUnavailable {
+                device: name.to_owned(),
+                reason: "this build has no such backend".to_owned(),
+            }),
             _ => Err(Error::UnknownDevice { got: name.to_owned() }),
         }
     }
 
     /// Every device that this build finds on this machine, and why others cannot be used.
     pub fn list() -> Vec<Result<DeviceInfo>> {
-        #[allow(unused_mut)] // Without other backends there is one device.
-        let mut all = vec![Ok(Device::cpu().info())];
+        #[allow(unused_mut)] // In a build without GPU backends.
+        let mut devices = vec![Ok(Device::cpu().info())];
         #[cfg(feature = "cuda")]
         match backend::cuda::count() {
-            Ok(n) => all.extend((0..n).map(|i| Device::open(&format!("cuda:{i}")).map(|d| d.info()))),
-            Err(e) => all.push(Err(e)),
+            Ok(n) => devices.extend((0..n).map(|i| Device::open(&format!("cuda:{i}")).map(|d| d.info()))),
+            Err(e) => devices.push(Err(e)),
         }
-        all
+        #[cfg(feature = "wgpu")]
+        devices.extend(backend::wgpu::list());
+        devices
     }
 
     /// What is known of it.
@@ -171,10 +186,6 @@ impl Device {
     pub(crate) fn backend(&self) -> &dyn Backend {
         &*self.0.backend
     }
-}
-
-fn absent(name: &str) -> Error {
-    Error::DeviceUnavailable { device: name.to_owned(), reason: "this build has no such backend".to_owned() }
 }
 
 impl PartialEq for Device {

@@ -13,7 +13,7 @@ fn available() -> impl Iterator<Item = &'static Kernels> {
 }
 
 fn device(kernels: &'static Kernels, threads: usize) -> Device {
-    Device::new(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
+    Device::from_backend(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
 }
 
 /// Numbers near N(0, 1): sums of uniform ones.

@@ -1,0 +1,181 @@
+//! Adapters: enumerated, chosen, opened.
+
+use super::context::{Context, block_on};
+use super::recorder::{Spec, WgpuRecorder};
+use super::wgsl::Source;
+use super::{Backend, Caps, Memory, Slot, Storage, Target, Wgpu};
+use crate::backend::Recorder;
+use crate::compute::{DeviceInfo, DeviceKind};
+use crate::error::{Error, Result};
+use half::f16;
+use std::sync::Arc;
+
+/// Every adapter of this machine's Metal, Vulkan and DX12 drivers, in their order: `wgpu:N` is the N-th.
+fn adapters() -> Vec<wgpu::Adapter> {
+    let backends = wgpu::Backends::METAL | wgpu::Backends::VULKAN | wgpu::Backends::DX12;
+    let descriptor = wgpu::InstanceDescriptor {
+        backends,
+        // Validation of the driver's own layers is asked for by WGPU_VALIDATION=1.
+        flags: wgpu::InstanceFlags::empty().with_env(),
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    };
+    block_on(wgpu::Instance::new(descriptor).enumerate_adapters(backends))
+}
+
+/// Real GPUs before software, discrete before integrated.
+fn rank(adapter: &wgpu::Adapter) -> usize {
+    match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    }
+}
+
+/// Opens adapter `index`, or the best.
+pub(crate) fn open(index: Option<usize>) -> Result<Wgpu> {
+    let mut adapters = adapters();
+    let found = adapters.len();
+    let index = match index {
+        Some(index) => index,
+        None => (0..found).min_by_key(|&i| rank(&adapters[i])).unwrap_or(0),
+    };
+    if index >= found {
+        let reason = match found {
+            0 => "no Metal, Vulkan or DX12 driver was found".to_owned(),
+            n => format!("expected a number under {n}"),
+        };
+        return Err(Error::DeviceUnavailable { device: format!("wgpu:{index}"), reason });
+    }
+    let adapter = adapters.swap_remove(index);
+    let info = info(index, &adapter.get_info(), &adapter.limits(), adapter.features());
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("tqkv"),
+        required_features: wanted() & adapter.features(),
+        required_limits: adapter.limits(),
+        ..Default::default()
+    };
+    let (device, queue) = block_on(adapter.request_device(&descriptor))
+        .map_err(|e| Error::DeviceUnavailable { device: info.id.clone(), reason: e.to_string() })?;
+    wrap(device, queue, info)
+}
+
+/// A GPU that is no software rasteriser, if there is one that works.
+pub(crate) fn best() -> Option<Wgpu> {
+    let adapters = adapters();
+    let index = (0..adapters.len()).filter(|&i| rank(&adapters[i]) < 4).min_by_key(|&i| rank(&adapters[i]))?;
+    open(Some(index)).ok()
+}
+
+/// What `Device::list` shows.
+pub(crate) fn list() -> Vec<Result<DeviceInfo>> {
+    let adapters = adapters();
+    if adapters.is_empty() {
+        let reason = "no Metal, Vulkan or DX12 driver was found".to_owned();
+        return vec![Err(Error::DeviceUnavailable { device: "wgpu".to_owned(), reason })];
+    }
+    let one = |(i, a): (usize, &wgpu::Adapter)| Ok(info(i, &a.get_info(), &a.limits(), a.features()));
+    adapters.iter().enumerate().map(one).collect()
+}
+
+fn wanted() -> wgpu::Features {
+    wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP
+}
+
+/// Makes a backend of a device: finds out what its arithmetic can do.
+pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -> Result<Wgpu> {
+    let adapter = device.adapter_info();
+    let software = adapter.device_type == wgpu::DeviceType::Cpu;
+    let caps = Caps {
+        native_f16: false,
+        subgroups: device.features().contains(wgpu::Features::SUBGROUP)
+            && adapter.subgroup_min_size >= 4
+            && std::env::var_os("TQKV_WGPU_NO_SUBGROUPS").is_none(),
+        busy: if software { 16 } else { 1024 },
+        query_rows: if software { 4 } else { 16 },
+    };
+    let context = Context::new(device, queue, info, caps);
+    let threads = super::wgsl::THREADS as u32;
+    if context.limits.max_compute_invocations_per_workgroup < threads {
+        let most = context.limits.max_compute_invocations_per_workgroup;
+        return Err(
+            context.unsupported(format!("run {threads} threads: max_compute_invocations_per_workgroup is {most}"))
+        );
+    }
+    context.check()?;
+    let context = Arc::new(context);
+    let native_f16 = converts_exactly(&context)?;
+    // Nobody else holds it yet.
+    let mut context = Arc::try_unwrap(context).map_err(|c| c.failed("its first kernel is still running"))?;
+    context.caps.native_f16 = native_f16;
+    Ok(Wgpu(Arc::new(context)))
+}
+
+/// Whether the device's conversions between f32 and f16 are those of IEEE 754: GPUs may round otherwise and may flush
+/// subnormals.
+fn converts_exactly(context: &Arc<Context>) -> Result<bool> {
+    // Every seventh half, and what lies between it and the next: the middle and its neighbours.
+    let halves: Vec<u16> = (0..=u16::MAX).step_by(7).filter(|&h| !f16::from_bits(h).is_nan()).collect();
+    let mut words = vec![];
+    for (i, &h) in halves.iter().enumerate() {
+        let (low, high) = (f16::from_bits(h).to_f32(), f16::from_bits(h.wrapping_add(1)).to_f32());
+        let middle = if high.is_finite() { 0.5 * (low + high) } else { 65520f32.copysign(low) };
+        let near = f32::from_bits(middle.to_bits().wrapping_add_signed(i as i32 % 3 - 1));
+        words.extend([h as u32 | (!h as u32) << 16, middle.to_bits(), near.to_bits()]);
+    }
+    words.resize(words.len().next_multiple_of(3 * super::wgsl::THREADS), 0);
+    let backend = Wgpu(context.clone());
+    let buffer = || match backend.alloc(4 * words.len())? {
+        Storage::Wgpu(Memory(buffer)) => Ok(buffer),
+        _ => Err(context.failed("it made another device's memory")),
+    };
+    let (x, y) = (buffer()?, buffer()?);
+    context.write(&x, 0, bytemuck::cast_slice(&words))?;
+    let slot = |b: &wgpu::Buffer| Slot { target: Target::Buffer(b.clone()), offset: 0, size: b.size(), rest: 0 };
+    let mut recorder = WgpuRecorder::new(context);
+    let source = || {
+        let mut b = super::wgsl::Builder::new(&Caps::default());
+        b.storage("x", "u32", false);
+        b.storage("y", "u32", true);
+        b.params(&[], &[]);
+        b.push(include_str!("probe.wgsl"));
+        b.finish()
+    };
+    let source: &dyn Fn() -> Source = &source;
+    let groups = words.len() / 3 / super::wgsl::THREADS;
+    recorder.dispatch(&Spec::Probe, source, vec![slot(&x), slot(&y)], groups, &[], &[])?;
+    Box::new(recorder).submit()?.wait()?;
+    let mut got = vec![0u32; words.len()];
+    context.read(&y, 0, bytemuck::cast_slice_mut(&mut got))?;
+    Ok(words.chunks(3).zip(got.chunks(3)).all(|(w, g)| {
+        let half = |bits: u32| f16::from_bits(bits as u16);
+        let same = |f: f16, got: u32| f.is_nan() || f.to_f32().to_bits() == got;
+        let packed = |bits: u32| f16::from_f32(f32::from_bits(bits)).to_bits() as u32;
+        same(half(w[0]), g[0]) && same(half(w[0] >> 16), g[1]) && packed(w[1]) | packed(w[2]) << 16 == g[2]
+    }))
+}
+
+pub(super) fn info(
+    index: usize,
+    info: &wgpu::AdapterInfo,
+    limits: &wgpu::Limits,
+    features: wgpu::Features,
+) -> DeviceInfo {
+    let yes = |f| if features.contains(f) { "yes" } else { "no" }.to_owned();
+    DeviceInfo {
+        kind: DeviceKind::Wgpu,
+        id: format!("wgpu:{index}"),
+        name: info.name.clone(),
+        details: vec![
+            ("api", format!("{:?}", info.backend)),
+            ("type", format!("{:?}", info.device_type)),
+            ("driver", format!("{} {}", info.driver, info.driver_info)),
+            ("subgroups", format!("{} to {}", info.subgroup_min_size, info.subgroup_max_size)),
+            ("f16", yes(wgpu::Features::SHADER_F16)),
+            ("largest binding", limits.max_storage_buffer_binding_size.to_string()),
+            ("largest buffer", limits.max_buffer_size.to_string()),
+            ("workgroup memory", limits.max_compute_workgroup_storage_size.to_string()),
+        ],
+    }
+}

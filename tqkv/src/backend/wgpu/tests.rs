@@ -1,0 +1,170 @@
+//! Every generated kernel: valid, and fit for Metal; and how many dispatches operations take.
+
+use super::wgsl::{Align, Rows, Source, Tensor};
+use super::{Caps, attention, dequantize, merge, quantize, recorder, rotate};
+use crate::backend::{Op, Recorder};
+use crate::compute::DType;
+use crate::format::{Codec, RowFormat};
+use crate::ops::{AttentionParams, Batch, PagePool};
+use crate::{Device, backend};
+
+/// What a Metal GPU gives a threadgroup.
+const METAL_WORKGROUP_MEMORY: u32 = 32 << 10;
+
+/// Translates a kernel as wgpu does on macOS and checks the outcome.
+fn check_for_metal(name: &str, source: &Source) {
+    let module = naga::front::wgsl::parse_str(&source.text)
+        .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source.text)));
+    let mut validator =
+        naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+    let info = validator.validate(&module).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source.text)));
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let memory: u32 = module
+        .global_variables
+        .iter()
+        .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+        .map(|(_, v)| layouter[v.ty].size)
+        .sum();
+    assert!(memory <= METAL_WORKGROUP_MEMORY, "{name}: {memory} bytes of workgroup memory");
+    let unchecked = naga::proc::BoundsCheckPolicy::Unchecked;
+    let options = naga::back::msl::Options {
+        lang_version: (2, 4),
+        bounds_check_policies: naga::proc::BoundsCheckPolicies {
+            index: unchecked,
+            buffer: unchecked,
+            image_load: unchecked,
+            binding_array: unchecked,
+        },
+        zero_initialize_workgroup_memory: false,
+        force_loop_bounding: false,
+        ..Default::default()
+    };
+    let (msl, _) = naga::back::msl::write_string(&module, &info, &options, &Default::default())
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
+    // What naga adds to check accesses and to bound loops.
+    for check in ["_mslBufferSizes", "DefaultConstructible", "loop_bound"] {
+        assert!(!msl.contains(check), "{name}: {check} in\n{msl}");
+    }
+}
+
+const SHAPES: [(Codec, usize); 14] = [
+    (Codec::tq(2), 64),
+    (Codec::tq(3), 80),
+    (Codec::tq(4), 128),
+    (Codec::tq(5), 96),
+    (Codec::tq(6), 112),
+    (Codec::tq(7), 256),
+    (Codec::tq(8), 1024),
+    (Codec::tq(4), 576),
+    (Codec::seed(4), 128),
+    (Codec::seed(5), 256),
+    (Codec::seed(8), 512),
+    (Codec::F16, 128),
+    (Codec::F32, 256),
+    (Codec::F32, 16),
+];
+
+#[test]
+fn kernels_translate_to_metal() {
+    for (native_f16, subgroups) in [(true, true), (false, false)] {
+        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16 };
+        let mut kernels = 0;
+        let mut check = |name: String, source: Source| {
+            check_for_metal(&name, &source);
+            kernels += 1;
+        };
+        let tensor = |dtype, wide| Tensor { dtype, wide };
+        for (codec, d) in SHAPES {
+            let row = RowFormat::new(codec, d).unwrap();
+            for (align, wide) in [(Align::Byte, false), (Align::Word, false), (Align::Vector, true)] {
+                let fits = match align {
+                    Align::Byte => row.is_rotated(),
+                    Align::Word => row.row_bytes().is_multiple_of(4),
+                    Align::Vector => row.row_bytes().is_multiple_of(16),
+                };
+                if !fits {
+                    continue;
+                }
+                let rows = Rows::of(&row, align);
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    let name = format!("{codec} D={d} {align:?} {dtype}");
+                    let x = tensor(dtype, wide);
+                    for forward in [false, true] {
+                        for out in [None, Some(x)] {
+                            let spec = rotate::Spec { row: rows, forward, x, out };
+                            check(format!("rotate {name}"), rotate::source(&spec, &caps));
+                        }
+                    }
+                    let spec = quantize::Spec { pool: rows, x };
+                    check(format!("quantize {name}"), quantize::source(&spec, &caps));
+                    for restore in [false, true].into_iter().filter(|r| !r || row.is_rotated()) {
+                        let spec =
+                            dequantize::Spec { pool: rows, out: x, restore, head_major: restore, listed: !restore };
+                        check(format!("dequantize {name}"), dequantize::source(&spec, &caps));
+                    }
+                    let sinks = dtype == DType::F32;
+                    let spec =
+                        attention::JoinSpec { value: rows, out: x, restore: row.is_rotated(), sinks, lse: !sinks };
+                    check(format!("join {name}"), attention::join_source(&spec, &caps));
+                }
+                // As many rows as a workgroup may have, and one.
+                let most = caps.query_rows.min(attention::QUERY_FLOATS / d);
+                for (heads, queries) in [(most, 1), (1, most), (1, 1)] {
+                    let spec = attention::Spec {
+                        key: rows,
+                        value: rows,
+                        q: tensor(DType::F16, wide),
+                        rotate: row.is_rotated(),
+                        heads,
+                        queries,
+                        causal: heads > 1,
+                        window: heads > 1,
+                        softcap: queries > 1,
+                    };
+                    check(
+                        format!("attention {codec} D={d} {align:?} {heads}x{queries}"),
+                        attention::source(&spec, &caps),
+                    );
+                }
+            }
+        }
+        let parts = [DType::F32, DType::F16, DType::BF16, DType::F32].map(|d| tensor(d, true));
+        check("merge".to_owned(), merge::source(&parts, true, &caps));
+        println!("{kernels} kernels");
+    }
+}
+
+#[test]
+fn attention_takes_two_dispatches() {
+    let Ok(wgpu) = backend::wgpu::open(None) else {
+        assert!(!std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")), "wgpu is required");
+        eprintln!("SKIPPED: no wgpu device");
+        return;
+    };
+    let context = wgpu.0.clone();
+    let device = Device::from_backend(Box::new(wgpu));
+    let row = RowFormat::new(Codec::tq(4), 64).unwrap();
+    let pool = || PagePool::new(&device, row, 2, 16, 64).unwrap();
+    let pages: Vec<u32> = (0..64).collect();
+    let span = crate::ops::Span { first: 0, len: 1000, new: 1, pages: &pages };
+    let batch = Batch::new(&device, 16, &[span]).unwrap();
+    let mut recorder = recorder::WgpuRecorder::new(&context);
+    let layers = 3;
+    for _ in 0..layers {
+        let zeros = || device.zeros(DType::F32, &[1, 8, 64]).unwrap();
+        let op = backend::Attention {
+            q: zeros(),
+            heads: 8,
+            key: pool(),
+            value: pool(),
+            batch: batch.clone(),
+            params: AttentionParams::for_head_dim(64),
+            out: zeros(),
+            lse: None,
+        };
+        recorder.record(Op::Attention(op)).unwrap();
+    }
+    assert_eq!(recorder.dispatches(), 2 * layers);
+    Box::new(recorder).submit().unwrap().wait().unwrap();
+}

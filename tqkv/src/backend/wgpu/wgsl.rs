@@ -1,0 +1,429 @@
+//! WGSL in pieces: bindings, parameters, float conversion, row decoding, the transform.
+//!
+//! Kernels are text that is put together for one shape, so that loops have constant bounds and shifts are constants.
+//! Codebooks and signs reach them in the parameters, bit for bit as `format` holds them.
+
+use super::Caps;
+use crate::compute::DType;
+use crate::format::{Codec, Packing, RowFormat, Scaling};
+use crate::ops::PagePool;
+
+/// Threads of every workgroup.
+pub const THREADS: usize = 128;
+
+/// A kernel's text and, by binding, whether it writes.
+pub struct Source {
+    pub text: String,
+    pub writable: Vec<bool>,
+}
+
+/// A kernel that is being put together.
+pub struct Builder {
+    text: String,
+    writable: Vec<bool>,
+}
+
+/// `line!(b, "...")` appends a formatted line.
+macro_rules! line {
+    ($b:expr, $($arg:tt)*) => { $b.push(&format!($($arg)*)) };
+}
+pub(super) use line;
+
+impl Builder {
+    pub fn new(caps: &Caps) -> Self {
+        let mut b = Builder { text: String::new(), writable: vec![] };
+        line!(b, "const WG = {THREADS}u;");
+        b.push(include_str!("prelude.wgsl"));
+        b.push(if caps.native_f16 { include_str!("f16_native.wgsl") } else { include_str!("f16_soft.wgsl") });
+        b
+    }
+
+    pub fn push(&mut self, text: &str) {
+        self.text.push_str(text);
+        self.text.push('\n');
+    }
+
+    /// Declares the next storage binding.
+    pub fn storage(&mut self, name: &str, element: &str, writable: bool) {
+        let access = if writable { "read_write" } else { "read" };
+        line!(self, "@group(0) @binding({}) var<storage, {access}> {name}: array<{element}>;", self.writable.len());
+        self.writable.push(writable);
+    }
+
+    /// Declares the parameters as `a`: u32 `fields` (after `groups`, the grid, and `zero`), then tables of vectors of four.
+    pub fn params(&mut self, fields: &[&str], tables: &[(&str, &str, usize)]) {
+        self.push("struct Params {\n  groups: u32,\n  zero: u32,");
+        for name in fields {
+            line!(self, "  {name}: u32,");
+        }
+        for (name, element, vectors) in tables {
+            line!(self, "  {name}: array<vec4<{element}>, {vectors}>,");
+        }
+        self.push("}");
+        line!(self, "@group(0) @binding({}) var<uniform> a: Params;", self.writable.len());
+    }
+
+    /// Opens the entry point; `wg` is the workgroup's number in a grid that may be folded, `tid` the thread's.
+    pub fn main(&mut self) {
+        self.push(
+            "@compute @workgroup_size(WG)\n\
+             fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>,\n\
+             \x20 @builtin(local_invocation_index) tid: u32) {\n\
+             \x20 let wg = wid.y * grid.x + wid.x;\n\
+             \x20 if (wg >= a.groups) { return; }",
+        );
+    }
+
+    pub fn finish(self) -> Source {
+        Source { text: self.text, writable: self.writable }
+    }
+}
+
+/// How a float tensor is read or written, eight elements at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tensor {
+    pub dtype: DType,
+    /// Whether it lies on 16 bytes, so that vectors of four words can be moved.
+    pub wide: bool,
+}
+
+impl Tensor {
+    pub fn element(self) -> &'static str {
+        if self.wide { "vec4<u32>" } else { "u32" }
+    }
+
+    /// `fn {name}_load(i) -> Eight`: elements i to i + 7; i is a multiple of 8, `a.{name}_off` counts words.
+    pub fn load(self, b: &mut Builder, name: &str) {
+        line!(b, "fn {name}_load(i: u32) -> Eight {{");
+        if self.dtype == DType::F32 {
+            line!(b, "  let j = a.{name}_off + i;");
+            let vector = |k: usize| match self.wide {
+                true => format!("{name}[(j >> 2u) + {k}u]"),
+                false => words(name, "j", 4 * k, 4),
+            };
+            line!(b, "  return Eight(bitcast<vec4<f32>>({}), bitcast<vec4<f32>>({}));", vector(0), vector(1));
+        } else {
+            line!(b, "  let j = a.{name}_off + (i >> 1u);");
+            let vector = if self.wide { format!("{name}[j >> 2u]") } else { words(name, "j", 0, 4) };
+            let unpack = if self.dtype == DType::F16 { "unpack_f16" } else { "unpack_bf16" };
+            line!(b, "  let w = {vector};");
+            line!(b, "  return Eight(vec4({unpack}(w.x), {unpack}(w.y)), vec4({unpack}(w.z), {unpack}(w.w)));");
+        }
+        b.push("}");
+    }
+
+    /// `fn {name}_store(i, v: Eight)`.
+    pub fn store(self, b: &mut Builder, name: &str) {
+        let (index, values) = match self.dtype {
+            DType::F32 => ("i", vec!["bitcast<vec4<u32>>(v.a)", "bitcast<vec4<u32>>(v.b)"]),
+            DType::F16 => ("(i >> 1u)", vec!["pack_f16_eight(v)"]),
+            _ => ("(i >> 1u)", vec!["pack_bf16_eight(v)"]),
+        };
+        line!(b, "fn {name}_store(i: u32, v: Eight) {{\n  let j = a.{name}_off + {index};");
+        for (k, value) in values.iter().enumerate() {
+            line!(b, "  let w{k} = {value};");
+            if self.wide {
+                line!(b, "  {name}[(j >> 2u) + {k}u] = w{k};");
+            } else {
+                for (c, component) in "xyzw".chars().enumerate() {
+                    line!(b, "  {name}[j + {}u] = w{k}.{component};", 4 * k + c);
+                }
+            }
+        }
+        b.push("}");
+    }
+}
+
+/// A vector of `n` ≤ 4 consecutive words, zeros after them.
+fn words(name: &str, index: &str, from: usize, n: usize) -> String {
+    let word = |k| if k < n { format!("{name}[{index} + {}u]", from + k) } else { "0u".to_owned() };
+    format!("vec4<u32>({}, {}, {}, {})", word(0), word(1), word(2), word(3))
+}
+
+/// What stored rows lie on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Align {
+    /// Any byte.
+    Byte,
+    /// Words.
+    Word,
+    /// 16 bytes.
+    Vector,
+}
+
+/// How a pool's rows are read and written: everything that a kernel is specialised on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rows {
+    codec: Codec,
+    head_dim: usize,
+    d512: u32,
+    pub align: Align,
+}
+
+impl Rows {
+    /// `offset` and `size` are what the codes' binding starts at and holds.
+    pub fn new(pool: &PagePool, offset: usize, size: usize) -> Self {
+        let lies_on = |n| [offset, size, pool.row().row_bytes()].iter().all(|x| x.is_multiple_of(n));
+        let align = if lies_on(16) {
+            Align::Vector
+        } else if offset.is_multiple_of(4) && pool.row().row_bytes().is_multiple_of(4) {
+            Align::Word
+        } else {
+            Align::Byte
+        };
+        Rows::of(pool.row(), align)
+    }
+
+    pub fn of(row: &RowFormat, align: Align) -> Self {
+        let d512 = row.scale_factor_d512().to_bits();
+        Rows { codec: row.codec(), head_dim: row.head_dim(), d512, align }
+    }
+
+    pub fn format(&self) -> RowFormat {
+        let row =
+            RowFormat::new(self.codec, self.head_dim).and_then(|r| r.with_scale_factor_d512(f32::from_bits(self.d512)));
+        row.expect("it came from a RowFormat")
+    }
+
+    /// Bits between one stored element and the next.
+    fn field(&self) -> usize {
+        self.format().row_bytes() * 8 / self.head_dim
+    }
+
+    /// The most elements, up to `most`, that one fetch of at most four words brings.
+    pub fn fetch_size(&self, most: usize) -> usize {
+        let most = if self.head_dim.is_multiple_of(32) { most } else { most.min(16) };
+        most.min(1 << (128 / self.field()).ilog2())
+    }
+
+    pub fn element(&self) -> &'static str {
+        if self.align == Align::Vector { "vec4<u32>" } else { "u32" }
+    }
+
+    /// Declares the bindings `{p}_codes` and, unless dense, `{p}_scales`.
+    pub fn bind(&self, b: &mut Builder, p: &str) {
+        b.storage(&format!("{p}_codes"), self.element(), false);
+        if self.format().scales_per_row() > 0 {
+            b.storage(&format!("{p}_scales"), "u32", false);
+        }
+    }
+
+    /// Vectors that the codebook takes in the parameters.
+    pub fn book_vectors(&self) -> usize {
+        self.format().codebook().map_or(0, |b| b.levels.len() / 4)
+    }
+
+    /// The workgroup's copy of the codebook, `{p}_book`, and `fn {p}_fill(tid)`, which needs a barrier after it.
+    pub fn book(&self, b: &mut Builder, p: &str) {
+        let n = 4 * self.book_vectors();
+        if n > 0 {
+            line!(b, "var<workgroup> {p}_book: array<f32, {n}>;");
+            line!(b, "fn {p}_fill(tid: u32) {{");
+            line!(b, "  for (var i = tid; i < {n}u; i += WG) {{ {p}_book[i] = a.{p}_levels[i >> 2u][i & 3u]; }}\n}}");
+        }
+    }
+
+    pub fn fill(&self, p: &str) -> String {
+        if self.book_vectors() > 0 { format!("{p}_fill(tid);") } else { String::new() }
+    }
+
+    /// `fn {p}_fetch(row, c) -> vec4<u32>`, which uses the parameter `{p}_codes_off`: the stored bits of elements c·n to c·n + n - 1 of a row, from bit 0 on.
+    pub fn fetch(&self, b: &mut Builder, p: &str, n: usize) {
+        let (bits, row_bytes) = (n * self.field(), self.format().row_bytes());
+        let count = bits.div_ceil(32);
+        let word = |k: usize| match self.align {
+            Align::Vector => format!("{p}_codes[(j + {k}u) >> 2u][(j + {k}u) & 3u]"),
+            _ => format!("{p}_codes[j + {k}u]"),
+        };
+        let load = |n: usize| {
+            let word = |k| if k < n { word(k) } else { "0u".to_owned() };
+            format!("vec4<u32>({}, {}, {}, {})", word(0), word(1), word(2), word(3))
+        };
+        line!(b, "fn {p}_fetch(row: u32, c: u32) -> vec4<u32> {{");
+        if self.align == Align::Vector && bits == 128 {
+            line!(b, "  return {p}_codes[(a.{p}_codes_off >> 4u) + row * {}u + c];", row_bytes / 16);
+        } else if self.align >= Align::Word && bits.is_multiple_of(32) {
+            line!(b, "  let j = (a.{p}_codes_off >> 2u) + row * {}u + c * {count}u;", row_bytes / 4);
+            line!(b, "  return {};", load(count));
+        } else {
+            line!(b, "  let bit = c * {bits}u;");
+            line!(b, "  let at = a.{p}_codes_off + row * {row_bytes}u + (bit >> 3u);");
+            line!(b, "  let s = ((at & 3u) << 3u) + (bit & 7u);\n  let j = at >> 2u;");
+            line!(b, "  var w = {};", load(count));
+            b.push("  if (s != 0u) {\n    var next = 0u;");
+            line!(b, "    if (s + {bits}u > {}u) {{ next = {}; }}", 32 * count, word(count));
+            let next = |k: usize| match k + 1 {
+                k if k == count => "next",
+                1 => "w.y",
+                2 => "w.z",
+                3 => "w.w",
+                _ => "0u",
+            };
+            line!(
+                b,
+                "    w = (w >> vec4(s)) | (vec4<u32>({}, {}, {}, {}) << vec4(32u - s));\n  }}\n  return w;",
+                next(0),
+                next(1),
+                next(2),
+                next(3)
+            );
+        }
+        b.push("}");
+    }
+
+    /// Elements 4j to 4j + 3 of what a fetch into `w` brought: levels, or floats of a dense codec.
+    pub fn value(&self, p: &str, w: &str, j: usize) -> String {
+        let row = self.format();
+        let component = |k: usize| format!("{w}.{}", ["x", "y", "z", "w"][k]);
+        match row.packing() {
+            Packing::Float(DType::F32) => format!("bitcast<vec4<f32>>({w})"),
+            Packing::Float(_) => {
+                format!("vec4<f32>(unpack_f16({}), unpack_f16({}))", component(2 * j), component(2 * j + 1))
+            }
+            _ => {
+                let (field, bits) = (self.field(), row.bits());
+                let level = |i: usize| {
+                    let (k, shift) = (i * field / 32, i * field % 32);
+                    let mask = (1u32 << bits) - 1;
+                    match shift + bits > 32 {
+                        true => {
+                            let (low, high) = (component(k), component(k + 1));
+                            format!("{p}_book[(({low} >> {shift}u) | ({high} << {}u)) & {mask}u]", 32 - shift)
+                        }
+                        false => format!("{p}_book[({} >> {shift}u) & {mask}u]", component(k)),
+                    }
+                };
+                format!("vec4<f32>({}, {}, {}, {})", level(4 * j), level(4 * j + 1), level(4 * j + 2), level(4 * j + 3))
+            }
+        }
+    }
+
+    /// `fn {p}_factor(row, s) -> f32`, which uses the parameter `{p}_scales_off`, as [`RowFormat::factor`] computes it; `s` counts the row's scales.
+    pub fn factor(&self, b: &mut Builder, p: &str) {
+        let row = self.format();
+        line!(b, "fn {p}_factor(row: u32, s: u32) -> f32 {{");
+        match row.scaling() {
+            Scaling::None => b.push("  return 1.0;"),
+            Scaling::Corrected => {
+                line!(b, "  let h = (a.{p}_scales_off >> 1u) + row;");
+                line!(b, "  return f16_value(({p}_scales[h >> 1u] >> ((h & 1u) << 4u)) & 0xffffu);");
+            }
+            Scaling::Norm => {
+                let unit = float(row.factor(1.0));
+                line!(b, "  return bitcast<f32>({p}_scales[(a.{p}_scales_off >> 2u) + row]) * {unit};");
+            }
+            Scaling::BlockRms => {
+                let n = row.scales_per_row();
+                line!(b, "  let rms = bitcast<f32>({p}_scales[(a.{p}_scales_off >> 2u) + row * {n}u + s]);");
+                let factor = row.scale_factor_d512();
+                let quotient = if factor == 1.0 { "rms".into() } else { format!("exact_div(rms, {})", float(factor)) };
+                line!(b, "  return {quotient};");
+            }
+        }
+        b.push("}");
+    }
+
+    /// Which of a row's scales chunk `c` of `n` elements has.
+    pub fn scale_of(&self, c: &str, n: usize) -> String {
+        let per_scale = self.head_dim / self.format().scales_per_row().max(1);
+        if per_scale == self.head_dim { "0u".to_owned() } else { format!("({c}) / {}u", per_scale / n) }
+    }
+}
+
+/// A finite float as WGSL, bit for bit.
+pub fn float(x: f32) -> String {
+    format!("bitcast<f32>({:#x}u)", x.to_bits())
+}
+
+/// The codebook as the parameters' tables hold it.
+pub fn levels(row: &RowFormat) -> Vec<u32> {
+    row.codebook().map_or(vec![], |book| book.levels.iter().map(|x| x.to_bits()).collect())
+}
+
+/// Where the vectors of four of the workgroup array `buf` lie.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Layout {
+    /// One after the other.
+    Plain,
+    /// With a hole after every eighth, so that strides of eight meet different banks.
+    Padded,
+}
+
+impl Layout {
+    /// Declares `buf` for so many vectors, and `at`.
+    pub fn declare(self, b: &mut Builder, vectors: usize) {
+        let (size, at) = match self {
+            Layout::Plain => (vectors, "i"),
+            Layout::Padded => (vectors + vectors.div_ceil(8), "i + (i >> 3u)"),
+        };
+        line!(b, "var<workgroup> buf: array<vec4<f32>, {size}>;");
+        line!(b, "fn at(i: u32) -> u32 {{ return {at}; }}");
+    }
+}
+
+/// `fn flip(i, v: Eight) -> Eight` negates elements i to i + 7 as the signs say.
+pub fn flip(b: &mut Builder) {
+    b.push(include_str!("flip.wgsl"));
+}
+
+/// `fn transform(rows, tid)`: the orthogonal transform of the first `rows` rows of `buf`, to the last bit as the CPU does
+/// it. A barrier stands before and after.
+pub fn transform(b: &mut Builder, row: &RowFormat) {
+    let (d, block) = (row.head_dim(), row.block());
+    let (vectors, block_vectors) = (d / 4, block / 4);
+    let norm = float(1.0 / (block as f32).sqrt());
+    b.push("fn transform(rows: u32, tid: u32) {\n  workgroupBarrier();");
+    let (mut low, mut first) = (1usize, true);
+    while first || low < block_vectors {
+        // Each task takes `span` vectors at stride `low`: a butterfly network in registers.
+        let span = (block_vectors / low).min(8);
+        let last = low * span >= block_vectors;
+        line!(b, "  for (var u = tid; u < rows * {}u; u += WG) {{", vectors / span);
+        let (shift, mask) = (low.ilog2(), low - 1);
+        line!(b, "    let base = ((u >> {shift}u) * {}u) + (u & {mask}u);", span * low);
+        for k in 0..span {
+            line!(b, "    var x{k} = buf[at(base + {}u)];", k * low);
+        }
+        if first {
+            for k in 0..span {
+                line!(b, "    x{k} = vec4(x{k}.x + x{k}.y, x{k}.x - x{k}.y, x{k}.z + x{k}.w, x{k}.z - x{k}.w);");
+                line!(b, "    x{k} = vec4(x{k}.xy + x{k}.zw, x{k}.xy - x{k}.zw);");
+            }
+        }
+        let mut h = 1;
+        while h < span {
+            for k in (0..span).filter(|k| k & h == 0) {
+                let j = k + h;
+                line!(b, "    {{ let t = x{k}; x{k} = t + x{j}; x{j} = t - x{j}; }}");
+            }
+            h *= 2;
+        }
+        for k in 0..span {
+            let scale = if last { format!(" * {norm}") } else { String::new() };
+            line!(b, "    buf[at(base + {}u)] = x{k}{scale};", k * low);
+        }
+        b.push("  }\n  workgroupBarrier();");
+        low *= span;
+        first = false;
+    }
+    let blocks = d / block;
+    if blocks > 1 {
+        line!(b, "  for (var u = tid; u < rows * {block_vectors}u; u += WG) {{");
+        line!(b, "    let base = (u / {block_vectors}u) * {vectors}u + u % {block_vectors}u;");
+        b.push("    var sum = buf[at(base)];");
+        for k in 1..blocks {
+            line!(b, "    sum = sum + buf[at(base + {}u)];", k * block_vectors);
+        }
+        line!(b, "    sum = keep4(sum * {});", float(2.0 / blocks as f32));
+        for k in 0..blocks {
+            line!(b, "    buf[at(base + {0}u)] = buf[at(base + {0}u)] - sum;", k * block_vectors);
+        }
+        b.push("  }\n  workgroupBarrier();");
+    }
+    b.push("}");
+}
+
+/// The signs as the parameters' table holds them.
+pub fn signs(row: &RowFormat) -> Vec<u32> {
+    row.signs().to_vec()
+}
