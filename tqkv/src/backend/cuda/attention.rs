@@ -308,10 +308,10 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
     let params = TensorParams {
         k_codes: address(op.key.codes()),
         k_scales: op.key.scales().map_or(0, address),
-        k_codebook: k_tables.levels,
+        k_codebook: k_tables.tensor_levels,
         v_codes: address(op.value.codes()),
         v_scales: op.value.scales().map_or(0, address),
-        v_codebook: v_tables.levels,
+        v_codebook: v_tables.tensor_levels,
         page_table: address(op.batch.device_table()),
         items: planned.items.address,
         q: address(&op.q),
@@ -332,8 +332,8 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
         window: op.params.window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32)),
         rotate_q: (original && key.is_rotated()) as u32,
         restore_out: (original && value.is_rotated()) as u32,
-        q_scale: op.params.scale * lacking(key),
-        out_scale: lacking(value),
+        q_scale: op.params.scale * lacking(key) / k_tables.gain,
+        out_scale: lacking(value) / v_tables.gain,
         softcap: op.params.softcap.unwrap_or(0.0),
         pad: 0,
     };

@@ -75,13 +75,16 @@ pub(super) struct Limits {
     pools: bool,
 }
 
+/// A kernel that is there, or the lock of those who wait for it.
+type Slot = Arc<Mutex<Option<Arc<Kernel>>>>;
+
 /// A GPU's primary context and the kernels loaded into it: one for the whole process.
 pub(super) struct Context {
     pub id: String,
     pub limits: Limits,
     raw: sys::CUcontext,
     device: sys::CUdevice,
-    kernels: Mutex<HashMap<u128, Arc<Mutex<Option<Arc<Kernel>>>>>>,
+    kernels: Mutex<HashMap<u128, Slot>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread.

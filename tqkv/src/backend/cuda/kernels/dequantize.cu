@@ -64,10 +64,9 @@ template <typename R> DEVICE void decode(const Params& p) {
                 load8<R::PACKING == PACK_F16 ? TYPE_F16 : TYPE_F32, R::ALIGN >= 16>(codes, R::element(r, lane), x + r * 8);
         }
         if (p.restored) restore<R>(x, p.turn, lane);
-        if (wanted < rows)
 #pragma unroll
-            for (int k = 0; k < R::N / 8; k++)
-                store8<OUT_TYPE, OUT_ALIGNED>(p.out, (u64)wanted * R::D + R::element(k, lane), x + k * 8);
+        for (int k = 0; k < R::N / 8; k++)
+            store_run<R, OUT_TYPE, OUT_ALIGNED>(p.out, (u64)wanted * R::D + R::element(k, lane), x + k * 8, wanted < rows);
     }
 }
 

@@ -22,8 +22,8 @@ extern "C" __global__ void __launch_bounds__(256) rotate(const __grid_constant__
         for (int r = 0; r < S::N / 8; r++) load8<X_TYPE, BOTH_ALIGNED>(p.x, at + S::element(r, lane), x + r * 8);
         if (INVERSE) restore<S>(x, p.turn, lane);
         else rotate<S>(x, p.turn, lane);
-        if (row < p.rows)
 #pragma unroll
-            for (int r = 0; r < S::N / 8; r++) store8<OUT_TYPE, BOTH_ALIGNED>(p.out, at + S::element(r, lane), x + r * 8);
+        for (int r = 0; r < S::N / 8; r++)
+            store_run<S, OUT_TYPE, BOTH_ALIGNED>(p.out, at + S::element(r, lane), x + r * 8, row < p.rows);
     }
 }

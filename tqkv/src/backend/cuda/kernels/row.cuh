@@ -174,17 +174,38 @@ template <int TYPE> DEVICE u32 pair(float lo, float hi) {
     return (u32)bf16_from_f32(lo) | (u32)bf16_from_f32(hi) << 16;
 }
 
+// Stores are streamed: nothing here reads again what it wrote.
 template <int TYPE, bool ALIGNED> DEVICE void store8(void* p, u64 i, const float* x) {
     if constexpr (!ALIGNED) {
 #pragma unroll
         for (int k = 0; k < 8; k++) store_element<TYPE>(p, i + k, x[k]);
     } else if constexpr (TYPE == TYPE_F32) {
         float4* to = (float4*)((float*)p + i);
-        to[0] = make_float4(x[0], x[1], x[2], x[3]), to[1] = make_float4(x[4], x[5], x[6], x[7]);
+        __stcs(to, make_float4(x[0], x[1], x[2], x[3])), __stcs(to + 1, make_float4(x[4], x[5], x[6], x[7]));
     } else {
         uint4 v;
         v.x = pair<TYPE>(x[0], x[1]), v.y = pair<TYPE>(x[2], x[3]), v.z = pair<TYPE>(x[4], x[5]), v.w = pair<TYPE>(x[6], x[7]);
-        *(uint4*)((u16*)p + i) = v;
+        __stcs((uint4*)((u16*)p + i), v);
+    }
+}
+
+// The same for a lane's run of a row, by all lanes of a warp. Neighbours' runs are neighbours: of f32 they exchange halves, so
+// that each store of a pair of lanes fills a sector of 32 bytes.
+template <typename S, int TYPE, bool ALIGNED> DEVICE void store_run(void* p, u64 i, const float* x, bool valid) {
+    if constexpr (TYPE == TYPE_F32 && ALIGNED && S::GROUP > 1) {
+        const bool odd = threadIdx.x & 1;
+        float4 own = make_float4(x[0], x[1], x[2], x[3]), given = make_float4(x[4], x[5], x[6], x[7]);
+        if (odd) {
+            const float4 first = own;
+            own = given, given = first;
+        }
+        given.x = __shfl_xor_sync(~0u, given.x, 1), given.y = __shfl_xor_sync(~0u, given.y, 1);
+        given.z = __shfl_xor_sync(~0u, given.z, 1), given.w = __shfl_xor_sync(~0u, given.w, 1);
+        // The even lane's run, then the odd lane's.
+        float4* const to = (float4*)((float*)p + i) - (odd ? 1 : 0);
+        if (valid) __stcs(to, odd ? given : own), __stcs(to + 2, odd ? own : given);
+    } else if (valid) {
+        store8<TYPE, ALIGNED>(p, i, x);
     }
 }
 
@@ -237,6 +258,6 @@ struct Span {
     u32 first, len, start, new_;
 };
 DEVICE u32 locate(const u32* table, u32 position, u32 page_size, u32 width, u32 kv_heads, u32 head) {
-    const u32 slot = position % (page_size * width), page = slot / page_size;
+    const u32 capacity = page_size * width, slot = position < capacity ? position : position % capacity, page = slot / page_size;
     return (table[page] * kv_heads + head) * page_size + slot - page * page_size;
 }
