@@ -93,6 +93,41 @@ impl Buffer {
         Buffer { device: device.clone(), storage, dtype, shape: shape.to_vec(), offset: 0 }
     }
 
+    /// Memory on an NVIDIA GPU that someone else owns (another library's tensor, say), without a copy. `address` is what
+    /// `cudaMalloc` gave, or a place within it; the first element lies there.
+    ///
+    /// # Safety
+    /// `address` must be accessible on the device's GPU, with as many bytes as `dtype` and `shape` say, until the buffer, its
+    /// views and all work that was submitted with them are gone. Work that other streams do on that memory must be
+    /// ordered with the device's stream by the caller: by waiting for [`Submission`](super::Submission)s, by synchronising
+    /// the other stream before, or by opening the device on the other stream ([`Device::cuda_on_stream`]).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device is no CUDA device, [`Error::Mismatch`] if `address` is null or not a multiple of
+    /// the element's size, [`Error::SizeOverflow`].
+    #[cfg(feature = "cuda")]
+    pub unsafe fn from_cuda_ptr(device: &Device, address: u64, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let Some(cuda) = device.backend().as_cuda() else {
+            let what = "wrap CUDA memory".to_owned();
+            return Err(Error::Unsupported { device: device.to_string(), what });
+        };
+        let bytes = checked_product("buffer size", &[checked_product("buffer size", shape)?, dtype.size()])?;
+        if address == 0 || !address.is_multiple_of(dtype.size() as u64) {
+            let expected = format!("not null and a multiple of {}", dtype.size());
+            return Err(Error::Mismatch { what: "address of CUDA memory", got: address as usize, expected });
+        }
+        // SAFETY: the caller's promise.
+        let storage = unsafe { cuda.borrow(address, bytes) };
+        Ok(Buffer::new(device, Arc::new(storage), dtype, shape))
+    }
+
+    /// Where the first element lies in an NVIDIA GPU's memory; `None` on other devices. Valid as long as the buffer or a view
+    /// of it lives; what others do there must be ordered as [`from_cuda_ptr`](Buffer::from_cuda_ptr) says.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_ptr(&self) -> Option<u64> {
+        self.device.backend().as_cuda().map(|_| crate::backend::cuda::address(self))
+    }
+
     pub(crate) fn storage(&self) -> &Arc<Storage> {
         &self.storage
     }

@@ -61,7 +61,28 @@ impl Device {
 
     /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU.
     pub fn best() -> Self {
+        #[cfg(feature = "cuda")]
+        if let Ok(device) = Device::open("cuda") {
+            return device;
+        }
         Device::cpu()
+    }
+
+    /// An NVIDIA GPU whose work all goes to the caller's stream, a `cudaStream_t` or `CUstream`, in the order of submission.
+    /// So buffers can be shared with the caller's own kernels on that stream, and submissions can be captured in a CUDA
+    /// graph: run every shape once before (kernels are compiled and workspaces grow then), reuse the same
+    /// [`Batch`](crate::ops::Batch), and do not wait for submissions while capturing.
+    ///
+    /// # Safety
+    /// `stream` must be a stream (null is the default stream) of the GPU's primary context, which the CUDA runtime uses, and
+    /// outlive the device and all its buffers.
+    ///
+    /// # Errors
+    /// [`Error::DeviceUnavailable`] with the reason, [`Error::DeviceFailed`].
+    #[cfg(feature = "cuda")]
+    pub unsafe fn cuda_on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        Ok(Device::new(Box::new(unsafe { backend::cuda::Cuda::with_stream(ordinal, stream) }?)))
     }
 
     /// Opens a device by its name: `cpu`, `wgpu`, `wgpu:N`, `cuda` or `cuda:N`.
@@ -78,17 +99,25 @@ impl Device {
         };
         match (kind, index) {
             ("cpu", None) => Ok(Device::cpu()),
-            ("wgpu" | "cuda", _) => Err(Error::DeviceUnavailable {
-                device: name.to_owned(),
-                reason: "this build has no such backend".to_owned(),
-            }),
+            #[cfg(feature = "cuda")]
+            ("cuda", ordinal) => Ok(Device::new(Box::new(backend::cuda::Cuda::new(ordinal.unwrap_or(0))?))),
+            #[cfg(not(feature = "cuda"))]
+            ("cuda", _) => Err(absent(name)),
+            ("wgpu", _) => Err(absent(name)),
             _ => Err(Error::UnknownDevice { got: name.to_owned() }),
         }
     }
 
     /// Every device that this build finds on this machine, and why others cannot be used.
     pub fn list() -> Vec<Result<DeviceInfo>> {
-        vec![Ok(Device::cpu().info())]
+        #[allow(unused_mut)] // Without other backends there is one device.
+        let mut all = vec![Ok(Device::cpu().info())];
+        #[cfg(feature = "cuda")]
+        match backend::cuda::count() {
+            Ok(n) => all.extend((0..n).map(|i| Device::open(&format!("cuda:{i}")).map(|d| d.info()))),
+            Err(e) => all.push(Err(e)),
+        }
+        all
     }
 
     /// What is known of it.
@@ -142,6 +171,10 @@ impl Device {
     pub(crate) fn backend(&self) -> &dyn Backend {
         &*self.0.backend
     }
+}
+
+fn absent(name: &str) -> Error {
+    Error::DeviceUnavailable { device: name.to_owned(), reason: "this build has no such backend".to_owned() }
 }
 
 impl PartialEq for Device {

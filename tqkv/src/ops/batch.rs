@@ -1,6 +1,7 @@
 //! Where the positions of some sequences are.
 
 use super::PagePool;
+use crate::backend::Plans;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use std::sync::Arc;
@@ -40,6 +41,7 @@ struct Inner {
     pages: usize,
     device_spans: Buffer,
     device_table: Buffer,
+    plans: Plans,
 }
 
 /// A [`Span`] as kernels see it.
@@ -112,7 +114,17 @@ impl Batch {
         }
         let device_spans = device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?;
         let device_table = device.upload(&table, &[infos.len(), width])?;
-        Ok(Batch(Arc::new(Inner { page_size, width, spans: infos, table, tokens, pages, device_spans, device_table })))
+        Ok(Batch(Arc::new(Inner {
+            page_size,
+            width,
+            spans: infos,
+            table,
+            tokens,
+            pages,
+            device_spans,
+            device_table,
+            plans: Plans::default(),
+        })))
     }
 
     /// One sequence in a contiguous cache: positions `first..len` of which the last `new` are new. Past `capacity`
@@ -157,6 +169,12 @@ impl Batch {
     /// Page tables on the device, u32 [sequences, width].
     pub(crate) fn device_table(&self) -> &Buffer {
         &self.0.device_table
+    }
+
+    /// What backends have worked out for this batch.
+    #[allow(dead_code)] // Not every backend plans.
+    pub(crate) fn plans(&self) -> &Plans {
+        &self.0.plans
     }
 
     /// Page and row of a held position.

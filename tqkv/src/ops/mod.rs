@@ -13,6 +13,8 @@ mod quantize;
 mod rotate;
 
 pub use attention::{AttentionParams, attention};
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
+pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
 pub use copy::copy;
 pub use dequantize::{Positions, RowOrder, dequantize};

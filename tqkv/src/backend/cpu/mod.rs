@@ -92,10 +92,11 @@ impl Backend for Cpu {
 }
 
 /// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.
-#[allow(clippy::unnecessary_wraps)] // Other backends' storages make it fallible.
 fn memory_of(storage: &Storage) -> Result<&Memory> {
     match storage {
         Storage::Cpu(memory) => Ok(memory),
+        #[allow(unreachable_patterns)] // Without other backends there is nothing else.
+        _ => Err(Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cpu".into() }),
     }
 }
 
