@@ -99,7 +99,9 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
     let threads = super::wgsl::THREADS as u32;
     if context.limits.max_compute_invocations_per_workgroup < threads {
         let most = context.limits.max_compute_invocations_per_workgroup;
-        return Err(context.unsupported(format!("run {threads} threads: max_compute_invocations_per_workgroup is {most}")));
+        return Err(
+            context.unsupported(format!("run {threads} threads: max_compute_invocations_per_workgroup is {most}"))
+        );
     }
     context.check()?;
     let context = Arc::new(context);

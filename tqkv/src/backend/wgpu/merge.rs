@@ -39,7 +39,9 @@ pub(super) fn source(tensors: &[Tensor], lse: bool, caps: &Caps) -> Source {
     b.push("  let none = total == 0.0;\n  let d = select(total, 1.0, none);");
     b.push("  out_store(8u * u, Eight(sum.a / d, sum.b / d));");
     if lse {
-        b.push("  if (u % a.eights == 0u) { lse[a.lse_off + r] = select(most + log(d), bitcast<f32>(a.neg_inf), none); }");
+        b.push(
+            "  if (u % a.eights == 0u) { lse[a.lse_off + r] = select(most + log(d), bitcast<f32>(a.neg_inf), none); }",
+        );
     }
     b.push("}");
     b.finish()
@@ -66,11 +68,10 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Merge) -> Result<()> {
     let most = (context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 2;
     let mut turn = 0;
     while parts.len() > most.max(2) {
-        let step = (rows * (d + 1) * 4).next_multiple_of(256) as u64;
+        let step = (rows * d * 4).next_multiple_of(256) as u64;
         let bytes = (rows * d * 4) as u64;
-        let base = turn % 2 * 2 * step;
-        let to = recorder.scratch(base, bytes)?;
-        let to_lse = recorder.scratch(base + step, (rows * 4).next_multiple_of(16) as u64)?;
+        let to = recorder.scratch(turn % 2, 0, bytes)?;
+        let to_lse = recorder.scratch(turn % 2, step, (rows * 4).next_multiple_of(16) as u64)?;
         let rest = parts.split_off(most.max(2));
         let tensor = Tensor { dtype: DType::F32, wide: true };
         merge(recorder, &parts, &to, tensor, Some(&to_lse), rows, d)?;
@@ -92,8 +93,7 @@ fn merge(
 ) -> Result<()> {
     let context = recorder.context.clone();
     let tensors: Vec<_> = parts.iter().map(|p| p.1).chain([out_tensor]).collect();
-    let mut fields =
-        vec![(d / 8) as u32, lse.map_or(0, Slot::words), f32::NEG_INFINITY.to_bits(), out.words()];
+    let mut fields = vec![(d / 8) as u32, lse.map_or(0, Slot::words), f32::NEG_INFINITY.to_bits(), out.words()];
     let mut slots = vec![];
     for (o, _, l) in parts {
         slots.extend([o.clone(), l.clone()]);

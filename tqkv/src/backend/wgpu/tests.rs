@@ -122,7 +122,10 @@ fn kernels_translate_to_metal() {
                         window: heads > 1,
                         softcap: queries > 1,
                     };
-                    check(format!("attention {codec} D={d} {align:?} {heads}x{queries}"), attention::source(&spec, &caps));
+                    check(
+                        format!("attention {codec} D={d} {align:?} {heads}x{queries}"),
+                        attention::source(&spec, &caps),
+                    );
                 }
             }
         }
