@@ -64,8 +64,8 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Merge) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let (out, out_tensor) = Slot::tensor(&context, "out", &op.out)?;
     let lse = op.lse.as_ref().map(|l| Slot::new(&context, "lse", l)).transpose()?;
-    // As many parts at a time as bindings allow; those merged so far are one part more.
-    let most = (context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 2;
+    // As many parts at a time as bindings allow, and no more than drivers compile fast; those merged so far are one part more.
+    let most = ((context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 2).min(8);
     let mut turn = 0;
     while parts.len() > most.max(2) {
         let step = (rows * d * 4).next_multiple_of(256) as u64;
