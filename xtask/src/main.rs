@@ -1,6 +1,7 @@
 //! Maintenance commands of the workspace: `cargo xtask <command>`.
 
 mod codebooks;
+mod stage;
 
 use anyhow::{Result, bail};
 use std::path::Path;
@@ -23,6 +24,10 @@ fn main() -> Result<()> {
             println!("{} is up to date", path.display());
             Ok(())
         }
-        _ => bail!("commands: codebooks [--check]"),
+        ["stage", name] => {
+            println!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display());
+            Ok(())
+        }
+        _ => bail!("commands: codebooks [--check], stage NAME"),
     }
 }

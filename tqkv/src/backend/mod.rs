@@ -1,6 +1,8 @@
 //! Kernels and how they are launched. Backends validate nothing: `ops` has.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;
 
@@ -8,10 +10,14 @@ use crate::compute::{Buffer, DeviceInfo, KernelSource};
 use crate::error::Result;
 use crate::format::RowFormat;
 use crate::ops::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder};
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Memory of one allocation.
 pub(crate) enum Storage {
     Cpu(cpu::Memory),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Memory),
     #[cfg(feature = "wgpu")]
     Wgpu(wgpu::Memory),
 }
@@ -26,6 +32,40 @@ pub(crate) trait Backend: Send + Sync {
     /// Copies from the host, after all submitted work.
     fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()>;
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
+    /// The CUDA backend, if it is this.
+    #[cfg(feature = "cuda")]
+    fn as_cuda(&self) -> Option<&cuda::Cuda> {
+        None
+    }
+}
+
+/// What a backend has worked out for a batch, kept as long as the batch is.
+#[derive(Default)]
+pub(crate) struct Plans(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
+
+#[allow(dead_code)] // Not every backend plans.
+impl Plans {
+    /// The plan of this type that fits, or a new one.
+    pub fn get<T: Send + Sync + 'static>(
+        &self,
+        fits: impl Fn(&T) -> bool,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = plans.iter().filter_map(|p| p.clone().downcast::<T>().ok()).find(|p| fits(p));
+        if let Some(plan) = found {
+            return Ok(plan);
+        }
+        let plan = Arc::new(make()?);
+        plans.push(plan.clone());
+        Ok(plan)
+    }
+}
+
+impl std::fmt::Debug for Plans {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Plans")
+    }
 }
 
 /// A list of operations that is being built.

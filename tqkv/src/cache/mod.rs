@@ -477,7 +477,8 @@ impl KvCache {
         let Sequence { held, lens } = self.sequence(sequence)?;
         for (group, held) in self.groups.iter().zip(held) {
             let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
-            let (first, seen) = (held.base * page_size, (len + 1).saturating_sub(group.window.unwrap_or(len + 1)));
+            let (first, next) = (held.base * page_size, len.saturating_add(1));
+            let seen = next.saturating_sub(group.window.unwrap_or(next));
             if len > shortest || seen < first {
                 return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
             }

@@ -34,6 +34,17 @@ impl DType {
         }
     }
 
+    /// `u8`, `u32`, `f16`, `bf16` or `f32`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::U8 => "u8",
+            DType::U32 => "u32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::F32 => "f32",
+        }
+    }
+
     /// Whether elements are floats.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F16 | DType::BF16 | DType::F32)
@@ -42,13 +53,7 @@ impl DType {
 
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::F32 => "f32",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -86,6 +91,41 @@ pub struct Buffer {
 impl Buffer {
     pub(crate) fn new(device: &Device, storage: Arc<Storage>, dtype: DType, shape: &[usize]) -> Self {
         Buffer { device: device.clone(), storage, dtype, shape: shape.to_vec(), offset: 0 }
+    }
+
+    /// Memory on an NVIDIA GPU that someone else owns (another library's tensor, say), without a copy. `address` is what
+    /// `cudaMalloc` gave, or a place within it; the first element lies there.
+    ///
+    /// # Safety
+    /// `address` must be accessible on the device's GPU, with as many bytes as `dtype` and `shape` say, until the buffer, its
+    /// views and all work that was submitted with them are gone. Work that other streams do on that memory must be
+    /// ordered with the device's stream by the caller: by waiting for [`Submission`](super::Submission)s, by synchronising
+    /// the other stream before, or by opening the device on the other stream ([`Device::cuda_on_stream`]).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device is no CUDA device, [`Error::Mismatch`] if `address` is null or not a multiple of
+    /// the element's size, [`Error::SizeOverflow`].
+    #[cfg(feature = "cuda")]
+    pub unsafe fn from_cuda_ptr(device: &Device, address: u64, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let Some(cuda) = device.backend().as_cuda() else {
+            let what = "wrap CUDA memory".to_owned();
+            return Err(Error::Unsupported { device: device.to_string(), what });
+        };
+        let bytes = checked_product("buffer size", &[checked_product("buffer size", shape)?, dtype.size()])?;
+        if address == 0 || !address.is_multiple_of(dtype.size() as u64) {
+            let expected = format!("not null and a multiple of {}", dtype.size());
+            return Err(Error::Mismatch { what: "address of CUDA memory", got: address as usize, expected });
+        }
+        // SAFETY: the caller's promise.
+        let storage = unsafe { cuda.borrow(address, bytes) };
+        Ok(Buffer::new(device, Arc::new(storage), dtype, shape))
+    }
+
+    /// Where the first element lies in an NVIDIA GPU's memory; `None` on other devices. Valid as long as the buffer or a view
+    /// of it lives; what others do there must be ordered as [`from_cuda_ptr`](Buffer::from_cuda_ptr) says.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_ptr(&self) -> Option<u64> {
+        self.device.backend().as_cuda().map(|_| crate::backend::cuda::address(self))
     }
 
     pub(crate) fn storage(&self) -> &Arc<Storage> {
@@ -144,7 +184,8 @@ impl Buffer {
     pub fn slice(&self, range: std::ops::Range<usize>) -> Result<Self> {
         match self.shape.split_first() {
             Some((&n, rest)) if range.start <= range.end && range.end <= n => {
-                let row = rest.iter().product::<usize>() * self.dtype.size();
+                // Divided, because without entries the size of one may exceed any integer.
+                let row = self.bytes().checked_div(n).unwrap_or(0);
                 let shape = std::iter::once(range.len()).chain(rest.iter().copied()).collect();
                 Ok(Buffer { shape, offset: self.offset + range.start * row, ..self.clone() })
             }
@@ -206,17 +247,10 @@ impl Buffer {
     }
 
     fn expect_dtype(&self, what: &'static str, host: DType) -> Result<()> {
-        if self.dtype == host {
-            return Ok(());
+        if self.dtype != host {
+            return Err(Error::DType { what, got: self.dtype, expected: host.name() });
         }
-        let expected = match host {
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::F32 => "f32",
-        };
-        Err(Error::DType { what, got: self.dtype, expected })
+        Ok(())
     }
 }
 

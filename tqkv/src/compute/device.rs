@@ -61,11 +61,37 @@ impl Device {
 
     /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU.
     pub fn best() -> Self {
+        static BEST: OnceLock<Device> = OnceLock::new();
+        BEST.get_or_init(Device::find_best).clone()
+    }
+
+    fn find_best() -> Self {
+        #[cfg(feature = "cuda")]
+        if let Ok(device) = Device::open("cuda") {
+            return device;
+        }
         #[cfg(feature = "wgpu")]
         if let Some(gpu) = backend::wgpu::best() {
             return Device::from_backend(Box::new(gpu));
         }
         Device::cpu()
+    }
+
+    /// An NVIDIA GPU whose work all goes to the caller's stream, a `cudaStream_t` or `CUstream`, in the order of submission.
+    /// So buffers can be shared with the caller's own kernels on that stream, and submissions can be captured in a CUDA
+    /// graph: run every shape once before (kernels are compiled and workspaces grow then), reuse the same
+    /// [`Batch`](crate::ops::Batch), and do not wait for submissions while capturing.
+    ///
+    /// # Safety
+    /// `stream` must be a stream (null is the default stream) of the GPU's primary context, which the CUDA runtime uses, and
+    /// outlive the device and all its buffers.
+    ///
+    /// # Errors
+    /// [`Error::DeviceUnavailable`] with the reason, [`Error::DeviceFailed`].
+    #[cfg(feature = "cuda")]
+    pub unsafe fn cuda_on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        Ok(Device::from_backend(Box::new(unsafe { backend::cuda::Cuda::with_stream(ordinal, stream) }?)))
     }
 
     /// Opens a device by its name: `cpu`, `wgpu`, `wgpu:N`, `cuda` or `cuda:N`.
@@ -82,6 +108,8 @@ impl Device {
         };
         match (kind, index) {
             ("cpu", None) => Ok(Device::cpu()),
+            #[cfg(feature = "cuda")]
+            ("cuda", index) => Ok(Device::from_backend(Box::new(backend::cuda::Cuda::new(index.unwrap_or(0))?))),
             #[cfg(feature = "wgpu")]
             ("wgpu", index) => Ok(Device::from_backend(Box::new(backend::wgpu::open(index)?))),
             #[allow(unreachable_patterns)] // Each build has some of them.
@@ -97,6 +125,11 @@ impl Device {
     pub fn list() -> Vec<Result<DeviceInfo>> {
         #[allow(unused_mut)] // In a build without GPU backends.
         let mut devices = vec![Ok(Device::cpu().info())];
+        #[cfg(feature = "cuda")]
+        match backend::cuda::count() {
+            Ok(n) => devices.extend((0..n).map(|i| Device::open(&format!("cuda:{i}")).map(|d| d.info()))),
+            Err(e) => devices.push(Err(e)),
+        }
         #[cfg(feature = "wgpu")]
         devices.extend(backend::wgpu::list());
         devices

@@ -16,7 +16,7 @@ pub enum KernelSource {
     /// a uniform buffer after them.
     Wgsl(String),
     /// CUDA C++ with an `extern "C" __global__` function of the kernel's name; one pointer a binding, then the
-    /// constants as 32-bit values.
+    /// constants as 32-bit values. A block has as many threads as the function's `__launch_bounds__` says.
     Cuda(String),
     /// A Rust function; the grid is ignored.
     Cpu(CpuKernel),

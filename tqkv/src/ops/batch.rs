@@ -1,6 +1,7 @@
 //! Where the positions of some sequences are.
 
 use super::PagePool;
+use crate::backend::Plans;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use std::sync::Arc;
@@ -40,6 +41,7 @@ struct Inner {
     pages: usize,
     device_spans: Buffer,
     device_table: Buffer,
+    plans: Plans,
 }
 
 /// A [`Span`] as kernels see it.
@@ -57,9 +59,10 @@ impl Batch {
     /// Checks the sequences and puts them on the device.
     ///
     /// # Errors
-    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::Positions`] if more positions are new than held, or
-    /// held than the pages have slots for; [`Error::Page`] if a held position lies in no
-    /// page; [`Error::SizeOverflow`].
+    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::TooLarge`] if more positions are new than held, or
+    /// the first is past the last; [`Error::Positions`] if more are held than the pages have slots for, or a table that is
+    /// shorter than the batch's widest would have to wrap; [`Error::Page`] if a held position lies in no page;
+    /// [`Error::SizeOverflow`].
     pub fn new(device: &Device, page_size: usize, spans: &[Span]) -> Result<Self> {
         if page_size == 0 {
             return Err(Error::Zero { what: "page_size" });
@@ -71,17 +74,22 @@ impl Batch {
         for (i, span) in spans.iter().enumerate() {
             let slots = checked_product("slots of a sequence", &[span.pages.len(), page_size])?;
             to_u32("slots of a sequence", checked_product("slots of a sequence", &[width, page_size])?)?;
+            let Some(held) = span.len.checked_sub(span.first) else {
+                let (got, expected) = (span.first, span.len);
+                return Err(Error::TooLarge { what: "first position of a sequence", got, expected });
+            };
+            if span.new > held {
+                return Err(Error::TooLarge { what: "new positions of a sequence", got: span.new, expected: held });
+            }
             // A shorter table than the batch's widest would wrap elsewhere, so it must not wrap at all.
-            let ring = if span.pages.len() == width { slots } else { usize::MAX };
-            let held = span.len.checked_sub(span.first);
-            let fits = held.is_some_and(|n| n <= slots && span.new <= n) && (span.len <= slots || ring == slots);
-            if !fits {
-                let start = span.len.saturating_sub(span.new.max(held.unwrap_or(0)));
+            let wraps = span.pages.len() == width;
+            if held > slots || (span.len > slots && !wraps) {
+                let first = if wraps { span.first } else { 0 };
                 return Err(Error::Positions {
-                    start,
+                    start: span.first,
                     end: span.len,
-                    first: span.first,
-                    len: span.first.saturating_add(slots),
+                    first,
+                    len: first.saturating_add(slots),
                 });
             }
             infos.push(SpanInfo {
@@ -94,7 +102,9 @@ impl Batch {
                 tokens.checked_add(span.new).ok_or(Error::SizeOverflow { what: "tokens of a batch", limit: "u32" })?;
             to_u32("tokens of a batch", tokens)?;
             table[i * width..i * width + span.pages.len()].copy_from_slice(span.pages);
-            for page in span.first / page_size..span.len.div_ceil(page_size) {
+            // Positions are held only from first to len; with none there is no page to look at.
+            let held_pages = if held > 0 { span.first / page_size..span.len.div_ceil(page_size) } else { 0..0 };
+            for page in held_pages {
                 let page = span.pages[page % span.pages.len()];
                 if page == NO_PAGE {
                     return Err(Error::Page { got: NO_PAGE as usize, pages: NO_PAGE as usize });
@@ -104,7 +114,17 @@ impl Batch {
         }
         let device_spans = device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?;
         let device_table = device.upload(&table, &[infos.len(), width])?;
-        Ok(Batch(Arc::new(Inner { page_size, width, spans: infos, table, tokens, pages, device_spans, device_table })))
+        Ok(Batch(Arc::new(Inner {
+            page_size,
+            width,
+            spans: infos,
+            table,
+            tokens,
+            pages,
+            device_spans,
+            device_table,
+            plans: Plans::default(),
+        })))
     }
 
     /// One sequence in a contiguous cache: positions `first..len` of which the last `new` are new. Past `capacity`
@@ -149,6 +169,12 @@ impl Batch {
     /// Page tables on the device, u32 [sequences, width].
     pub(crate) fn device_table(&self) -> &Buffer {
         &self.0.device_table
+    }
+
+    /// What backends have worked out for this batch.
+    #[allow(dead_code)] // Not every backend plans.
+    pub(crate) fn plans(&self) -> &Plans {
+        &self.0.plans
     }
 
     /// Page and row of a held position.

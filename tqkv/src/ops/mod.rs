@@ -13,11 +13,14 @@ mod quantize;
 mod rotate;
 
 pub use attention::{AttentionParams, attention};
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
+pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
 pub use copy::copy;
 pub use dequantize::{Positions, RowOrder, dequantize};
 pub use merge::merge;
 pub use pool::PagePool;
+pub(crate) use pool::check_geometry;
 pub use quantize::quantize;
 pub use rotate::{Direction, rotate};
 

@@ -1,0 +1,186 @@
+//! What an instruction set must offer, the kernels that are built from it, and the choice of one at run time.
+//!
+//! Every algorithm is written once, generic over [`Simd`], in `attend.rs` and `rows.rs`. A module here only says how its
+//! instruction set does each step; the macro at its end compiles the algorithms with those instructions enabled.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+use super::attend::Task;
+use super::rows::RowCoder;
+use crate::error::{Error, Result};
+use crate::ops::Direction;
+
+/// A codebook as kernels look it up.
+#[repr(C, align(64))]
+pub(crate) struct Table {
+    /// With fewer than 8 bits they repeat, so that bits above the code do not matter.
+    pub levels: [f32; 256],
+    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one.
+    pub planes: [[u8; 128]; 4],
+}
+
+impl Table {
+    pub fn new(levels: &[f32]) -> Self {
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
+        let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
+        Table { levels, planes }
+    }
+}
+
+/// A vector of f32 lanes and what is done with it.
+///
+/// # Safety
+/// Every method needs the instruction set that the type stands for; pointers must be valid for the lanes read or written,
+/// and need no more alignment than their element. Code pointers must be readable for 16 bytes, whatever a row holds.
+pub(super) trait Simd: Copy + 'static {
+    /// Lanes of a vector: 8 or 16, so that a vector's codes are whole bytes at every width.
+    const LANES: usize;
+    type F: Copy;
+    /// As many integers.
+    type I: Copy;
+    /// A codebook, in registers as far as it fits.
+    type Levels: Copy;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(from: *const f32) -> Self::F;
+    unsafe fn store(to: *mut f32, x: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// Of the bits.
+    unsafe fn xor(a: Self::F, b: Self::F) -> Self::F;
+    /// a · b + c, rounded once where the machine can.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// To the nearest integer.
+    unsafe fn round(x: Self::F) -> Self::F;
+    /// 2^n of integral lanes in -126..=127; NaN may give anything.
+    unsafe fn pow2(n: Self::F) -> Self::F;
+    /// `y` where x ≥ limit or x is NaN, else 0.
+    unsafe fn zero_below(x: Self::F, limit: Self::F, y: Self::F) -> Self::F;
+    /// Lane i exchanged with lane i ^ H.
+    unsafe fn swap<const H: usize>(x: Self::F) -> Self::F;
+    /// The sum of each vector's lanes, added up in f64 (the first halving may be in f32).
+    unsafe fn sum4(x: [Self::F; 4], to: *mut f64);
+    unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// A hint that this line will be read.
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels;
+    /// The levels of `LANES` codes: packed densely, or one a byte.
+    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> Self::F;
+    /// Adds `step` to the lanes of `n` where x > bound.
+    unsafe fn count(x: Self::F, bound: Self::F, n: Self::I, step: i32) -> Self::I;
+    unsafe fn zeros() -> Self::I;
+    /// `from[n]`, lane by lane.
+    unsafe fn gather(from: *const f32, n: Self::I) -> Self::F;
+    /// Lanes of 0..=255 as bytes.
+    unsafe fn store_bytes(to: *mut u8, n: Self::I);
+    /// Stores past the caches; the address must be a multiple of 64 bytes or so many lanes further.
+    unsafe fn stream(to: *mut f32, x: Self::F);
+    /// Ends a run of such stores.
+    #[inline(always)]
+    fn fence() {}
+    /// As `decode` for four vectors, which may be cheaper together; readable for 64 bytes.
+    #[inline(always)]
+    unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> [Self::F; 4] {
+        let step = Self::LANES * if BYTE { 8 } else { BITS } / 8;
+        // SAFETY: the caller's promises.
+        unsafe {
+            [
+                Self::decode::<BITS, BYTE>(codes, levels),
+                Self::decode::<BITS, BYTE>(codes.add(step), levels),
+                Self::decode::<BITS, BYTE>(codes.add(2 * step), levels),
+                Self::decode::<BITS, BYTE>(codes.add(3 * step), levels),
+            ]
+        }
+    }
+}
+
+/// The algorithms, compiled for one instruction set.
+pub(crate) struct Kernels {
+    pub name: &'static str,
+    pub is_available: fn() -> bool,
+    /// Attention of some rows of queries over some positions.
+    pub attend: unsafe fn(&mut Task),
+    /// Rotates consecutive rows of D floats in place.
+    pub rotate: unsafe fn(&RowCoder, Direction, &mut [f32]),
+    /// Encodes one vector, which is overwritten, as codes and scales.
+    pub encode: unsafe fn(&RowCoder, &mut [f32], &mut [u8], &mut [u8]),
+    /// Copies whole vectors past the caches to an address that is a multiple of 64.
+    pub stream: unsafe fn(&[f32], *mut f32),
+    /// Decodes consecutive rows, levels times their factors if given: readable for 64 bytes past the last.
+    pub decode: unsafe fn(&RowCoder, *const u8, Option<&[f32]>, &mut [f32]),
+}
+
+/// Defines `KERNELS` for one instruction set.
+macro_rules! kernels {
+    ($isa:ty, $name:literal, $available:expr $(, $features:literal)?) => {
+        pub(super) static KERNELS: $crate::backend::cpu::simd::Kernels = {
+            use $crate::backend::cpu::{attend, rows, simd::Kernels};
+            use $crate::ops::Direction;
+
+            // SAFETY of all: whoever takes a kernel has asked `is_available`.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend_(task: &mut attend::Task) {
+                unsafe { attend::attend::<$isa>(task) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rotate(coder: &rows::RowCoder, direction: Direction, v: &mut [f32]) {
+                unsafe { rows::rotate::<$isa>(coder, direction, v) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode(coder: &rows::RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
+                unsafe { rows::decode::<$isa>(coder, codes, factors, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn encode(coder: &rows::RowCoder, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+                unsafe { rows::encode::<$isa>(coder, v, codes, scales) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn stream(from: &[f32], to: *mut f32) {
+                unsafe { rows::stream::<$isa>(from, to) }
+            }
+            Kernels { name: $name, is_available: $available, attend: attend_, rotate, encode, stream, decode }
+        };
+    };
+}
+use kernels;
+
+/// Every instruction set of this architecture, the best first.
+pub(crate) static ALL: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::KERNELS,
+    #[cfg(target_arch = "aarch64")]
+    &neon::KERNELS,
+    &portable::KERNELS,
+];
+
+/// The best kernels of this machine, or those that the environment variable `TQKV_CPU` names.
+pub(crate) fn choose() -> Result<&'static Kernels> {
+    match std::env::var("TQKV_CPU") {
+        Ok(name) => named(&name),
+        Err(std::env::VarError::NotPresent) => Ok(ALL.iter().find(|k| (k.is_available)()).expect("portable is")),
+        Err(std::env::VarError::NotUnicode(name)) => named(&name.to_string_lossy()),
+    }
+}
+
+/// The kernels of this name; never others in their place.
+pub(crate) fn named(name: &str) -> Result<&'static Kernels> {
+    let unavailable = |reason| Error::DeviceUnavailable { device: format!("cpu with TQKV_CPU={name}"), reason };
+    match ALL.iter().find(|k| k.name == name) {
+        Some(kernels) if (kernels.is_available)() => Ok(kernels),
+        Some(_) => Err(unavailable("this processor lacks these instructions".to_owned())),
+        None => {
+            let names: Vec<_> = ALL.iter().map(|k| k.name).collect();
+            Err(unavailable(format!("expected one of {}", names.join(", "))))
+        }
+    }
+}

@@ -1,0 +1,691 @@
+// Attention of a few queries a sequence over a compressed (or f16) paged cache, in one launch.
+//
+// INTERFACE
+//
+// Kernel `attention`, one parameter: the struct `Params` below, by value.
+//   grid   (blocks, 1, 1): as many as the plan was made for; one block fits on a multiprocessor, so that number or fewer
+//   block  (32 * WARPS, 1, 1)
+//   dynamic shared memory: the value of the module's global `attention_shared_bytes` (u32), which the host reads back after
+//   loading, or the same arithmetic as in `Layout`. Above 48 KiB the function attribute must be raised.
+//
+// NVRTC options: --std=c++17 -default-device (NVRTC 12.9 to 13.5 were tried); headers: all *.cuh beside this file, nothing else.
+//
+// Macros (-D), all required unless a default is named:
+//   HEAD_DIM               multiple of 16
+//   K_BITS, V_BITS         bits a stored code takes: 2 to 8, or 16 for a dense f16 cache. Seed 5 and 6 bit: 8 (a code a byte),
+//                          likewise seed 2, 3 and 8; seed 4: 4
+//   K_LEVELS, V_LEVELS     entries of the codebook, a power of two of at most 2^BITS (seed 5 bit: 32); 1 if dense
+//   K_SCALE, V_SCALE       16: one f16 a row; 32: f32, one for each 256 elements (at least one); 0: none (dense)
+//   Q_TYPE, OUT_TYPE       0 f32, 1 f16, 2 bf16
+//   TILES_N                query rows of a work item over 8: 1, 2 or 4 (see PLAN). Registers set the limit: TILES_N * HEAD_DIM
+//                          of at most 576 and TILES_N of at most 4
+//   WARPS, TILE, STAGES    warps a block (1 to 12), positions a warp copies at once (16, 32, 64), copies in flight and in use (2; 1
+//                          waits for every copy)
+//   WIDE_TABLES            1 (default) or 0: smaller and slower tables, see codec.cuh
+//   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
+//                          16 if page_size % 16 == 0, else 1 (slow, any page size)
+//   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
+//
+// Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
+// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 8 x 64, 12 x 32 (HEAD_DIM <= 128 only: 168 registers), 8 x 32, 8 x 16, 4 x 16, 2 x 16,
+// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less
+// than two tiles of 64 a warp are faster with TILE = 32.
+//
+// PLAN
+//
+// Query rows: the queries of a sequence times the `group` query heads of one KV head, flattened as row = query * group + h. A
+// work item is up to 8 * TILES_N consecutive rows (from `row`) of one (sequence, KV head) against position tiles
+// [tile_begin, tile_end), where tile i holds the absolute positions [i * TILE, (i + 1) * TILE). The items of one row tile must cover
+//   lo / TILE .. ceil(hi / TILE),  lo = max(first, causal or not: P_first - window + 1), hi = causal ? P_last + 1 : len,
+// with P of a row = len - q_len + row / group. Positions in the tiles that a row may not see are masked in the kernel. A row
+// tile without any position still needs one item (tile_begin = tile_end): its output is zero.
+// Block b begins with items[b] (rows = 0: it has no work) and goes on with items[next] until next = 0; so there are `blocks` first
+// items, and the rest after them. Items that share an output are numbered consecutively as parts: `part` is the item's slot in
+// the workspace, `part_first` the first slot of its group, `part_count` their number (1: no workspace is touched).
+// Items repeat what the kernel needs of their sequence, so that a block's first copy waits for two reads only, item and page.
+//
+// Workspace for N parts: partial f32 [N, 8 * TILES_N, HEAD_DIM], partial_ml f32x2 [N, 8 * TILES_N], counters u32 [N], zeroed once;
+// every launch leaves the counters zero. Two launches in flight at once need two workspaces.
+//
+// METHOD
+//
+// Each warp runs through its own tiles with its own cp.async pipeline and online softmax; no barrier in the main loop. K is the
+// A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
+// codec.cuh); K's scale multiplies the score and V's the weight. The running maximum moves only when it grows by more than 2^4.
+// At the end of an item the block's warps are summed; of a split output the block that finishes last sums the parts.
+#include "attention.cuh"
+#include "codec.cuh"
+
+constexpr int ROWS = 8 * TILES_N;
+
+// Compile-time loop.
+template <int I> struct Index {
+    static constexpr int value = I;
+};
+template <int N, int STEP = 1, int I = 0, typename F> DEVICE void repeat(F&& f) {
+    if constexpr (I < N) {
+        f(Index<I>());
+        repeat<N, STEP, I + STEP>(f);
+    }
+}
+
+// Rows of one side in a tile.
+template <int BITS, int SCALE> struct Side {
+    static constexpr int ROW = D * BITS / 8;                                 // bytes a row
+    static constexpr int SCALES = SCALE == 32 && D > 256 ? D / 256 : 1;      // scales a row, each for SPAN elements
+    static constexpr int SPAN = D / SCALES;
+    static constexpr int SCALE_ROW = SCALE / 8 * SCALES;
+    static constexpr bool POW2 = ROW >= 32 && (ROW & (ROW - 1)) == 0;
+
+    // Byte offset in a tile of a row's 16-byte chunk. Rows of a power of two bytes are moved and swizzled so that neither the
+    // key's reads (rows r and r + 4, all chunks) nor the value's (rows r to r + 3, neighbouring chunks) meet in a bank; `row` < 8.
+    static DEVICE u32 place8(u32 row, u32 chunk) {
+        u32 high = row >> 2 & 1, slot = chunk;
+        if (!POW2) return row * ROW + chunk * 16;
+        if (ROW == 32) row ^= high << 1;
+        if (ROW == 64) slot ^= row & 2, row ^= high;
+        if (ROW == 128) slot ^= (row & 3) << 1 | high;
+        if (ROW == 256) slot ^= ((row & 1) ^ high) | (row & 2) << 1 | (chunk >> 3 & 1) << 1;
+        if (ROW >= 512) slot ^= ((row & 3) ^ high) ^ (chunk >> 3 & 3) << 1;
+        return row * ROW + slot * 16;
+    }
+    static DEVICE u32 place(u32 row, u32 chunk) { return (row & ~7u) * ROW + place8(row & 7, chunk); }
+};
+typedef Side<K_BITS, K_SCALE> K;
+typedef Side<V_BITS, V_SCALE> V;
+
+struct Layout {
+    static constexpr bool SHARED_TABLE = K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
+    // Six-bit fields (3 bits in pairs, 6 bits) with a table for both places that a field can have in a byte; see codec.cuh.
+    static constexpr bool K_BOTH = WIDE_TABLES && Codec<K_BITS>::SIX && SHARED_TABLE, V_BOTH = K_BOTH;
+    static constexpr bool K_WIDE = Codec<K_BITS>::BYTE_INDEX || K_BOTH;
+    static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
+    static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;
+    static constexpr int K_TABLE = K_WIDE ? 0 : WIDE;
+    static constexpr int AFTER_K = WIDE + (K_WIDE ? 0 : Codec<K_BITS>::ENTRIES * 128);
+    static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : V_WIDE ? 128 : AFTER_K;
+    static constexpr int TABLES = AFTER_K + (SHARED_TABLE || V_WIDE ? 0 : Codec<V_BITS>::ENTRIES * 128);
+
+    static constexpr int STAGE = (TILE * (K::ROW + V::ROW + K::SCALE_ROW + V::SCALE_ROW) + 127) / 128 * 128;
+    static constexpr int PIPES = TABLES;                               // [WARPS][STAGES][STAGE]
+    static constexpr int ACC = PIPES + WARPS * STAGES * STAGE;         // f32 [ROWS][D + 4]: queries, then sums
+    static constexpr int ACC_ROW = D + 4;
+    static constexpr int SCRATCH = ACC + ROWS * ACC_ROW * 4;           // f32 [WARPS][512], or Q fragments
+    static constexpr int Q_FRAGMENTS = ROWS * D * 2;
+    static constexpr int SUM = WARPS * 2048;
+    // Queries stay in registers where they fit; else their fragments keep a place of their own.
+    static constexpr bool Q_REGISTERS = TILES_N * D <= 256;
+    static constexpr int Q = Q_REGISTERS ? SCRATCH : SCRATCH + SUM;
+    static constexpr int ML = SCRATCH + (Q_REGISTERS ? (SUM > Q_FRAGMENTS ? SUM : Q_FRAGMENTS) : SUM + Q_FRAGMENTS);
+    static constexpr int BYTES = ML + (2 * WARPS + 2) * ROWS * 4 + 16; // per warp m and l, the block's M and L, a flag
+};
+extern "C" __device__ const u32 attention_shared_bytes = Layout::BYTES;
+
+extern __shared__ __align__(128) u8 shared_memory[];
+
+// Walks a warp's tiles across the block's items and copies them, ahead of the computation. The page of the tile to come is read
+// one step before its copy needs the address.
+struct Fetch {
+    const Params& p;
+    u32 next, tile, tile_end, first, len, kv_head, slot, capacity;
+    const u32* pages;
+    u32 page;
+    int warp, lane;
+
+    DEVICE Fetch(const Params& p, const Item& it, int warp, int lane) : p(p), warp(warp), lane(lane) {
+        capacity = p.table_width * page_size(p);
+        start(it);
+    }
+    // Goes to this warp's first tile at or after an item's beginning.
+    DEVICE void start(Item it) {
+        while (it.tile_begin + warp >= it.tile_end && it.next) it = p.items[it.next];
+        next = it.next, kv_head = it.kv_head, tile = it.tile_begin + warp, tile_end = it.tile_end;
+        first = it.first, len = it.len;
+        pages = p.page_table + (u64)it.sequence * p.table_width;
+        slot = tile * TILE % capacity;
+        load_page();
+    }
+    DEVICE void load_page() {
+        if (RUN >= TILE && tile < tile_end) page = pages[slot / page_size(p)];
+    }
+    // The row in the store of a slot.
+    DEVICE u64 store_row(u32 page, u32 slot) const {
+        return ((u64)page * p.kv_heads + kv_head) * page_size(p) + slot % page_size(p);
+    }
+    DEVICE void issue(u8* stage) {
+        if (tile < tile_end) {
+            if constexpr (RUN >= TILE) {
+                u64 row = store_row(page, slot);
+                u32 to = shared_address(stage);
+                copy_codes<K>(to, p.k_codes + row * K::ROW);
+                copy_codes<V>(to + TILE * K::ROW, p.v_codes + row * V::ROW);
+                to += TILE * (K::ROW + V::ROW);
+                copy_scales<K>(to, p.k_scales + row * K::SCALE_ROW);
+                copy_scales<V>(to + TILE * K::SCALE_ROW, p.v_scales + row * V::SCALE_ROW);
+            } else {
+                copy_rows(stage);
+            }
+            tile += WARPS, slot += WARPS * TILE;
+            while (slot >= capacity) slot -= capacity;
+            if (unlikely(tile >= tile_end && next)) start(p.items[next]);
+            else load_page();
+        }
+        copy_commit();
+    }
+    template <typename S> DEVICE void copy_codes(u32 to, const u8* from) const {
+        constexpr int CHUNKS = TILE * S::ROW / 16;
+        constexpr int PERIOD = S::POW2 && S::ROW > 64 ? S::ROW / 2 : 32;  // chunks after which a lane's place repeats
+        from = opaque(from + lane * 16);
+        repeat<(CHUNKS + 31) / 32>([&](auto index) {
+            constexpr int I = decltype(index)::value * 32, LEAD = I / PERIOD * PERIOD;
+            const u32 c = I - LEAD + lane;
+            if (I + 32 > CHUNKS && I + lane >= CHUNKS) return;
+            copy_async16_at<LEAD * 16, I * 16>(to + (S::POW2 ? S::place(c / (S::ROW / 16), c % (S::ROW / 16)) : c * 16), from);
+        });
+    }
+    template <typename S> DEVICE void copy_scales(u32 to, const u8* from) const {
+        constexpr int CHUNKS = TILE * S::SCALE_ROW / 16;
+#pragma unroll
+        for (int c = lane; c < CHUNKS; c += 32) copy_async16(to + c * 16, from + c * 16);
+    }
+    // Pages that do not hold whole tiles: each run of 16 positions (or each position) has a page of its own. Runs without a
+    // valid position are left out.
+    __device__ __noinline__ void copy_rows(u8* stage) const {
+        u8* codes_v = stage + TILE * K::ROW;
+        u8* scales_k = codes_v + TILE * V::ROW;
+        u8* scales_v = scales_k + TILE * K::SCALE_ROW;
+        for (u32 r = 0; r < TILE; r += RUN) {
+            u32 position = tile * TILE + r;
+            if (position >= len || position + RUN <= first) continue;
+            u32 s = slot + r;
+            if (s >= capacity) s %= capacity;
+            u64 row = store_row(pages[s / page_size(p)], s);
+            copy_run<K>(stage, p.k_codes + row * K::ROW, r);
+            copy_run<V>(codes_v, p.v_codes + row * V::ROW, r);
+            copy_halves(scales_k + r * K::SCALE_ROW, p.k_scales + row * K::SCALE_ROW, RUN * K::SCALE_ROW);
+            copy_halves(scales_v + r * V::SCALE_ROW, p.v_scales + row * V::SCALE_ROW, RUN * V::SCALE_ROW);
+        }
+    }
+    template <typename S> DEVICE void copy_run(u8* to, const u8* from, u32 r) const {
+        if constexpr (RUN >= 16) {
+            for (u32 c = lane; c < RUN * S::ROW / 16; c += 32) {
+                u32 offset = S::POW2 ? S::place(r + c / (S::ROW / 16), c % (S::ROW / 16)) : r * S::ROW + c * 16;
+                copy_async16(shared_address(to) + offset, from + c * 16);
+            }
+        } else {
+            for (u32 b = lane * 2; b < S::ROW; b += 64)
+                *(u16*)(to + (S::POW2 ? S::place(r, b / 16) + b % 16 : r * S::ROW + b)) = *(const u16*)(from + b);
+        }
+    }
+    DEVICE void copy_halves(u8* to, const u8* from, u32 bytes) const {
+        for (u32 b = lane * 2; b < bytes; b += 64) *(u16*)(to + b) = *(const u16*)(from + b);
+    }
+};
+
+// The codes of one lane in one row: N of them from bit index * N * BITS of each span.
+template <typename S, int BITS, int N> struct Lane {
+    static constexpr int LANE_BITS = N * BITS;
+    static constexpr int WORDS = (LANE_BITS + 31) / 32;
+    static constexpr bool ALIGNED = LANE_BITS % 32 == 0 && S::ROW % 4 == 0;
+    static constexpr int VECTOR = LANE_BITS % 128 == 0 && S::ROW % 16 == 0 ? 4 : LANE_BITS % 64 == 0 && S::ROW % 8 == 0 ? 2 : 1;
+    static constexpr int LOADS = ALIGNED ? WORDS / VECTOR : 1;
+    static constexpr int UNIT = (LANE_BITS | S::ROW * 8 | 32) & -(LANE_BITS | S::ROW * 8 | 32);  // what divides every offset, in bits
+    static constexpr int RAW = (32 - UNIT + LANE_BITS + 31) / 32;
+    static_assert(ALIGNED || !S::POW2, "swizzled rows give every lane whole words");
+
+    u32 offset[S::SCALES][LOADS];  // from the first row of a run of 16
+    u32 shift;
+
+    DEVICE void init(u32 row, u32 index) {
+        shift = 0;
+#pragma unroll
+        for (int h = 0; h < S::SCALES; h++) {
+            u32 bit = h * S::SPAN * BITS + index * LANE_BITS;
+            if constexpr (ALIGNED) {
+#pragma unroll
+                for (int j = 0; j < LOADS; j++) {
+                    u32 byte = bit / 8 + j * VECTOR * 4;
+                    offset[h][j] = opaque(S::POW2 ? S::place(row, byte / 16) + byte % 16 : row * S::ROW + byte);
+                }
+            } else {
+                bit += row * S::ROW * 8;
+                offset[h][0] = opaque(bit / 32 * 4), shift = bit % 32;
+            }
+        }
+    }
+    // Two words more than needed, for look-ahead within bit fields.
+    template <int H> DEVICE void load(u32 (&w)[WORDS + 2], const u8* run) const {
+        w[WORDS] = w[WORDS + 1] = 0;
+        if constexpr (ALIGNED) {
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                const u8* from = run + offset[H][j];
+                if constexpr (VECTOR == 4) {
+                    uint4 v = *(const uint4*)from;
+                    w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
+                } else if constexpr (VECTOR == 2) {
+                    uint2 v = *(const uint2*)from;
+                    w[2 * j] = v.x, w[2 * j + 1] = v.y;
+                } else {
+                    w[j] = *(const u32*)from;
+                }
+            }
+        } else {
+            const u32* from = (const u32*)(run + offset[H][0]);
+            u32 raw[RAW + 1];
+#pragma unroll
+            for (int j = 0; j < RAW; j++) raw[j] = from[j];
+            raw[RAW] = 0;
+#pragma unroll
+            for (int j = 0; j < WORDS; j++) w[j] = __funnelshift_r(raw[j], raw[j + 1], shift);
+        }
+    }
+};
+
+template <int SCALE> DEVICE float load_scale(const u8* scales, int i) {
+    if (SCALE == 0) return 1.f;
+    return SCALE == 16 ? f32_from_f16(((const u16*)scales)[i]) : ((const float*)scales)[i];
+}
+
+// Queries of an item on their way to `acc`: read early, then rotated, in f32, and scaled; zero in rows beyond. One warp a row.
+struct Queries {
+    static constexpr int N = (D + 31) / 32, MINE = (ROWS + WARPS - 1) / WARPS;
+    static constexpr bool EARLY = MINE * N <= 16;  // else registers would not suffice
+    float x[MINE][N];
+
+    DEVICE void load(const Params& p, const Item& it, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const u32 r = warp + i * WARPS;
+            const u64 from = query_row(p, it, it.row + r) * D;
+#pragma unroll
+            for (int k = 0; k < N; k++) x[i][k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
+        }
+    }
+    DEVICE void keep(const Params& p, float* acc, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int r = warp + i * WARPS;
+            if (r >= ROWS) break;
+            float* to = acc + r * Layout::ACC_ROW;
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                x[i][k] *= p.q_scale;
+                if (p.rotate_q && lane + 32 * k < D) x[i][k] = flip_sign(p.k_signs, lane + 32 * k, x[i][k]);
+            }
+            if constexpr (D % 32 == 0)
+                if (p.rotate_q) rotate_registers<D>(x[i], lane);
+#pragma unroll
+            for (int k = 0; k < N; k++)
+                if (lane + 32 * k < D) to[lane + 32 * k] = x[i][k];
+            if constexpr (D % 32 != 0)
+                if (p.rotate_q) __syncwarp(), rotate_shared<D>(to, lane);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __grid_constant__ Params p) {
+    constexpr int THREADS = WARPS * 32;
+#ifndef SUB_RUNS
+#define SUB_RUNS (TILE / 16)
+#endif
+    constexpr int SUB = TILES_N == 1 ? SUB_RUNS : 1;     // runs of 16 positions whose scores are held at once
+    constexpr int K_STEPS = K::SPAN / 16;                 // tensor-core steps over a span of a key
+    constexpr int V_TILES = V::SPAN / 16;                 // tensor-core tiles of a span of a value
+    constexpr int FRAGMENTS = D / 16;
+    const float NEVER = -__int_as_float(0x7f800000);
+
+    const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
+    float* const acc = (float*)(shared_memory + Layout::ACC);
+    float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
+    uint2* const q_fragments = (uint2*)(shared_memory + Layout::Q);
+    float* const warp_m = (float*)(shared_memory + Layout::ML);  // [WARPS][ROWS]
+    float* const warp_l = warp_m + WARPS * ROWS;
+    float* const block_m = warp_l + WARPS * ROWS;                // [ROWS]
+    float* const block_l = block_m + ROWS;
+    u32* const last = (u32*)(block_l + ROWS);
+
+    Item it = p.items[blockIdx.x];
+    if (it.rows == 0) return;
+    const Codebook<K_LEVELS, THREADS> k_codebook(p.k_codebook, thread);
+    const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
+    Fetch fetch(p, it, warp, lane);
+    Queries queries;
+    queries.load(p, it, warp, lane);
+    for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
+    if constexpr (!Codec<K_BITS>::DENSE) k_codebook.keep((u16*)scratch, thread);
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
+    __syncthreads();
+    if constexpr (!Codec<K_BITS>::DENSE) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, (u16*)scratch, K_LEVELS, thread, THREADS);
+    if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
+        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
+    const u8* const k_table = shared_memory + Layout::K_TABLE;
+    const u8* const v_table = shared_memory + Layout::V_TABLE;
+    const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
+
+    // Fragment row r of a run of 16 is position (r % 8) / 2 + r % 2 * 4 + r / 8 * 8: the value's fragments then take rows t, t + 4,
+    // t + 8, t + 12. Key lanes hold a quarter of each span's dims, value lanes an eighth.
+    const u32 key_row = (g >> 1) + (g & 1) * 4;
+    typedef Lane<K, K_BITS, K::SPAN / 4> KLane;
+    typedef Lane<V, V_BITS, V::SPAN / 8> VLane;
+    KLane k_at;
+    k_at.init(key_row, t);
+    VLane v_at[2];
+    v_at[0].init(t, g);
+    v_at[1].init(t + 4, g);
+
+    u32 stage = 0;  // byte offset in the pipe
+    while (true) {
+        const u32 rows = it.rows;
+        queries.keep(p, acc, warp, lane);
+        __syncthreads();
+        const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
+        for (int i = thread; i < TILES_N * FRAGMENTS * 32; i += THREADS) {
+            int l = i & 31, step = i / 32 % FRAGMENTS, n = i / 32 / FRAGMENTS;
+            int span = step / K_STEPS, d = span * K::SPAN + (l & 3) * (K::SPAN / 4) + step % K_STEPS * 4;
+            const float* x = acc + (n * 8 + (l >> 2)) * Layout::ACC_ROW + d;
+            q_fragments[i] = make_uint2(f16x2_from_f32(x[0] * to_log2, x[1] * to_log2), f16x2_from_f32(x[2] * to_log2, x[3] * to_log2));
+        }
+        __syncthreads();
+        uint2 q[Layout::Q_REGISTERS ? TILES_N : 1][Layout::Q_REGISTERS ? FRAGMENTS : 1];
+        if constexpr (Layout::Q_REGISTERS)
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                for (int j = 0; j < FRAGMENTS; j++) q[n][j] = q_fragments[(n * FRAGMENTS + j) * 32 + lane];
+
+        // Tiles within [all_lo, all_hi) are seen whole by every row.
+        const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
+
+        float o[TILES_N][FRAGMENTS][4], m[TILES_N][2], l[TILES_N][2];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+            m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = 0.f;
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
+        }
+
+#pragma unroll 1
+        for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
+            fetch.issue(pipe + (stage ? stage - Layout::STAGE : (STAGES - 1) * Layout::STAGE));
+            copy_wait<STAGES - 1>();
+            __syncwarp();
+            u8* const codes_k = pipe + stage;
+            u8* const codes_v = codes_k + TILE * K::ROW;
+            u8* const scales_k = codes_v + TILE * V::ROW;
+            u8* const scales_v = scales_k + TILE * K::SCALE_ROW;
+            const int base = tile * TILE;
+            const bool edge = base < all_lo || base + TILE > all_hi;
+            if (unlikely(edge)) {
+                // What lies outside the sequence may be any bits: its weight is zero, but zero times NaN is not.
+                for (int r = lane; r < TILE; r += 32) {
+                    if (base + r >= (int)it.first && base + r < (int)it.len) continue;
+                    for (int b = 0; b < V::SCALE_ROW; b += 2) *(u16*)(scales_v + r * V::SCALE_ROW + b) = 0;
+                    if (Codec<V_BITS>::DENSE)
+                        for (int c = 0; c < V::ROW / 16; c++)
+                            *(uint4*)(codes_v + V::place(r, c)) = make_uint4(0, 0, 0, 0);
+                }
+                __syncwarp();
+            }
+
+#pragma unroll 1
+            for (int sub = 0; sub < TILE / 16; sub += SUB) {
+                float s[SUB][TILES_N][4], top[TILES_N][2];
+#pragma unroll
+                for (int n = 0; n < TILES_N; n++) top[n][0] = top[n][1] = -1e30f;
+#pragma unroll
+                for (int u = 0; u < SUB; u++) {
+                    const int run = SUB == TILE / 16 ? u : sub + u;
+                    repeat<K::SCALES>([&](auto h) {
+                        constexpr int H = decltype(h)::value;
+                        float dot[TILES_N][4] = {};
+                        u32 a[KLane::WORDS + 2], b[KLane::WORDS + 2];
+                        k_at.template load<H>(a, codes_k + run * 16 * K::ROW);
+                        k_at.template load<H>(b, codes_k + run * 16 * K::ROW + 8 * K::ROW);
+                        repeat<K_STEPS>([&](auto j) {
+                            constexpr int J = decltype(j)::value;
+                            u32 k[4];
+                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++) {
+                                uint2 x;
+                                if constexpr (Layout::Q_REGISTERS) x = q[n][H * K_STEPS + J];
+                                else x = q_fragments[(n * FRAGMENTS + H * K_STEPS + J) * 32 + lane];
+                                mma(dot[n], k[0], k[1], k[2], k[3], x.x, x.y);
+                            }
+                        });
+                        const int r = (run * 16 + key_row) * K::SCALES + H;
+                        const float scale0 = load_scale<K_SCALE>(scales_k, r), scale1 = load_scale<K_SCALE>(scales_k, r + 8 * K::SCALES);
+#pragma unroll
+                        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                const float x = dot[n][e] * (e < 2 ? scale0 : scale1);
+                                s[u][n][e] = H ? s[u][n][e] + x : x;
+                            }
+                    });
+                }
+                if (unlikely(p.softcap > 0.f)) {
+                    const float inverse = 1.f / p.softcap, factor = p.softcap * LOG2E;
+#pragma unroll
+                    for (int u = 0; u < SUB; u++)
+#pragma unroll
+                        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                            for (int e = 0; e < 4; e++) s[u][n][e] = factor * tanh_exact(s[u][n][e] * inverse);
+                }
+                if (unlikely(edge)) {
+#pragma unroll
+                    for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                        for (int c = 0; c < 2; c++) {
+                            const Bounds seen = visible(p, it, it.row + n * 8 + 2 * t + c);
+#pragma unroll
+                            for (int u = 0; u < SUB; u++)
+#pragma unroll
+                                for (int half = 0; half < 2; half++) {
+                                    const int position = base + (sub + u) * 16 + half * 8 + (int)key_row;
+                                    if (position < seen.lo || position >= seen.hi) s[u][n][half * 2 + c] = NEVER;
+                                }
+                        }
+                }
+                bool grown = false;
+#pragma unroll
+                for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+#pragma unroll
+                        for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + 2]));
+                        grown |= top[n][c] > m[n][c] + 4.f;
+                    }
+                if (unlikely(__any_sync(~0u, grown))) {
+#pragma unroll
+                    for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                        for (int c = 0; c < 2; c++) {
+                            float x = fmaxf(top[n][c], m[n][c]);
+#pragma unroll
+                            for (int k = 4; k < 32; k <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
+                            const float shrink = exp2_approx(m[n][c] - x);
+                            m[n][c] = x, l[n][c] *= shrink;
+#pragma unroll
+                            for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= shrink, o[n][i][c + 2] *= shrink;
+                        }
+                }
+#pragma unroll
+                for (int u = 0; u < SUB; u++) {
+                    const int run = SUB == TILE / 16 ? u : sub + u;
+                    float w[TILES_N][4];
+#pragma unroll
+                    for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            w[n][e] = exp2_approx(s[u][n][e] - m[n][e & 1]);
+                            l[n][e & 1] += w[n][e];
+                        }
+                    repeat<V::SCALES>([&](auto h) {
+                        constexpr int H = decltype(h)::value;
+                        const int r = (run * 16 + key_row) * V::SCALES + H;
+                        u32 b0[TILES_N], b1[TILES_N];
+                        if constexpr (V_SCALE == 16) {
+                            u32 scale0 = ((const u16*)scales_v)[r], scale1 = ((const u16*)scales_v)[r + 8];
+                            scale0 = __byte_perm(scale0, 0, 0x1010), scale1 = __byte_perm(scale1, 0, 0x1010);
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++) {
+                                b0[n] = transpose8(f16x2_mul(f16x2_from_f32(w[n][0], w[n][1]), scale0));
+                                b1[n] = transpose8(f16x2_mul(f16x2_from_f32(w[n][2], w[n][3]), scale1));
+                            }
+                        } else {
+                            const float scale0 = load_scale<V_SCALE>(scales_v, r), scale1 = load_scale<V_SCALE>(scales_v, r + 8 * V::SCALES);
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++) {
+                                b0[n] = transpose8(f16x2_from_f32(w[n][0] * scale0, w[n][1] * scale0));
+                                b1[n] = transpose8(f16x2_from_f32(w[n][2] * scale1, w[n][3] * scale1));
+                            }
+                        }
+                        u32 x0[VLane::WORDS + 2], x1[VLane::WORDS + 2], x2[VLane::WORDS + 2], x3[VLane::WORDS + 2];
+                        const u8* from = codes_v + run * 16 * V::ROW;
+                        v_at[0].template load<H>(x0, from);
+                        v_at[1].template load<H>(x1, from);
+                        v_at[0].template load<H>(x2, from + 8 * V::ROW);
+                        v_at[1].template load<H>(x3, from + 8 * V::ROW);
+                        repeat<V_TILES, 2>([&](auto i) {
+                            constexpr int I = decltype(i)::value;
+                            u32 a[4], b[4];
+                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
+                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++) {
+                                mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
+                                if constexpr (I + 1 < V_TILES) mma(o[n][H * V_TILES + I + 1], a[2], a[3], b[2], b[3], b0[n], b1[n]);
+                            }
+                        });
+                    });
+                }
+            }
+            __syncwarp();
+            stage = stage == (STAGES - 1) * Layout::STAGE ? 0 : stage + Layout::STAGE;
+        }
+
+        const Item next = p.items[it.next];
+        if (Queries::EARLY && it.next) queries.load(p, next, warp, lane);
+
+        // The block's sum.
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+#pragma unroll
+                for (int k = 4; k < 32; k <<= 1) l[n][c] += __shfl_xor_sync(~0u, l[n][c], k);
+                if (g == 0) {
+                    warp_m[warp * ROWS + n * 8 + 2 * t + c] = m[n][c];
+                    warp_l[warp * ROWS + n * 8 + 2 * t + c] = l[n][c];
+                }
+            }
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float top = -1e30f;
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + n * 8 + 2 * t + c]);
+                const float shrink = exp2_approx(m[n][c] - top);
+#pragma unroll
+                for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= shrink, o[n][i][c + 2] *= shrink;
+            }
+        if (thread < ROWS) {
+            float top = -1e30f, sum = 0.f;
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + thread]);
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) sum += exp2_approx(warp_m[k * ROWS + thread] - top) * warp_l[k * ROWS + thread];
+            block_m[thread] = top, block_l[thread] = sum;
+        }
+        // Four rows by 128 dims at a time.
+#pragma unroll
+        for (int quad = 0; quad < ROWS / 4; quad++) {
+            if (quad * 4 >= rows) break;
+#pragma unroll
+            for (int from = 0; from < FRAGMENTS; from += 8) {
+                constexpr int FULL = FRAGMENTS < 8 ? FRAGMENTS : 8;
+                if (t >> 1 == (quad & 1))
+#pragma unroll
+                    for (int i = 0; i < FULL; i++)
+                        if (from + i < FRAGMENTS)
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                const float* x = o[quad >> 1][from + i];
+                                *(float2*)(scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4 + 2 * (t & 1)) = make_float2(x[2 * e], x[2 * e + 1]);
+                            }
+                __syncthreads();
+                for (int i = thread; i < FULL * 64; i += THREADS) {
+                    const int fragment = from + i / 64;
+                    if (fragment >= FRAGMENTS) break;
+                    float sum = 0.f;
+#pragma unroll
+                    for (int k = 0; k < WARPS; k++) sum += scratch[k * 512 + i];
+                    const int d = fragment / V_TILES * V::SPAN + (i >> 3 & 7) * (V::SPAN / 8) + fragment_element<V_BITS>(fragment % V_TILES, V_TILES, i >> 2 & 1);
+                    acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
+                }
+                __syncthreads();
+            }
+        }
+
+        bool mine = true;
+        if (it.part_count > 1) {
+            // Leave this part in the workspace; whoever comes last sums the parts.
+            for (int i = thread; i < rows * (D / 4); i += THREADS) {
+                const int r = i / (D / 4), d = i % (D / 4) * 4;
+                __stcg((float4*)(p.partial + ((u64)it.part * ROWS + r) * D + d), *(const float4*)(acc + r * Layout::ACC_ROW + d));
+            }
+            if (thread < rows) __stcg(p.partial_ml + (u64)it.part * ROWS + thread, make_float2(block_m[thread], block_l[thread]));
+            __syncthreads();
+            if (thread == 0) {
+                *last = atomic_add_acq_rel(p.counters + it.part_first, 1) == it.part_count - 1;
+                if (*last) p.counters[it.part_first] = 0;
+            }
+            __syncthreads();
+            mine = *last;
+            if (mine) {
+                constexpr int BATCH = 16;
+                for (int i = thread; i < rows * (D / 2); i += THREADS) {
+                    const int r = i / (D / 2), d = i % (D / 2) * 2;
+                    float top = -1e30f, weight = 0.f, sum0 = 0.f, sum1 = 0.f;
+                    for (u32 k = 0; k < it.part_count; k += BATCH) {
+                        float2 ml[BATCH], x[BATCH];
+#pragma unroll
+                        for (int j = 0; j < BATCH; j++) {
+                            const u64 part = (u64)(it.part_first + min(k + j, it.part_count - 1)) * ROWS + r;
+                            ml[j] = __ldcg(p.partial_ml + part);
+                            x[j] = __ldcg((const float2*)(p.partial + part * D + d));
+                            if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float2(0.f, 0.f);
+                        }
+                        float higher = top;
+#pragma unroll
+                        for (int j = 0; j < BATCH; j++) higher = fmaxf(higher, ml[j].x);
+                        const float shrink = exp2_approx(top - higher);
+                        top = higher, weight *= shrink, sum0 *= shrink, sum1 *= shrink;
+#pragma unroll
+                        for (int j = 0; j < BATCH; j++) {
+                            const float f = exp2_approx(ml[j].x - top);
+                            weight += f * ml[j].y, sum0 += f * x[j].x, sum1 += f * x[j].y;
+                        }
+                    }
+                    *(float2*)(acc + r * Layout::ACC_ROW + d) = make_float2(sum0, sum1);
+                    if (d == 0) block_m[r] = top, block_l[r] = weight;
+                }
+                __syncthreads();
+            }
+        }
+        if (mine)
+            for (int r = warp; r < rows; r += WARPS)
+                finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
+        if (it.next == 0) break;
+        it = next;
+        __syncwarp();
+        if (!Queries::EARLY) queries.load(p, it, warp, lane);
+    }
+    copy_wait<0>();
+}

@@ -1,0 +1,40 @@
+// Joins partial results of attention, one warp a row of the output. -D: OUT_TYPE.
+#include "common.cuh"
+
+struct Part {
+    const void* out;  // [rows, head_dim]
+    const float* lse;  // [rows]
+    u32 type, pad;
+};
+struct Params {
+    const Part* parts;
+    void* out;
+    float* lse;  // or null
+    u32 count, rows, head_dim, pad;
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
+
+DEVICE float load_part(const Part& part, u64 i) {
+    return part.type == TYPE_F32   ? load_element<TYPE_F32>(part.out, i)
+           : part.type == TYPE_F16 ? load_element<TYPE_F16>(part.out, i)
+                                   : load_element<TYPE_BF16>(part.out, i);
+}
+
+extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ Params p) {
+    const float never = -__int_as_float(0x7f800000);
+    const u32 row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= p.rows) return;
+    float top = never, total = 0.f;
+    for (u32 i = 0; i < p.count; i++) top = fmaxf(top, p.parts[i].lse[row]);
+    if (top > never)
+        for (u32 i = 0; i < p.count; i++) total += expf(p.parts[i].lse[row] - top);
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    for (u32 d = lane; d < p.head_dim; d += 32) {
+        float sum = 0.f;
+        if (top > never)
+            for (u32 i = 0; i < p.count; i++)
+                sum += expf(p.parts[i].lse[row] - top) * load_part(p.parts[i], (u64)row * p.head_dim + d);
+        store_element<OUT_TYPE>(p.out, (u64)row * p.head_dim + d, sum * inverse);
+    }
+    if (p.lse && lane == 0) p.lse[row] = total > 0.f ? top + logf(total) : top;
+}

@@ -1,0 +1,357 @@
+//! Every specialisation compiles, for every architecture. NVRTC needs no GPU: `TQKV_NVRTC` may name its library.
+
+use super::attention::{Shape, Variant, plain_source};
+use super::nvrtc::{self, Source};
+use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
+use super::tables::Cells;
+use crate::compute::{DType, Device, KernelSource};
+use crate::format::{Codec, RowFormat};
+use crate::ops::{
+    AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, Span, attention, dequantize, quantize,
+};
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// Architectures, and the shared memory that a block can have there.
+const ARCHITECTURES: [(&str, usize); 6] = [
+    ("sm_80", 163 << 10),
+    ("sm_86", 99 << 10),
+    ("sm_89", 99 << 10),
+    ("sm_90a", 227 << 10),
+    ("sm_100", 227 << 10),
+    ("sm_120", 99 << 10),
+];
+
+/// The list or, if the variable is set, what it names of it (separated by commas).
+fn chosen<T: Copy>(variable: &str, all: &[T], name: impl Fn(T) -> String) -> Vec<T> {
+    match std::env::var(variable) {
+        Ok(wanted) => all.iter().copied().filter(|&x| wanted.split(',').any(|w| w == name(x))).collect(),
+        Err(_) => all.to_vec(),
+    }
+}
+
+fn codecs(head_dim: usize) -> Vec<RowFormat> {
+    let native = (2..=8).map(Codec::tq);
+    let seed = [2, 3, 4, 5, 6, 8].map(Codec::seed).into_iter();
+    native.chain(seed).chain([Codec::F16, Codec::F32]).filter_map(|c| RowFormat::new(c, head_dim).ok()).collect()
+}
+
+/// Kernels over single rows: the same for every architecture.
+fn row_sources(head_dims: &[usize]) -> Vec<Source> {
+    let mut all = vec![merge_source(DType::F32), merge_source(DType::F16), merge_source(DType::BF16)];
+    for &d in head_dims {
+        for (i, row) in codecs(d).into_iter().enumerate() {
+            let dtype = [DType::F32, DType::F16, DType::BF16][i % 3];
+            let alignment = |aligned: bool| if aligned { 1 << row.row_bytes().trailing_zeros().min(4) } else { 1 };
+            let cells = row.codebook().map(|b| Cells::new(&b.boundaries));
+            // Odd addresses take other code, the same way at every head_dim.
+            for aligned in [true, false].into_iter().filter(|&a| a || matches!(d, 80 | 128)) {
+                let side = QuantizeShape {
+                    row: &row,
+                    cells: cells.as_ref(),
+                    input: dtype,
+                    input_aligned: aligned as u32,
+                    code_alignment: alignment(aligned),
+                };
+                all.push(quantize_source([side, side]));
+            }
+            for out in [DType::F32, DType::F16, DType::BF16] {
+                all.push(dequantize_source(&row, out, 1, alignment(true)));
+            }
+            if matches!(d, 80 | 128) {
+                all.push(dequantize_source(&row, dtype, 0, 1));
+            }
+            let shape = Shape {
+                key: row,
+                value: row,
+                page_size: 16,
+                query_rows: 2,
+                q: dtype,
+                out: dtype,
+                aligned: true,
+                short: true,
+            };
+            if Variant::choose(&shape, usize::MAX).is_none() {
+                all.push(plain_source(&row, &row, DType::F16, DType::F16));
+            }
+            all.push(plain_source(&row, &row, DType::F32, DType::F32));
+        }
+        let row = RowFormat::new(Codec::tq(4), d).unwrap();
+        all.push(rotate_source(&row, Direction::Forward, DType::F32, DType::F16, 1));
+        all.push(rotate_source(&row, Direction::Inverse, DType::F16, DType::F32, 0));
+    }
+    all
+}
+
+/// The tensor-core attention kernel as this module would compile it for a device with so much shared memory.
+fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant> {
+    const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    let mut all = vec![];
+    let mut add = |key, value, page_size, query_rows, q, out| {
+        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true, short: true };
+        all.extend(Variant::choose(&shape, shared_memory));
+    };
+    let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());
+    for &d in head_dims {
+        for row in codecs(d) {
+            add(row, row, 64, 4, DType::F16, DType::F16);
+            if matches!(d, 80 | 128) {
+                // Pages that hold no whole tile; several and many query rows.
+                add(row, row, 9, 1, DType::F16, DType::F16);
+                add(row, row, 64, 16, DType::F16, DType::F16);
+                add(row, row, 64, 64, DType::F16, DType::F16);
+            }
+        }
+        for (k, v) in [(5, 4), (4, 3), (8, 2)].map(|(k, v)| pair(Codec::tq(k), Codec::tq(v), d)) {
+            add(k, v, 64, 4, DType::F16, DType::F16);
+        }
+    }
+    for d in [128].into_iter().filter(|d| head_dims.contains(d)) {
+        for codec in [Codec::tq(4), Codec::seed(5), Codec::F16, Codec::tq(3)] {
+            let (k, v) = pair(codec, codec, d);
+            for q in [DType::F16, DType::BF16] {
+                FLOATS.iter().for_each(|&out| add(k, v, 16, 72, q, out));
+            }
+        }
+    }
+    all
+}
+
+/// Those that `TQKV_CUDA_HEAD_DIMS` names, or the usual ones.
+fn head_dims(usual: &[usize]) -> Vec<usize> {
+    match std::env::var("TQKV_CUDA_HEAD_DIMS") {
+        Ok(named) => named.split(',').filter_map(|d| d.parse().ok()).collect(),
+        Err(_) => usual.to_vec(),
+    }
+}
+
+/// Compiles all of `sources`, keeps them in the cache, and returns failures and what spills registers.
+fn compile(architecture: &str, sources: &[Source]) -> (Vec<String>, Vec<String>) {
+    let nvrtc = nvrtc::load().expect("checked before");
+    let results: Vec<_> = sources
+        .par_iter()
+        .map(|source| {
+            let name = || format!("{architecture} {} {}", source.name, source.options.join(" "));
+            let key = source.key(architecture, nvrtc.version);
+            if super::cache::load(key).is_some() {
+                return (None, None);
+            }
+            match nvrtc.compile(source, architecture) {
+                Ok(compiled) => {
+                    super::cache::store(key, &compiled.cubin);
+                    let spills =
+                        compiled.log.lines().find(|l| l.contains("spill") && !l.contains(" 0 bytes spill stores"));
+                    (None, spills.map(|l| format!("{}: {}", name(), l.trim())))
+                }
+                Err(e) => (Some(format!("{}: {e}", name())), None),
+            }
+        })
+        .collect();
+    let (failures, spills): (Vec<_>, Vec<_>) = results.into_iter().unzip();
+    (failures.into_iter().flatten().collect(), spills.into_iter().flatten().collect())
+}
+
+/// `TQKV_CUDA_ARCHITECTURES=sm_90a` and `TQKV_CUDA_HEAD_DIMS=64,128` leave out the rest. What is compiled stays in the disk
+/// cache, so that a second run, and a GPU of that architecture, find it.
+#[test]
+fn every_specialisation_compiles() {
+    if let Err(reason) = nvrtc::load() {
+        let required = std::env::var("TQKV_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|r| r == "nvrtc"), "TQKV_REQUIRE names nvrtc: {reason}");
+        eprintln!("SKIPPED: compiling CUDA kernels: {reason}");
+        return;
+    }
+    // By default each of the kernels' ways to lay out a row; all head dims take long.
+    let head_dims = head_dims(&[80, 128]);
+    let mut failures = vec![];
+    for (architecture, shared_memory) in chosen("TQKV_CUDA_ARCHITECTURES", &ARCHITECTURES, |a| a.0.to_owned()) {
+        let mut sources = row_sources(&head_dims);
+        sources.extend(attention_variants(&head_dims, shared_memory).iter().map(Variant::source));
+        let (failed, spills) = compile(architecture, &sources);
+        println!("{architecture}: {} kernels, {} spill registers, {} fail", sources.len(), spills.len(), failed.len());
+        spills.iter().for_each(|s| println!("  spills: {s}"));
+        failures.extend(failed);
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Seconds of one of `repeats` operations that are submitted together, the best of five submissions.
+fn time(device: &Device, repeats: usize, record: impl Fn(&mut crate::CommandEncoder) -> crate::Result<()>) -> f64 {
+    let once = |n: usize| {
+        let mut encoder = device.encoder().unwrap();
+        (0..n).for_each(|_| record(&mut encoder).unwrap());
+        let start = Instant::now();
+        encoder.submit_and_wait().unwrap();
+        start.elapsed().as_secs_f64() / n as f64
+    };
+    once(2);
+    (0..5).map(|_| once(repeats)).fold(f64::INFINITY, f64::min)
+}
+
+/// Numbers for a developer, not a check: `cargo test --release -- --ignored --nocapture kernels_in_numbers`.
+#[test]
+#[ignore = "measures; needs a GPU"]
+fn kernels_in_numbers() {
+    let device = Device::open("cuda").unwrap();
+    println!("{:?}", device.info());
+    let read = r#"
+        extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* x, uint4* y, unsigned n) {
+            uint4 sum = make_uint4(0, 0, 0, 0);
+            unsigned step = gridDim.x * 512;
+            #pragma unroll 8
+            for (unsigned i = blockIdx.x * 512 + threadIdx.x; i < n; i += step) {
+                uint4 v = x[i];
+                sum.x ^= v.x, sum.y ^= v.y, sum.z ^= v.z, sum.w ^= v.w;
+            }
+            if (sum.x == 0x12345 && sum.y == 0x54321) y[0] = sum;
+        }"#;
+    device.kernels().register("read_all", KernelSource::Cuda(read.to_owned()));
+    let bytes = 1usize << 30;
+    let big = device.zeros(DType::U8, &[bytes]).unwrap();
+    let sink = device.zeros(DType::U8, &[16]).unwrap();
+    let n = (bytes / 16) as u32;
+    let t = time(&device, 10, |e| e.dispatch("read_all", [132 * 4, 1, 1], &[&big, &sink], &[n]));
+    let bandwidth = bytes as f64 / t;
+    println!("read: {:.2} TB/s", bandwidth / 1e12);
+    let report = |name: &str, bytes: usize, t: f64| {
+        let speed = bytes as f64 / t;
+        println!("{name}: {:.4} ms, {:.2} TB/s, {:.0} % of reading", t * 1e3, speed / 1e12, 100.0 * speed / bandwidth);
+    };
+
+    let (tokens, heads, d, page) = (32768usize, 8usize, 128usize, 64usize);
+    let pages: Vec<u32> = (0..(tokens / page) as u32).rev().collect();
+    let batch = Batch::new(&device, page, &[Span { first: 0, len: tokens, new: tokens, pages: &pages }]).unwrap();
+    // Some pattern that is no constant.
+    let noise: Vec<half::bf16> = (0..tokens * heads * d)
+        .map(|i| half::bf16::from_f32(((i * 2_654_435_761) % 1000) as f32 / 250.0 - 2.0))
+        .collect();
+    let (k, v) =
+        (device.upload(&noise, &[tokens, heads, d]).unwrap(), device.upload(&noise, &[tokens, heads, d]).unwrap());
+    for codec in [Codec::tq(4), Codec::tq(3), Codec::tq(8), Codec::seed(4)] {
+        let row = RowFormat::new(codec, d).unwrap();
+        let pools = [0, 1].map(|_| PagePool::new(&device, row, heads, page, tokens / page).unwrap());
+        let moved = 2 * tokens * heads * (2 * d + row.bytes());
+        let t = time(&device, 30, |e| quantize(e, &[(&k, &pools[0]), (&v, &pools[1])], &batch));
+        report(&format!("quantize {codec} K and V from bf16"), moved, t);
+        for dtype in [DType::F16, DType::F32] {
+            let out = device.zeros(dtype, &[tokens, heads, d]).unwrap();
+            let heads_first = out.reshape(&[heads, tokens, d]).unwrap();
+            for (domain, order) in [
+                (Domain::Rotated, RowOrder::TokenMajor),
+                (Domain::Original, RowOrder::TokenMajor),
+                (Domain::Original, RowOrder::HeadMajor),
+            ] {
+                let out = if order == RowOrder::TokenMajor { &out } else { &heads_first };
+                let t = time(&device, 30, |e| dequantize(e, &pools[0], &batch, 0, 0..tokens, domain, order, out));
+                let moved = tokens * heads * (row.bytes() + d * dtype.size());
+                report(&format!("dequantize {codec} to {dtype} {domain:?} {order:?}"), moved, t);
+            }
+        }
+    }
+    for (key, value) in [(4, 4), (3, 3), (8, 8)] {
+        let sequences = 8;
+        let pools = [key, value].map(|bits| {
+            let row = RowFormat::new(Codec::tq(bits), d).unwrap();
+            PagePool::new(&device, row, heads, page, sequences * tokens / page).unwrap()
+        });
+        let each = tokens / page;
+        let tables: Vec<Vec<u32>> =
+            (0..sequences).map(|s| (0..each).map(|i| (i * sequences + s) as u32).collect()).collect();
+        let spans: Vec<_> = tables.iter().map(|t| Span { first: 0, len: tokens, new: 1, pages: t }).collect();
+        let batch = Batch::new(&device, page, &spans).unwrap();
+        let q = device.upload(&vec![half::f16::ONE; sequences * 4 * heads * d], &[sequences, 4 * heads, d]).unwrap();
+        let out = device.zeros(DType::F16, &[sequences, 4 * heads, d]).unwrap();
+        let params = AttentionParams::for_head_dim(d);
+        let t = time(&device, 30, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out, None));
+        report(&format!("attention k{key}v{value}, 8 x 32768"), pools.iter().map(PagePool::bytes).sum(), t);
+        let t = time(&device, 30, |e| {
+            let spans = &spans[..1];
+            let batch = Batch::new(&device, page, spans)?;
+            attention(e, &q.slice(0..1)?, &pools[0], &pools[1], &batch, &params, &out.slice(0..1)?, None)
+        });
+        println!("  1 x 32768 with a new batch each: {:.4} ms", t * 1e3);
+    }
+}
+
+/// The judge of tensor cores: the CPU backend, over the same bytes. f32 queries, which the conformance suite has most of, go
+/// to plain cores.
+#[test]
+fn tensor_cores_are_close_to_the_cpu() {
+    let Ok(device) = Device::open("cuda") else {
+        let required = std::env::var("TQKV_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|r| r == "cuda"), "TQKV_REQUIRE names cuda");
+        eprintln!("SKIPPED: tensor cores: no CUDA device");
+        return;
+    };
+    let cpu = Device::cpu();
+    let mut state = 1u64;
+    let mut normal = move || {
+        let mut unit = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) as f32 + 0.5) / (1u64 << 31) as f32
+        };
+        (-2.0 * unit().ln()).sqrt() * (std::f32::consts::TAU * unit()).cos()
+    };
+    let mut worst = (0.0, String::new());
+    let mut failures = vec![];
+    for d in head_dims(&[64, 80, 96, 112, 128, 192, 256, 512, 576]) {
+        let mixed = [(5, 4), (4, 3), (8, 2)].map(|(k, v)| (Codec::tq(k), Codec::tq(v)));
+        let mixed = mixed.map(|(k, v)| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap()));
+        for (case, (key, value)) in codecs(d).into_iter().map(|c| (c, c)).chain(mixed).enumerate() {
+            if key.codec() == Codec::F32 {
+                continue;
+            }
+            // Rows of one to four tensor-core tiles, pages that hold tiles and such that do not.
+            let kinds = [(4, 1), (1, 1), (3, 5), (8, 4)];
+            let (group, new) = kinds[if matches!(d, 80 | 128) { case % 4 } else { 0 }];
+            let page = if group == 1 { 9 } else { 64 };
+            let (kv_heads, lens) = (2usize, [700usize, 33, 64 + new]);
+            let heads = kv_heads * group;
+            let used: Vec<usize> = lens.iter().map(|n| n.div_ceil(page)).collect();
+            let total: usize = used.iter().sum();
+            let mut pages = (0..total as u32).rev();
+            let tables: Vec<Vec<u32>> = used.iter().map(|&n| pages.by_ref().take(n).collect()).collect();
+            let n: usize = lens.iter().sum();
+            let kv: Vec<f32> = (0..n * kv_heads * d).map(|_| normal()).collect();
+            let q: Vec<half::f16> = (0..lens.len() * new * heads * d).map(|_| half::f16::from_f32(normal())).collect();
+            let mut params = AttentionParams::for_head_dim(d);
+            params.window = (case % 3 == 1).then_some(100);
+            params.softcap = (case % 3 == 2).then_some(10.0);
+            let (mut pools, mut outs) = (vec![], vec![]);
+            for device in [&cpu, &device] {
+                let own = [key, value].map(|row| PagePool::new(device, row, kv_heads, page, total).unwrap());
+                let batch = |new: Option<usize>| {
+                    let span = |(&len, pages): (&usize, _)| Span { first: 0, len, new: new.unwrap_or(len), pages };
+                    let tables = tables.iter().map(Vec::as_slice);
+                    Batch::new(device, page, &lens.iter().zip(tables).map(span).collect::<Vec<_>>()).unwrap()
+                };
+                let x = device.upload(&kv, &[n, kv_heads, d]).unwrap();
+                let q = device.upload(&q, &[lens.len() * new, heads, d]).unwrap();
+                let out = device.zeros(DType::F16, q.shape()).unwrap();
+                let mut encoder = device.encoder().unwrap();
+                quantize(&mut encoder, &[(&x, &own[0]), (&x, &own[1])], &batch(None)).unwrap();
+                attention(&mut encoder, &q, &own[0], &own[1], &batch(Some(new)), &params, &out, None).unwrap();
+                encoder.submit_and_wait().unwrap();
+                outs.push(out.read::<half::f16>().unwrap().iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+                pools.push(own);
+            }
+            let name = format!("{}/{} D={d} group {group} new {new}", key.codec(), value.codec());
+            for (a, b) in pools[0].iter().zip(&pools[1]) {
+                assert!(a.codes().read::<u8>().unwrap() == b.codes().read::<u8>().unwrap(), "{name}: bytes differ");
+            }
+            for (want, got) in outs[0].chunks(d).zip(outs[1].chunks(d)) {
+                let norm = want.iter().map(|w| w * w).sum::<f32>().sqrt();
+                let error = want.iter().zip(got).map(|(w, g)| (w - g).powi(2)).sum::<f32>().sqrt() / norm;
+                if error.is_nan() || error > worst.0 {
+                    worst = (error, name.clone());
+                }
+                // Queries, levels, weights, values and outputs are rounded to f16's 2^-11 each.
+                if error.is_nan() || error > 2e-3 {
+                    failures.push(format!("{name}: {error:e}"));
+                }
+            }
+        }
+    }
+    println!("largest error {:.1e}: {}", worst.0, worst.1);
+    assert!(failures.is_empty(), "{} of them, first {:?}", failures.len(), &failures[..failures.len().min(20)]);
+}
