@@ -66,6 +66,9 @@ const FIELDS: [&str; 19] = [
     "rows",
 ];
 
+/// The most splits of a context.
+const MOST_SPLITS: usize = 1024;
+
 /// Words of a task: table base, first token, queries, position of the first query, oldest position, length, start and end
 /// of what its queries see.
 const TASK: usize = 8;
@@ -119,7 +122,6 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     if spec.softcap {
         b.push(include_str!("capped.wgsl"));
     }
-    b.push(if caps.subgroups { "var<private> sid: u32;\nvar<private> lane: u32;\nvar<private> sgs: u32;" } else { "" });
     main(&mut b, caps);
     line!(b, "  let split = wg % a.splits;\n  let rest = wg / a.splits;");
     b.push("  let part = rest % (a.kv_heads * a.parts);\n  let kv_head = part / a.parts;");
@@ -218,7 +220,7 @@ fn main(b: &mut Builder, caps: &Caps) {
          \x20 @builtin(subgroup_invocation_id) invocation: u32, @builtin(num_subgroups) subgroups: u32) {\n\
          \x20 let wg = wid.y * grid.x + wid.x;\n\
          \x20 if (wg >= a.groups) { return; }\n\
-         \x20 sid = subgroup;\n  lane = invocation;\n  sgs = subgroups;",
+         \x20 sid = subgroup;\n  lane_id = invocation;\n  sgs = subgroups;",
     );
 }
 
@@ -227,13 +229,14 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
     if caps.subgroups {
         // Subgroups of 4 are the smallest there are.
         let most = THREADS / 4;
+        b.push("var<private> sid: u32;\nvar<private> lane_id: u32;\nvar<private> sgs: u32;");
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * most);
         line!(
             b,
             "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{\n\
              \x20 var y: f32;\n\
              \x20 if (sum) {{ y = subgroupAdd(x); }} else {{ y = subgroupMax(x); }}\n\
-             \x20 if (lane == 0u) {{ reduced[r * {most}u + sid] = y; }}\n}}\n\
+             \x20 if (lane_id == 0u) {{ reduced[r * {most}u + sid] = y; }}\n}}\n\
              fn settle(tid: u32, sum: bool) {{ workgroupBarrier(); }}\n\
              fn taken(r: u32, sum: bool) -> f32 {{\n\
              \x20 var y = reduced[r * {most}u];\n\
@@ -270,6 +273,7 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
 fn scores(b: &mut Builder, spec: &Spec, fetch: usize, rows: usize) {
     let row = spec.key.format();
     let d = row.head_dim();
+    // Elements between two exact additions; 64 would miss 1e-5 where scores reach the hundreds.
     let group = if d.is_multiple_of(32) { 32 } else { 16 };
     let (groups, fetches) = (d / group, group / fetch);
     b.push("    let slot = min(pos, to_pos - 1u) % a.slots;");
@@ -426,22 +430,38 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
         wgsl::transform(&mut b, &row);
     }
     b.push("const NONE = -3e38;");
-    b.main();
+    line!(b, "var<workgroup> weight_of: array<f32, {MOST_SPLITS}>;");
+    reducer(&mut b, caps, 1);
+    main(&mut b, caps);
     line!(b, "  let base = wg * a.splits;\n  let sums = a.groups * a.splits * {vectors}u + base;");
-    b.push("  var m = NONE;\n  for (var i = 0u; i < a.splits; i++) { m = max(m, parts[sums + i].x); }");
+    // The splits' maxima and sums, a thread each.
+    b.push("  var most = NONE;");
+    b.push("  for (var i = tid; i < a.splits; i += WG) { most = max(most, parts[sums + i].x); }");
+    b.push("  offer(0u, most, tid, false);\n  settle(tid, false);\n  var m = taken(0u, false);");
     if spec.sinks {
         b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];\n  m = max(m, sink);");
     }
-    b.push("  var l = 0.0;\n  for (var i = 0u; i < a.splits; i++) {");
-    b.push("    let part = parts[sums + i];\n    l += part.y * exp(part.x - m);\n  }");
+    b.push("  workgroupBarrier();\n  var l = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");
+    b.push("    let part = parts[sums + i];\n    let weight = exp(part.x - m);\n    l += part.y * weight;");
+    // A split that saw nothing has written nothing.
+    b.push("    weight_of[i] = select(0.0, weight, part.x > NONE);\n  }");
+    b.push("  offer(0u, l, tid, true);\n  settle(tid, true);\n  l = taken(0u, true);");
     if spec.sinks {
         b.push("  l += select(0.0, exp(sink - m), sink > NONE);");
     }
     line!(b, "  let lane = tid / {columns}u;\n  if (lane < {lanes}u) {{");
     line!(b, "    for (var c = tid % {columns}u; c < {vectors}u; c += {columns}u) {{\n      var sum = vec4(0.0);");
-    line!(b, "      for (var i = lane; i < a.splits; i += {lanes}u) {{\n        let part = parts[sums + i].x;");
-    // A split that saw nothing has written nothing.
-    line!(b, "        if (part > NONE) {{ sum += exp(part - m) * parts[(base + i) * {vectors}u + c]; }}\n      }}");
+    line!(b, "      for (var i = lane; i < a.splits; i += {}u) {{", 4 * lanes);
+    // Four loads in flight; those past the end are of a split that is there, and weigh nothing.
+    for k in 0..4 {
+        line!(b, "        let i{k} = min(i + {}u, a.splits - 1u);", k * lanes);
+        line!(b, "        let w{k} = select(0.0, weight_of[i{k}], i + {}u < a.splits);", k * lanes);
+        line!(b, "        let o{k} = parts[(base + i{k}) * {vectors}u + c];");
+    }
+    for k in 0..4 {
+        line!(b, "        if (w{k} != 0.0) {{ sum += w{k} * o{k}; }}");
+    }
+    b.push("      }");
     line!(b, "      buf[lane * {vectors}u + c] = sum;\n    }}\n  }}\n  workgroupBarrier();");
     b.push("  let none = l == 0.0;\n  let scale = 1.0 / select(l, 1.0, none);");
     line!(b, "  for (var c = tid; c < {vectors}u; c += WG) {{\n    var sum = buf[c];");
@@ -520,7 +540,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         next = end;
         let blocks = turn.len() * kv_heads * parts;
         let tiles = turn.iter().map(|t| t.seen).max().unwrap_or(0).div_ceil(TILE).max(1);
-        let splits = context.caps.busy.div_ceil(blocks).clamp(1, tiles).min((room / tokens).max(1));
+        let splits = context.caps.busy.div_ceil(blocks).clamp(1, tiles.min(MOST_SPLITS)).min((room / tokens).max(1));
         let per_split = tiles.div_ceil(splits);
         let splits = tiles.div_ceil(per_split);
         let rows = tokens * heads;
@@ -547,7 +567,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
             rows as u32,
         ];
         let words: Vec<u32> = turn.iter().flat_map(|t| t.words).collect();
-        let partial = recorder.scratch(0, (rows * splits * row_bytes) as u64)?;
+        let partial = recorder.scratch(0, 0, (rows * splits * row_bytes) as u64)?;
         let mut slots = vec![q.clone()];
         slots.extend(key_slots.iter().chain(&value_slots).cloned());
         slots.extend([table.clone(), recorder.list("tasks", &words)?, partial.clone()]);

@@ -23,7 +23,7 @@ pub(super) struct Context {
 #[derive(Default)]
 pub(super) struct Shared {
     pub arena: Option<wgpu::Buffer>,
-    pub scratch: Option<wgpu::Buffer>,
+    pub scratch: [Option<wgpu::Buffer>; 2],
 }
 
 /// What the device has reported outside of any call.

@@ -4,6 +4,7 @@ use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Layout, Rows, Source, Tensor, line};
 use super::{Caps, Slot, rotate};
 use crate::backend::Dequantize;
+use crate::compute::DType;
 use crate::error::Result;
 use crate::ops::{Domain, Positions, RowOrder};
 
@@ -60,8 +61,14 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.params(&FIELDS, &tables);
     spec.pool.book(&mut b, "p");
     spec.pool.factor(&mut b, "p");
-    spec.out.store(&mut b, "out");
-    let n = spec.pool.fetch_size(8);
+    // A thread writes 16 bytes at a time.
+    let four = spec.out.dtype == DType::F32 && !spec.restore;
+    if four {
+        wgsl::store4(spec.out, &mut b, "out");
+    } else {
+        spec.out.store(&mut b, "out");
+    }
+    let n = spec.pool.fetch_size(if four { 4 } else { 8 });
     spec.pool.fetch(&mut b, "p", n);
     line!(b, "var<workgroup> row_of: array<u32, {rows}>;");
     line!(b, "var<workgroup> factor_of: array<f32, {}>;", rows * scales.max(1));
@@ -85,6 +92,19 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         line!(b, "    factor_of[i * {scales}u + {s}u] = p_factor(row, {s}u);");
     }
     b.push("  }\n  workgroupBarrier();");
+    if four {
+        let fours = d / 4;
+        line!(
+            b,
+            "  for (var u = tid; u < n * {fours}u; u += WG) {{\n    let i = u / {fours}u;\n    let c = u % {fours}u;"
+        );
+        line!(b, "    let w = p_fetch(row_of[i], c);\n    var v = {};", spec.pool.value("p", "w", 0));
+        if scales > 0 {
+            line!(b, "    v = v * factor_of[i * {scales}u + {}];", spec.pool.scale_of("c", 4));
+        }
+        line!(b, "    out_store4(first * {d}u + 4u * u, v);\n  }}\n}}");
+        return b.finish();
+    }
     let eights = d / 8;
     line!(
         b,

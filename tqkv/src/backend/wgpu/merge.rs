@@ -64,15 +64,14 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Merge) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let (out, out_tensor) = Slot::tensor(&context, "out", &op.out)?;
     let lse = op.lse.as_ref().map(|l| Slot::new(&context, "lse", l)).transpose()?;
-    // As many parts at a time as bindings allow; those merged so far are one part more.
-    let most = (context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 2;
+    // As many parts at a time as bindings allow, and no more than drivers compile fast; those merged so far are one part more.
+    let most = ((context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 2).min(8);
     let mut turn = 0;
     while parts.len() > most.max(2) {
-        let step = (rows * (d + 1) * 4).next_multiple_of(256) as u64;
+        let step = (rows * d * 4).next_multiple_of(256) as u64;
         let bytes = (rows * d * 4) as u64;
-        let base = turn % 2 * 2 * step;
-        let to = recorder.scratch(base, bytes)?;
-        let to_lse = recorder.scratch(base + step, (rows * 4).next_multiple_of(16) as u64)?;
+        let to = recorder.scratch(turn % 2, 0, bytes)?;
+        let to_lse = recorder.scratch(turn % 2, step, (rows * 4).next_multiple_of(16) as u64)?;
         let rest = parts.split_off(most.max(2));
         let tensor = Tensor { dtype: DType::F32, wide: true };
         merge(recorder, &parts, &to, tensor, Some(&to_lse), rows, d)?;

@@ -102,8 +102,8 @@ enum Target {
     Buffer(wgpu::Buffer),
     /// The submission's own data.
     Arena,
-    /// Memory between the passes of one operation.
-    Scratch,
+    /// Memory between the passes of one operation: one of two buffers, since a pass that reads one cannot write it.
+    Scratch(usize),
 }
 
 impl Slot {

@@ -28,6 +28,39 @@ const FIELDS: [&str; 11] = [
     "width",
 ];
 
+/// Equal cells over the boundaries, so narrow that each holds one at most: the cell of an element, and one comparison, give
+/// its code.
+pub(super) struct Grid {
+    /// An element's cell is the whole part of element · scale + shift.
+    scale: f32,
+    shift: f32,
+    /// By cell: how many boundaries lie in cells before it.
+    cells: Vec<u32>,
+}
+
+impl Grid {
+    pub fn new(row: &RowFormat) -> Self {
+        let bounds = row.codebook().map_or(&[][..], |book| &book.boundaries);
+        let (Some(&low), Some(&high)) = (bounds.first(), bounds.last()) else {
+            return Grid { scale: 1.0, shift: 0.0, cells: vec![0; 4] };
+        };
+        let gap = bounds.windows(2).map(|w| w[1] - w[0]).fold(f32::INFINITY, f32::min);
+        let mut scale = 1.01 / gap;
+        loop {
+            let shift = 1.37 - low * scale;
+            let cell = |b: f32| b * scale + shift;
+            // No boundary so near a cell's edge that a device's rounding could move it into another.
+            let clear = bounds.iter().all(|&b| (1e-3..=0.999).contains(&cell(b).fract()));
+            if clear && bounds.windows(2).all(|w| cell(w[0]) as u32 != cell(w[1]) as u32) {
+                let count = (cell(high) as usize + 2).next_multiple_of(4);
+                let before = |i| bounds.iter().filter(|&&b| (cell(b) as usize) < i).count() as u32;
+                return Grid { scale, shift, cells: (0..count).map(before).collect() };
+            }
+            scale *= 1.003;
+        }
+    }
+}
+
 /// Elements that one task turns into codes.
 fn unit(d: usize) -> usize {
     if d.is_multiple_of(32) { 32 } else { 16 }
@@ -49,7 +82,14 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.storage("table", "u32", false);
     b.storage("spans", "u32", false);
     let vectors = spec.pool.book_vectors();
-    let tables = [("signs", "u32", 8), ("p_levels", "f32", vectors), ("p_bounds", "f32", vectors)];
+    let grid = Grid::new(&row);
+    let cells = grid.cells.len();
+    let tables = [
+        ("signs", "u32", 8),
+        ("p_levels", "f32", vectors),
+        ("p_bounds", "f32", vectors),
+        ("p_cells", "u32", cells / 4),
+    ];
     b.params(&FIELDS, if vectors > 0 { &tables } else { &[] });
     spec.x.load(&mut b, "x");
     line!(b, "var<workgroup> row_of: array<u32, {rows}>;");
@@ -71,20 +111,17 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     if f16_scales {
         b.push(include_str!("put_scale.wgsl"));
     }
-    b.push("fn code4(u: vec4<f32>) -> vec4<u32> {\n  var c = vec4(0u);");
-    for bit in (0..row.bits()).rev() {
-        let step = 1u32 << bit;
-        let last = step - 1;
-        line!(
-            b,
-            "  c += select(vec4(0u), vec4({step}u), u > vec4<f32>(p_bound[c.x + {last}u], p_bound[c.y + {last}u], \
-                  p_bound[c.z + {last}u], p_bound[c.w + {last}u]));"
-        );
-    }
-    b.push("  return c;\n}");
+    line!(b, "var<workgroup> p_cell: array<u32, {cells}>;");
+    b.push("fn code4(u: vec4<f32>) -> vec4<u32> {");
+    line!(b, "  let t = clamp(u * {} + {}, vec4(0.0), vec4({}.0));", float(grid.scale), float(grid.shift), cells - 1);
+    line!(b, "  let i = min(vec4<u32>(t), vec4({}u));", cells - 1);
+    b.push("  let c = vec4(p_cell[i.x], p_cell[i.y], p_cell[i.z], p_cell[i.w]);");
+    b.push("  let bound = vec4(p_bound[c.x], p_bound[c.y], p_bound[c.z], p_bound[c.w]);");
+    b.push("  return c + select(vec4(0u), vec4(1u), u > bound);\n}");
     b.main();
     line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);\n  p_fill(tid);");
     line!(b, "  for (var i = tid; i < {}u; i += WG) {{ p_bound[i] = a.p_bounds[i >> 2u][i & 3u]; }}", 4 * vectors);
+    line!(b, "  for (var i = tid; i < {cells}u; i += WG) {{ p_cell[i] = a.p_cells[i >> 2u][i & 3u]; }}");
     b.push("  for (var i = tid; i < n; i += WG) { row_of[i] = locate(first + i); }");
     line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{");
     line!(b, "    let v = flip(8u * (u % {eights}u), x_load(first * {d}u + 8u * u));");
@@ -268,8 +305,10 @@ fn record_part(recorder: &mut WgpuRecorder, op: &Quantize, x: &crate::Buffer, po
     let (signs, levels) = (wgsl::signs(&row), wgsl::levels(&row));
     let mut bounds: Vec<u32> =
         row.codebook().map_or(vec![], |book| book.boundaries.iter().map(|x| x.to_bits()).collect());
-    bounds.resize(levels.len(), 0);
-    let tables: &[&[u32]] = if row.is_rotated() { &[&signs, &levels, &bounds] } else { &[] };
+    // Above the last boundary there is none.
+    bounds.resize(levels.len(), f32::MAX.to_bits());
+    let cells = Grid::new(&row).cells;
+    let tables: &[&[u32]] = if row.is_rotated() { &[&signs, &levels, &bounds, &cells] } else { &[] };
     let groups = count.div_ceil(rotate::rows_at_once(row.head_dim()));
     let source = || source(&spec, &context.caps);
     recorder.dispatch(&recorder::Spec::Quantize(spec), source, slots, groups, &fields, tables)

@@ -58,13 +58,13 @@ pub(super) struct WgpuRecorder {
     steps: Vec<Step>,
     /// Parameters and lists.
     arena: Vec<u32>,
-    /// Bytes that the largest operation needs between its passes.
-    scratch: u64,
+    /// Bytes that the largest operation needs between its passes, in each of two buffers.
+    scratch: [u64; 2],
 }
 
 impl WgpuRecorder {
     pub fn new(context: &Arc<Context>) -> Self {
-        WgpuRecorder { context: context.clone(), steps: vec![], arena: vec![], scratch: 0 }
+        WgpuRecorder { context: context.clone(), steps: vec![], arena: vec![], scratch: [0; 2] }
     }
 
     /// Puts words where kernels can bind them.
@@ -90,14 +90,14 @@ impl WgpuRecorder {
     }
 
     /// Memory between the passes of one operation.
-    pub fn scratch(&mut self, offset: u64, bytes: u64) -> Result<Slot> {
+    pub fn scratch(&mut self, which: usize, offset: u64, bytes: u64) -> Result<Slot> {
         let most = self.context.limits.max_storage_buffer_binding_size;
         if bytes > most {
             let what = format!("bind {bytes} bytes of partial results: max_storage_buffer_binding_size is {most}");
             return Err(self.context.unsupported(what));
         }
-        self.scratch = self.scratch.max(offset + bytes);
-        Ok(Slot { target: Target::Scratch, offset, size: bytes, rest: 0 })
+        self.scratch[which] = self.scratch[which].max(offset + bytes);
+        Ok(Slot { target: Target::Scratch(which), offset, size: bytes, rest: 0 })
     }
 
     /// Records one dispatch: `fields` and `tables` are the parameters in the order in which the source declares them.
@@ -160,8 +160,8 @@ impl WgpuRecorder {
         let (from, to) = (place(&op.from)?, place(&op.to)?);
         // wgpu copies between different buffers only.
         if op.from.shares_memory(&op.to) {
-            let between = Slot { target: Target::Scratch, offset: 0, size: from.size, rest: 0 };
-            self.scratch = self.scratch.max(from.size);
+            let between = Slot { target: Target::Scratch(0), offset: 0, size: from.size, rest: 0 };
+            self.scratch[0] = self.scratch[0].max(from.size);
             self.steps.push(Step::Copy(from, between.clone()));
             self.steps.push(Step::Copy(between, to));
         } else {
@@ -198,11 +198,15 @@ impl Recorder for WgpuRecorder {
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
         let arena = context.grown(&mut shared.arena, 4 * self.arena.len().max(4) as u64, usage)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let scratch = context.grown(&mut shared.scratch, self.scratch.max(16), usage)?;
+        let [first, second] = &mut shared.scratch;
+        let scratch = [
+            context.grown(first, self.scratch[0].max(16), usage)?,
+            context.grown(second, self.scratch[1].max(16), usage)?,
+        ];
         let buffer_of = |slot: &Slot| match &slot.target {
             Target::Buffer(buffer) => buffer.clone(),
             Target::Arena => arena.clone(),
-            Target::Scratch => scratch.clone(),
+            Target::Scratch(which) => scratch[*which].clone(),
         };
         let index = context.guarded(|| {
             if !self.arena.is_empty() {

@@ -134,6 +134,23 @@ impl Tensor {
     }
 }
 
+/// `fn {name}_store4(i, v: vec4<f32>)`: four elements of an f32 tensor, so that neighbouring threads write
+/// neighbouring vectors.
+pub fn store4(tensor: Tensor, b: &mut Builder, name: &str) {
+    line!(
+        b,
+        "fn {name}_store4(i: u32, v: vec4<f32>) {{\n  let j = a.{name}_off + i;\n  let w = bitcast<vec4<u32>>(v);"
+    );
+    if tensor.wide {
+        line!(b, "  {name}[j >> 2u] = w;");
+    } else {
+        for (c, component) in "xyzw".chars().enumerate() {
+            line!(b, "  {name}[j + {c}u] = w.{component};");
+        }
+    }
+    b.push("}");
+}
+
 /// A vector of `n` ≤ 4 consecutive words, zeros after them.
 fn words(name: &str, index: &str, from: usize, n: usize) -> String {
     let word = |k| if k < n { format!("{name}[{index} + {}u]", from + k) } else { "0u".to_owned() };
