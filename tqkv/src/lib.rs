@@ -6,7 +6,7 @@
 //! | [`reference`] | the naive oracle that judges every backend |
 //! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
 //! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
-//! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate |
+//! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate, fork, save, load |
 
 #![deny(missing_docs)]
 
@@ -18,7 +18,7 @@ pub mod format;
 pub mod ops;
 pub mod reference;
 
-pub use cache::{CacheConfig, KvCache, SequenceId};
+pub use cache::{CacheConfig, KvCache, SequenceId, Snapshot};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
-pub use error::{Error, Result};
+pub use error::{Error, Result, SnapshotPart};
 pub use format::{Codec, CodecPair};

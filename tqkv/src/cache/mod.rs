@@ -2,8 +2,10 @@
 
 mod config;
 mod pages;
+mod snapshot;
 
 pub use config::{CacheConfig, LayerKind};
+pub use snapshot::{Geometry, LayerGeometry, MAX_FINGERPRINT, SNAPSHOT_VERSION, Snapshot};
 
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
@@ -104,7 +106,7 @@ struct Sequence {
 }
 
 /// A sequence's pages in one group.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Held {
     /// Pages dropped at the front: `pages[i]` holds the positions of page `base + i`.
     base: usize,
@@ -474,14 +476,7 @@ impl KvCache {
     /// the next token would see.
     pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         let page_size = self.config.positions_per_page();
-        let Sequence { held, lens } = self.sequence(sequence)?;
-        for (group, held) in self.groups.iter().zip(held) {
-            let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
-            let (first, seen) = (held.base * page_size, (len + 1).saturating_sub(group.window.unwrap_or(len + 1)));
-            if len > shortest || seen < first {
-                return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
-            }
-        }
+        self.expect_prefix(sequence, len)?;
         let Some(Sequence { held, lens }) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         for (group, held) in self.groups.iter_mut().zip(held) {
             let keep = (len.div_ceil(page_size) - held.base).min(held.pages.len());
@@ -490,6 +485,21 @@ impl KvCache {
         // A shared layer has no length of its own.
         lens.iter_mut().for_each(|n| *n = (*n).min(len));
         self.version += 1;
+        Ok(())
+    }
+
+    /// Fails unless a sequence could go on after its first `len` positions.
+    fn expect_prefix(&self, sequence: SequenceId, len: usize) -> Result<()> {
+        let page_size = self.config.positions_per_page();
+        let Sequence { held, lens } = self.sequence(sequence)?;
+        for (group, held) in self.groups.iter().zip(held) {
+            let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
+            let next = len.saturating_add(1);
+            let (first, seen) = (held.base * page_size, next.saturating_sub(group.window.unwrap_or(next)));
+            if len > shortest || seen < first {
+                return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
+            }
+        }
         Ok(())
     }
 
