@@ -1,2 +1,48 @@
-//! The tqkv program.
-fn main() {}
+//! The `tqkv` program.
+
+mod codecs;
+mod commands;
+mod output;
+mod plot;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// LLM KV caches that stay compressed (TurboQuant), attended over directly.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(commands::demo::Demo),
+    Devices(commands::devices::Devices),
+    Verify(commands::verify::Verify),
+    Eval(commands::eval::Eval),
+    Generate(commands::generate::Generate),
+    Bench(commands::bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("TQKV_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let result = match Arguments::parse().command {
+        Command::Demo(command) => command.run(),
+        Command::Devices(command) => command.run(),
+        Command::Verify(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Generate(command) => command.run(),
+        Command::Bench(command) => command.run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            output::report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -18,6 +18,8 @@ pub mod format;
 pub mod ops;
 pub mod reference;
 
+#[cfg(feature = "prefix-store")]
+pub use cache::PrefixStore;
 pub use cache::{CacheConfig, KvCache, SequenceId, Snapshot};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
 pub use error::{Error, Result, SnapshotPart};

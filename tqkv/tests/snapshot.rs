@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::*;
-use tqkv::cache::{LayerKind, SNAPSHOT_VERSION, Side};
+use tqkv::cache::{Label, LayerKind, SNAPSHOT_VERSION, Side};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, Snapshot, SnapshotPart};
 
@@ -37,6 +37,9 @@ unsafe impl GlobalAlloc for Watched {
 static ALLOCATOR: Watched = Watched;
 
 const MODEL: &[u8] = b"a model";
+
+/// What every snapshot here says.
+const LABEL: Label = Label { model: MODEL, note: b"tokens" };
 
 /// Every kind of codec and layer.
 fn config() -> CacheConfig {
@@ -86,7 +89,7 @@ fn filled(device: &Device, config: CacheConfig, steps: &[usize]) -> (KvCache, Se
 fn bytes(cache: &KvCache, sequences: &[SequenceId]) -> Vec<u8> {
     let prefixes: Vec<_> = sequences.iter().map(|&s| (s, cache.len(s).unwrap())).collect();
     let mut out = vec![];
-    cache.write_snapshot(&prefixes, &mut out, MODEL).unwrap();
+    cache.write_snapshot(&prefixes, &mut out, LABEL).unwrap();
     out
 }
 
@@ -145,7 +148,7 @@ fn round_trips(writer: &Device, reader: &Device) {
     let path = dir.path().join("cache");
     for steps in [&[][..], &[3], &[8], &[20, 20, 1], &[1; 30]] {
         let (mut cache, sequence) = filled(writer, config(), steps);
-        cache.save(&[sequence], &path, MODEL).unwrap();
+        cache.save(&[sequence], &path, LABEL).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), bytes(&cache, &[sequence]));
         let mut other = used(reader, config());
         let copy = other.load(&path, MODEL).unwrap()[0];
@@ -160,7 +163,7 @@ fn round_trips(writer: &Device, reader: &Device) {
         let snapshot = Snapshot::verify(&path).unwrap();
         let len = steps.iter().sum::<usize>();
         assert_eq!(snapshot.lens().collect::<Vec<_>>(), [len]);
-        assert_eq!(snapshot.fingerprint(), MODEL);
+        assert_eq!((snapshot.fingerprint(), snapshot.note()), (LABEL.model, LABEL.note));
         assert_eq!(snapshot.bytes(), std::fs::metadata(&path).unwrap().len());
         assert!(snapshot.pages().all(|(start, bytes)| start % 64 == 0 && bytes % 64 == 0));
         assert_eq!(snapshot.first(0, 4), Some(0));
@@ -175,7 +178,7 @@ fn a_prefix_is_what_truncation_leaves() {
     let path = dir.path().join("cache");
     let (mut cache, sequence) = filled(&Device::cpu(), config(), &[20, 5]);
     for len in [25, 24, 21, 20, 19] {
-        cache.save_prefix(sequence, len, &path, MODEL).unwrap();
+        cache.save_prefix(sequence, len, &path, LABEL).unwrap();
         let twin = cache.fork(sequence).unwrap();
         cache.truncate(twin, len).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), bytes(&cache, &[twin]));
@@ -186,7 +189,7 @@ fn a_prefix_is_what_truncation_leaves() {
     }
     let before = std::fs::read(&path).unwrap();
     for len in [26, 17, usize::MAX] {
-        let error = cache.save_prefix(sequence, len, &path, MODEL);
+        let error = cache.save_prefix(sequence, len, &path, LABEL);
         assert!(matches!(error, Err(Error::Positions { .. })), "{error:?}");
     }
     assert_eq!(std::fs::read(&path).unwrap(), before);
@@ -202,7 +205,7 @@ fn forks_are_stored_once_and_stay_shared() {
     let (b, c) = (cache.fork(a).unwrap(), cache.fork(a).unwrap());
     cache.truncate(b, 41).unwrap();
     append(&mut cache, c, 9, 50);
-    let all = cache.save_all(&path, MODEL).unwrap();
+    let all = cache.save_all(&path, LABEL).unwrap();
     assert_eq!(all, [a, b, c]);
     assert!((std::fs::metadata(&path).unwrap().len() as usize) < alone * 2);
     let mut other = used(&Device::cpu(), config());
@@ -222,7 +225,7 @@ fn forks_are_stored_once_and_stay_shared() {
     }
     assert_eq!(other.usage().used, before);
     let twice = Err(Error::RepeatedSequence { got: 0 });
-    assert_eq!(cache.save(&[a, b, a], &path, MODEL), twice);
+    assert_eq!(cache.save(&[a, b, a], &path, LABEL), twice);
 }
 
 #[test]
@@ -285,7 +288,7 @@ fn other_models_shapes_and_versions_are_named() {
     assert!(
         matches!(missing, Err(Error::Io { kind: std::io::ErrorKind::NotFound, ref path, .. }) if path == "no/such/file")
     );
-    let nowhere = cache.save(&[sequence], "no/such/file", MODEL);
+    let nowhere = cache.save(&[sequence], "no/such/file", LABEL);
     assert!(matches!(nowhere, Err(Error::Io { kind: std::io::ErrorKind::NotFound, .. })));
 }
 
@@ -407,7 +410,7 @@ fn child_writer() {
     let Ok(path) = std::env::var(CHILD) else { return };
     let caches = [large(700), large(900)];
     for (cache, sequence) in caches.iter().cycle() {
-        cache.save(&[*sequence], &path, MODEL).unwrap();
+        cache.save(&[*sequence], &path, LABEL).unwrap();
     }
 }
 

@@ -2,10 +2,14 @@
 
 mod config;
 mod pages;
+#[cfg(feature = "prefix-store")]
+mod prefix_store;
 mod snapshot;
 
 pub use config::{CacheConfig, LayerKind};
-pub use snapshot::{Geometry, LayerGeometry, MAX_FINGERPRINT, SNAPSHOT_VERSION, Snapshot};
+#[cfg(feature = "prefix-store")]
+pub use prefix_store::{FoundPrefix, PrefixStore, StoredPrefix};
+pub use snapshot::{Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};

@@ -17,6 +17,9 @@ pub const SNAPSHOT_VERSION: u32 = 1;
 /// The longest model fingerprint, in bytes.
 pub const MAX_FINGERPRINT: usize = 4096;
 
+/// The longest note, in bytes.
+pub const MAX_NOTE: usize = 1 << 24;
+
 /// Bytes before the fingerprint.
 const FIXED: usize = 64;
 
@@ -29,10 +32,39 @@ const MAX_HEADER: usize = 1 << 28;
 /// More layers than any model has.
 const MAX_LAYERS: usize = 4096;
 
+/// What the caller says of a snapshot. `b"a model"` or `"a model"` alone is a label without a note.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label<'a> {
+    /// Which model the vectors belong to, at most [`MAX_FINGERPRINT`] bytes: say, a hash of its weights. Whoever loads must
+    /// give the same.
+    pub model: &'a [u8],
+    /// Anything, at most [`MAX_NOTE`] bytes: say, the tokens. [`Snapshot::note`] gives it back.
+    pub note: &'a [u8],
+}
+
+impl<'a> From<&'a [u8]> for Label<'a> {
+    fn from(model: &'a [u8]) -> Self {
+        Label { model, note: &[] }
+    }
+}
+
+impl<'a, const N: usize> From<&'a [u8; N]> for Label<'a> {
+    fn from(model: &'a [u8; N]) -> Self {
+        Label { model, note: &[] }
+    }
+}
+
+impl<'a> From<&'a str> for Label<'a> {
+    fn from(model: &'a str) -> Self {
+        Label { model: model.as_bytes(), note: &[] }
+    }
+}
+
 /// What a snapshot holds: the part before its pages.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     pub(super) fingerprint: Vec<u8>,
+    pub(super) note: Vec<u8>,
     pub(super) geometry: Geometry,
     /// Each page's group and its stored positions.
     pub(super) pages: Vec<(u32, u32)>,
@@ -52,16 +84,14 @@ pub(super) struct Saved {
 
 impl Snapshot {
     /// Sizes and order as the format has them, checked as a whole.
-    pub(super) fn new(
-        fingerprint: Vec<u8>,
-        geometry: Geometry,
-        pages: Vec<(u32, u32)>,
-        sequences: Vec<Saved>,
-    ) -> Result<Self> {
-        at_most("bytes of the fingerprint", fingerprint.len() as u64, MAX_FINGERPRINT as u64)?;
+    pub(super) fn new(label: Label, geometry: Geometry, pages: Vec<(u32, u32)>, sequences: Vec<Saved>) -> Result<Self> {
+        at_most("bytes of the fingerprint", label.model.len() as u64, MAX_FINGERPRINT as u64)?;
+        at_most("bytes of the note", label.note.len() as u64, MAX_NOTE as u64)?;
+        let (fingerprint, note) = (label.model.to_vec(), label.note.to_vec());
         let references: usize = sequences.iter().flat_map(|s| &s.held).map(|h| 8 + 4 * h.pages.len()).sum();
         let bytes = FIXED
             + fingerprint.len().next_multiple_of(8)
+            + note.len().next_multiple_of(8)
             + 24 * geometry.layers.len()
             + 8 * pages.len()
             + 8 * sequences.len()
@@ -69,7 +99,7 @@ impl Snapshot {
             + 8;
         at_most("header size", bytes as u64, MAX_HEADER as u64)?;
         let header_bytes = bytes.next_multiple_of(HEADER_ALIGN) as u64;
-        let mut snapshot = Snapshot { fingerprint, geometry, pages, sequences, header_bytes, file_bytes: 0 };
+        let mut snapshot = Snapshot { fingerprint, note, geometry, pages, sequences, header_bytes, file_bytes: 0 };
         snapshot.check()?;
         let end = snapshot.slots().last().map_or(header_bytes, |(_, at, bytes)| at.saturating_add(bytes));
         snapshot.file_bytes = end.saturating_add(8);
@@ -172,10 +202,12 @@ impl Snapshot {
         out.extend(self.file_bytes.to_le_bytes());
         out.extend(self.header_bytes.to_le_bytes());
         let counts = [layers.len(), *kv_heads, *head_dim, *page_size];
-        let more = [self.fingerprint.len(), self.sequences.len(), self.pages.len(), 0];
+        let more = [self.fingerprint.len(), self.sequences.len(), self.pages.len(), self.note.len()];
         counts.iter().chain(&more).for_each(|&n| out.extend((n as u32).to_le_bytes()));
-        out.extend(&self.fingerprint);
-        out.resize(out.len().next_multiple_of(8), 0);
+        for text in [&self.fingerprint, &self.note] {
+            out.extend(text);
+            out.resize(out.len().next_multiple_of(8), 0);
+        }
         layers.iter().for_each(|layer| encode_layer(layer, &mut out));
         for (group, positions) in &self.pages {
             out.extend(group.to_le_bytes());
@@ -252,9 +284,11 @@ impl Snapshot {
         for n in &mut counts {
             *n = fields.u32()? as usize;
         }
-        let [layers, kv_heads, head_dim, page_size, fingerprint, sequences, pages, _] = counts;
+        let [layers, kv_heads, head_dim, page_size, fingerprint, sequences, pages, note] = counts;
         at_most("bytes of the fingerprint", fingerprint as u64, MAX_FINGERPRINT as u64)?;
-        let fingerprint = &fields.bytes(fingerprint.next_multiple_of(8))?[..fingerprint];
+        at_most("bytes of the note", note as u64, MAX_NOTE as u64)?;
+        let mut text = |n: usize| Ok(&fields.bytes(n.next_multiple_of(8))?[..n]);
+        let label = Label { model: text(fingerprint)?, note: text(note)? };
         // Each count is held against the bytes that are left before anything of its size is made.
         let layers = fields.entries("layers", layers, 24)?.map(|f| decode_layer(f, head_dim));
         let layers = layers.collect::<Result<Vec<_>>>()?;
@@ -274,7 +308,7 @@ impl Snapshot {
             }
             saved.push(Saved { len, held });
         }
-        Snapshot::new(fingerprint.to_vec(), geometry, pages, saved)
+        Snapshot::new(label, geometry, pages, saved)
     }
 }
 

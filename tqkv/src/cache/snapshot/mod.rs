@@ -5,16 +5,20 @@ mod header;
 mod transfer;
 
 pub use geometry::{Geometry, LayerGeometry};
-pub use header::{MAX_FINGERPRINT, SNAPSHOT_VERSION, Snapshot};
+pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 
 use super::{Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result, SnapshotPart};
+#[cfg(feature = "prefix-store")]
+pub(super) use geometry::GroupGeometry;
 use header::Saved;
+#[cfg(feature = "prefix-store")]
+pub(super) use header::encode_layer;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
-use transfer::Stored;
+pub(super) use transfer::Stored;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 /// Bytes that are in memory at once while pages are read or written; a single page may be larger.
@@ -24,15 +28,15 @@ impl KvCache {
     /// Writes sequences to a file: all of their positions, in the order given. Pages that several of them share are
     /// written once and shared again after [`load`](KvCache::load).
     ///
-    /// `fingerprint` says which model the vectors belong to, at most [`MAX_FINGERPRINT`] bytes: say, a hash of the weights.
-    /// The file depends on nothing else but content: not on page numbers, and not on the backend.
+    /// `label` says which model the vectors belong to, and what else the caller wants to find there: see [`Label`]. The file
+    /// depends on nothing else but content: not on page numbers, and not on the backend.
     ///
     /// The file appears at `path` whole or not at all: it is written beside it under another name (`.NAME.*.tmp`, which a
     /// killed process leaves behind), flushed to the disk and renamed. Appends must have been submitted.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::RepeatedSequence`]; [`Error::UnevenLayers`] within a model step;
-    /// [`Error::Absurd`] for a fingerprint that is too long; [`Error::Io`]; what [`Buffer::read`](crate::Buffer::read)
+    /// [`Error::Absurd`] for a label that is too long; [`Error::Io`]; what [`Buffer::read`](crate::Buffer::read)
     /// says.
     ///
     /// ```
@@ -47,18 +51,23 @@ impl KvCache {
     /// assert!(matches!(cache.load(&path, b"qwen-7b"), Err(Error::Fingerprint { .. })));
     /// # Ok::<(), tqkv::Error>(())
     /// ```
-    pub fn save(&self, sequences: &[SequenceId], path: impl AsRef<Path>, fingerprint: &[u8]) -> Result<()> {
+    pub fn save<'a>(
+        &self,
+        sequences: &[SequenceId],
+        path: impl AsRef<Path>,
+        label: impl Into<Label<'a>>,
+    ) -> Result<()> {
         let whole = sequences.iter().map(|&s| Ok((s, self.len(s)?))).collect::<Result<Vec<_>>>()?;
-        self.save_prefixes(&whole, path.as_ref(), fingerprint)
+        self.save_prefixes(&whole, path.as_ref(), label.into())
     }
 
     /// Writes every sequence to a file; the sequences returned are in the order in which [`load`](KvCache::load) gives them.
     ///
     /// # Errors
     /// As [`save`](KvCache::save).
-    pub fn save_all(&self, path: impl AsRef<Path>, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
+    pub fn save_all<'a>(&self, path: impl AsRef<Path>, label: impl Into<Label<'a>>) -> Result<Vec<SequenceId>> {
         let all: Vec<_> = self.sequences.keys().copied().collect();
-        self.save(&all, path, fingerprint)?;
+        self.save(&all, path, label)?;
         Ok(all)
     }
 
@@ -66,31 +75,31 @@ impl KvCache {
     ///
     /// # Errors
     /// As [`save`](KvCache::save) and [`truncate`](KvCache::truncate).
-    pub fn save_prefix(
+    pub fn save_prefix<'a>(
         &self,
         sequence: SequenceId,
         len: usize,
         path: impl AsRef<Path>,
-        fingerprint: &[u8],
+        label: impl Into<Label<'a>>,
     ) -> Result<()> {
-        self.save_prefixes(&[(sequence, len)], path.as_ref(), fingerprint)
+        self.save_prefixes(&[(sequence, len)], path.as_ref(), label.into())
     }
 
-    fn save_prefixes(&self, prefixes: &[(SequenceId, usize)], path: &Path, fingerprint: &[u8]) -> Result<()> {
-        write_atomically(path, |file| self.write_snapshot(prefixes, file, fingerprint))
+    fn save_prefixes(&self, prefixes: &[(SequenceId, usize)], path: &Path, label: Label) -> Result<()> {
+        write_atomically(path, |file| self.write_snapshot(prefixes, file, label))
     }
 
     /// Writes the first positions of sequences, each with its number, to any stream; nothing is flushed.
     ///
     /// # Errors
     /// As [`save_prefix`](KvCache::save_prefix). What was written by then is no snapshot.
-    pub fn write_snapshot(
+    pub fn write_snapshot<'a>(
         &self,
         prefixes: &[(SequenceId, usize)],
         mut out: impl Write,
-        fingerprint: &[u8],
+        label: impl Into<Label<'a>>,
     ) -> Result<()> {
-        let (snapshot, numbers) = self.snapshot(prefixes, fingerprint)?;
+        let (snapshot, numbers) = self.snapshot(prefixes, label.into())?;
         let header = snapshot.encode();
         let failed = |e: io::Error| Error::io("snapshot", &e);
         out.write_all(&header).map_err(failed)?;
@@ -114,7 +123,7 @@ impl KvCache {
     }
 
     /// What a snapshot of these prefixes says, and the pool's number of each of its pages.
-    fn snapshot(&self, prefixes: &[(SequenceId, usize)], fingerprint: &[u8]) -> Result<(Snapshot, Vec<u32>)> {
+    fn snapshot(&self, prefixes: &[(SequenceId, usize)], label: Label) -> Result<(Snapshot, Vec<u32>)> {
         let geometry = Geometry::of(self)?;
         let page_size = geometry.page_size;
         let (mut index, mut numbers, mut pages) = (HashMap::new(), vec![], vec![]);
@@ -145,7 +154,7 @@ impl KvCache {
             }
             saved.push(Saved { len, held });
         }
-        Ok((Snapshot::new(fingerprint.to_vec(), geometry, pages, saved)?, numbers))
+        Ok((Snapshot::new(label, geometry, pages, saved)?, numbers))
     }
 
     /// Adds the sequences of a file to the cache, in the order in which they were saved. It may have been written on any
@@ -283,6 +292,11 @@ impl Snapshot {
     /// Which model its vectors belong to, in the words of whoever saved it.
     pub fn fingerprint(&self) -> &[u8] {
         &self.fingerprint
+    }
+
+    /// What else whoever saved it wanted to be found.
+    pub fn note(&self) -> &[u8] {
+        &self.note
     }
 
     /// The shape of the cache that it fits.

@@ -1,0 +1,190 @@
+//! What can go wrong, one variant a violated rule.
+
+use std::path::PathBuf;
+
+/// An error of this crate: each variant says what was got and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A JSON file is not what it should be: no JSON, a field of the wrong type, a field missing.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// The configuration asks for something that this crate does not compute.
+    #[error("config: {field} is {got}, but only {expected} is supported")]
+    Unsupported {
+        /// The field of `config.json`.
+        field: String,
+        /// Its value.
+        got: String,
+        /// What is supported.
+        expected: &'static str,
+    },
+    /// A field of the configuration has a value that makes no sense.
+    #[error("config: {field} is {got}, expected {expected}")]
+    ConfigValue {
+        /// The field of `config.json`.
+        field: &'static str,
+        /// Its value.
+        got: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// A model directory holds neither `model.safetensors` nor `model.safetensors.index.json`.
+    #[error("{} holds neither model.safetensors nor model.safetensors.index.json", dir.display())]
+    NoWeights {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A safetensors file is truncated, or its header lies.
+    #[error("{}: {source}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: safetensors::SafeTensorError,
+    },
+    /// The index names a shard outside of the model's directory.
+    #[error("{}: shard {got:?} of tensor {tensor}, expected a plain file name", path.display())]
+    ShardName {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor mapped to it.
+        tensor: String,
+        /// The shard's name.
+        got: String,
+    },
+    /// A shard and the index disagree about where a tensor is.
+    #[error("tensor {name}: the index says {expected}, but it is in {got}")]
+    ShardMismatch {
+        /// The tensor.
+        name: String,
+        /// Where it was found.
+        got: String,
+        /// Where the index says that it is.
+        expected: String,
+    },
+    /// The model needs a tensor that no file holds.
+    #[error("tensor {name} is missing, expected shape {expected:?}")]
+    MissingTensor {
+        /// The tensor.
+        name: String,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
+    TensorShape {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor's elements are of a type that is no float.
+    #[error("tensor {name} is {got:?}, expected F16, BF16 or F32")]
+    TensorDtype {
+        /// The tensor.
+        name: String,
+        /// Its element type.
+        got: safetensors::Dtype,
+    },
+    /// The files hold a tensor that a Llama model with this configuration does not have, so the
+    /// model is another one.
+    #[error("tensor {name} is no part of a Llama model with this configuration")]
+    UnexpectedTensor {
+        /// The tensor.
+        name: String,
+    },
+    /// The directory has no `tokenizer.json`, and the vocabulary is not the 256 byte values.
+    #[error("{} has no tokenizer.json: expected one, or vocab_size 256 (bytes), got vocab_size {vocab_size}", dir.display())]
+    NoTokenizer {
+        /// The directory.
+        dir: PathBuf,
+        /// The size of the model's vocabulary.
+        vocab_size: usize,
+    },
+    /// The tokenizer could not be loaded or failed on a text.
+    #[error("tokenizer: {message}")]
+    Tokenizer {
+        /// What the `tokenizers` crate said.
+        message: String,
+    },
+    /// A token is not in the model's vocabulary.
+    #[error("token {got} is outside of the vocabulary, expected less than {vocab_size}")]
+    Token {
+        /// The token.
+        got: u32,
+        /// The size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// No tokens were given.
+    #[error("no tokens given, expected at least one")]
+    NoTokens,
+    /// More tokens than the model's context holds.
+    #[error("{got} tokens are too many, the model's context is {limit}")]
+    ContextOverflow {
+        /// How many there would be.
+        got: usize,
+        /// The model's `max_position_embeddings`.
+        limit: usize,
+    },
+    /// A chunk size of zero.
+    #[error("a chunk of 0 tokens, expected at least 1")]
+    ChunkSize,
+    /// A temperature that is negative or no number.
+    #[error("temperature {got}, expected a finite number of at least 0")]
+    Temperature {
+        /// The temperature.
+        got: f32,
+    },
+    /// The model's output holds no finite maximum: the weights or the cache hold NaN or infinity.
+    #[error("the logits after position {position} are not finite")]
+    NonFiniteLogits {
+        /// The position of the token that they follow.
+        position: usize,
+    },
+    /// An evaluation over no windows.
+    #[error("0 windows, expected at least 1")]
+    NoWindows,
+    /// Windows too short to predict anything.
+    #[error("windows of {got} tokens, expected at least 2")]
+    WindowLength {
+        /// The length asked for.
+        got: usize,
+    },
+    /// A text that holds fewer windows than asked for.
+    #[error("the text has {got} tokens, expected at least {expected} ({windows} windows of {length})")]
+    TextTooShort {
+        /// How many tokens the text has.
+        got: usize,
+        /// How many are needed.
+        expected: usize,
+        /// How many windows were asked for.
+        windows: usize,
+        /// Their length.
+        length: usize,
+    },
+    /// An error of the cache.
+    #[error(transparent)]
+    Cache(#[from] tqkv::Error),
+    /// An error of candle.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// This crate's results.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

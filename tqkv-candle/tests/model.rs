@@ -1,0 +1,289 @@
+//! The model against an obvious f64 one; chunks, generation and evaluation.
+
+mod common;
+
+use common::{HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, TinyModel};
+use std::ops::ControlFlow;
+use std::path::Path;
+use tempfile::tempdir;
+use tqkv::{CodecPair, Device};
+use tqkv_candle::{
+    Encoded, Error, GenerateOptions, Llama, LlamaConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
+    generate,
+};
+
+fn load(tiny: &TinyModel) -> Llama {
+    let dir = tempdir().unwrap();
+    tiny.write(dir.path());
+    Llama::load(dir.path()).unwrap()
+}
+
+fn cache(model: &Llama) -> SequenceCache {
+    cache_with(model, "f32")
+}
+
+fn cache_with(model: &Llama, codec: &str) -> SequenceCache {
+    let codec: CodecPair = codec.parse().unwrap();
+    SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
+}
+
+/// Logits of the last token, computed in f64 with plain loops, one position at a time.
+fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
+    let config = LlamaConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
+    let frequencies = config.inverse_frequencies();
+    let get = |name: &str| tiny.tensors.get(name).map(|(_, values)| values);
+    let linear = |name: &str, x: &[f64]| -> Vec<f64> {
+        let weight = get(&format!("{name}.weight")).unwrap();
+        let bias = get(&format!("{name}.bias"));
+        let row = |(i, row): (usize, &[f32])| {
+            row.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum::<f64>() + bias.map_or(0.0, |b| b[i].into())
+        };
+        weight.chunks(x.len()).enumerate().map(row).collect()
+    };
+    let norm = |name: &str, x: &[f64]| -> Vec<f64> {
+        let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+        let weight = get(&format!("{name}.weight")).unwrap();
+        x.iter().zip(weight).map(|(v, &w)| v / (mean + f64::from(config.rms_norm_eps)).sqrt() * f64::from(w)).collect()
+    };
+    let rope = |x: &mut [f64], position: usize| {
+        for head in x.chunks_mut(HEAD_DIM) {
+            for (i, &frequency) in frequencies.iter().enumerate() {
+                let (sin, cos) = (position as f64 * f64::from(frequency)).sin_cos();
+                let (a, b) = (head[i], head[i + HEAD_DIM / 2]);
+                head[i] = a * cos - b * sin;
+                head[i + HEAD_DIM / 2] = b * cos + a * sin;
+            }
+        }
+    };
+    let mut keys = vec![Vec::new(); LAYERS];
+    let mut values = vec![Vec::new(); LAYERS];
+    let mut logits = Vec::new();
+    for (position, &token) in tokens.iter().enumerate() {
+        let row = token as usize * HIDDEN..(token as usize + 1) * HIDDEN;
+        let mut x: Vec<f64> = get("model.embed_tokens.weight").unwrap()[row].iter().map(|&v| v.into()).collect();
+        for layer in 0..LAYERS {
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            let h = norm(&name("input_layernorm"), &x);
+            let mut q = linear(&name("self_attn.q_proj"), &h);
+            let mut k = linear(&name("self_attn.k_proj"), &h);
+            rope(&mut q, position);
+            rope(&mut k, position);
+            keys[layer].push(k);
+            values[layer].push(linear(&name("self_attn.v_proj"), &h));
+            let mut attended = vec![0.0; HEADS * HEAD_DIM];
+            for head in 0..HEADS {
+                let kv = head / (HEADS / KV_HEADS) * HEAD_DIM..(head / (HEADS / KV_HEADS) + 1) * HEAD_DIM;
+                let q = &q[head * HEAD_DIM..(head + 1) * HEAD_DIM];
+                let weights: Vec<f64> = keys[layer]
+                    .iter()
+                    .map(|k| q.iter().zip(&k[kv.clone()]).map(|(q, k)| q * k).sum::<f64>())
+                    .map(|score| (score / (HEAD_DIM as f64).sqrt()).exp())
+                    .collect();
+                let sum: f64 = weights.iter().sum();
+                for (weight, v) in weights.iter().zip(&values[layer]) {
+                    for (o, v) in attended[head * HEAD_DIM..].iter_mut().zip(&v[kv.clone()]) {
+                        *o += weight / sum * v;
+                    }
+                }
+            }
+            x.iter_mut().zip(linear(&name("self_attn.o_proj"), &attended)).for_each(|(x, o)| *x += o);
+            let h = norm(&name("post_attention_layernorm"), &x);
+            let gate = linear(&name("mlp.gate_proj"), &h);
+            let up = linear(&name("mlp.up_proj"), &h);
+            let inner: Vec<f64> = (0..INNER).map(|i| gate[i] / (1.0 + (-gate[i]).exp()) * up[i]).collect();
+            x.iter_mut().zip(linear(&name("mlp.down_proj"), &inner)).for_each(|(x, o)| *x += o);
+        }
+        let output = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
+        logits = linear(output, &norm("model.norm", &x));
+    }
+    logits
+}
+
+fn last_row(model: &Llama, hidden: &candle_core::Tensor) -> Vec<f32> {
+    model.logits(hidden).unwrap().to_vec2().unwrap().pop().unwrap()
+}
+
+#[test]
+fn logits_are_those_of_the_obvious_model() {
+    let tokens: Vec<u32> = (0..40).map(|i| i * 37 % 256).collect();
+    for tiny in [TinyModel::new(), TinyModel::with_everything()] {
+        let model = load(&tiny);
+        let expected = oracle(&tiny, &tokens);
+        let largest = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        for chunk in [40, 7, 1] {
+            let mut cache = cache(&model);
+            let chunks = tokens.chunks(chunk).map(|c| model.forward(c, &mut cache).unwrap());
+            let got = last_row(&model, &chunks.last().unwrap());
+            let error = got.iter().zip(&expected).fold(0.0f64, |m, (&g, e)| m.max((f64::from(g) - e).abs()));
+            // f32 sums of at most 256 terms in a handful of layers.
+            assert!(error < 1e-5 * largest, "chunk {chunk}: error {error:e} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn an_error_leaves_the_cache_as_it_was() {
+    let model = load(&TinyModel::new());
+    let mut cache = cache(&model);
+    model.forward(&[0, 1, 2], &mut cache).unwrap();
+    assert!(matches!(model.forward(&[], &mut cache), Err(Error::NoTokens)));
+    assert!(matches!(model.forward(&[3, 256], &mut cache), Err(Error::Token { got: 256, vocab_size: 256 })));
+    let error = model.forward(&[1; 62], &mut cache);
+    assert!(matches!(error, Err(Error::ContextOverflow { got: 65, limit: 64 })));
+    assert_eq!(cache.tokens().unwrap(), 3);
+    model.forward(&[1; 61], &mut cache).unwrap();
+    assert_eq!(cache.tokens().unwrap(), 64);
+}
+
+#[test]
+fn truncating_rolls_back() {
+    let model = load(&TinyModel::new());
+    let mut cache = cache(&model);
+    model.forward(&[0, 1, 2], &mut cache).unwrap();
+    let expected = last_row(&model, &model.forward(&[9], &mut cache).unwrap());
+    model.forward(&[10, 11], &mut cache).unwrap();
+    cache.truncate(3).unwrap();
+    assert!(last_row(&model, &model.forward(&[9], &mut cache).unwrap()) == expected);
+}
+
+fn tokens_of(model: &Llama, options: &GenerateOptions) -> Vec<u32> {
+    let mut streamed = Vec::new();
+    let generated = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |token| {
+        streamed.push(token);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(generated.tokens, streamed);
+    assert_eq!((generated.prompt_tokens, generated.stop), (4, StopReason::MaxTokens));
+    streamed
+}
+
+#[test]
+fn generation_is_reproducible() {
+    let model = load(&TinyModel::new());
+    let greedy = GenerateOptions { max_tokens: 20, ..GenerateOptions::default() };
+    let tokens = tokens_of(&model, &greedy);
+    assert_eq!(tokens.len(), 20);
+    for options in [GenerateOptions { seed: 1, ..greedy.clone() }, GenerateOptions { chunk: 2, ..greedy.clone() }] {
+        assert_eq!(tokens_of(&model, &options), tokens);
+    }
+    let drawn = |seed| tokens_of(&model, &GenerateOptions { temperature: 1.0, seed, ..greedy.clone() });
+    assert_eq!(drawn(1), drawn(1));
+    assert_ne!(drawn(1), drawn(2));
+    assert_ne!(drawn(1), tokens);
+    // Cold enough, the likeliest token is drawn always.
+    assert_eq!(tokens_of(&model, &GenerateOptions { temperature: 1e-6, ..greedy.clone() }), tokens);
+}
+
+#[test]
+fn generation_stops() {
+    let mut tiny = TinyModel::new();
+    let model = load(&tiny);
+    let run = |model: &Llama, prompt: &[u32], options: &GenerateOptions| {
+        generate(model, &mut cache(model), prompt, options, |_| ControlFlow::Continue(()))
+    };
+    let options = GenerateOptions { max_tokens: 1000, ..GenerateOptions::default() };
+    // 60 tokens leave room for 4; the fifth comes from the logits of the last and is not run.
+    let generated = run(&model, &[65; 60], &options).unwrap();
+    assert_eq!((generated.tokens.len(), generated.stop), (5, StopReason::ContextFull));
+    assert!(matches!(run(&model, &[65; 65], &options), Err(Error::ContextOverflow { got: 65, limit: 64 })));
+    assert!(matches!(run(&model, &[], &options), Err(Error::NoTokens)));
+    assert!(matches!(run(&model, &[65], &GenerateOptions { chunk: 0, ..options.clone() }), Err(Error::ChunkSize)));
+    for temperature in [-1.0, f32::NAN, f32::INFINITY] {
+        let result = run(&model, &[65], &GenerateOptions { temperature, ..options.clone() });
+        assert!(matches!(result, Err(Error::Temperature { .. })));
+    }
+    let none = run(&model, &[65], &GenerateOptions { max_tokens: 0, ..options.clone() }).unwrap();
+    assert_eq!((none.tokens.len(), none.stop), (0, StopReason::MaxTokens));
+    let stopped = generate(&model, &mut cache(&model), &[65], &options, |_| ControlFlow::Break(())).unwrap();
+    assert_eq!((stopped.tokens.len(), stopped.stop), (1, StopReason::Callback));
+
+    let end = generated.tokens[0];
+    tiny.config["eos_token_id"] = serde_json::json!([300 % 256, end]);
+    let generated = run(&load(&tiny), &[65; 60], &options).unwrap();
+    assert_eq!((generated.tokens.len(), generated.stop), (0, StopReason::EndToken));
+}
+
+#[test]
+fn weights_that_are_nan_are_an_error() {
+    let mut tiny = TinyModel::new();
+    tiny.tensors.get_mut("model.norm.weight").unwrap().1[3] = f32::NAN;
+    let model = load(&tiny);
+    let result = generate(&model, &mut cache(&model), &[0], &GenerateOptions::default(), |_| ControlFlow::Continue(()));
+    assert!(matches!(result, Err(Error::NonFiniteLogits { position: 0 })));
+    let windows = Windows::new(&Vocabulary::Bytes.encode(b"abcd").unwrap(), 1, 4, Some(0)).unwrap();
+    let result = evaluate(&model, &mut cache(&model), &mut [], &windows, 8, |_| ());
+    assert!(matches!(result, Err(Error::NonFiniteLogits { position: 0 })));
+}
+
+#[test]
+fn evaluation_agrees_with_the_obvious_sums() {
+    let tiny = TinyModel::new();
+    let model = load(&tiny);
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps").unwrap();
+    let windows = Windows::new(&text, 2, 12, Some(0)).unwrap();
+    let mut done = Vec::new();
+    let (result, others) =
+        evaluate(&model, &mut cache(&model), &mut [cache(&model)], &windows, 5, |n| done.push(n)).unwrap();
+    assert_eq!(others, [result]);
+    assert_eq!(done, [1, 2]);
+    assert_eq!((result.tokens, result.bytes), (22, 22));
+    assert_eq!((result.kld(), result.same_top1(), result.delta_percent()), (0.0, 1.0, 0.0));
+    let mut nats = 0.0;
+    for window in text.tokens.chunks_exact(12) {
+        let mut window = window.to_vec();
+        window[0] = 0;
+        for end in 1..12 {
+            let logits = oracle(&tiny, &window[..end]);
+            nats += logits.iter().map(|l| l.exp()).sum::<f64>().ln() - logits[window[end] as usize];
+        }
+    }
+    assert!((result.bits_per_byte() / (nats / 22.0 / 2f64.ln()) - 1.0).abs() < 1e-6);
+    assert!((result.perplexity() / (nats / 22.0).exp() - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn windows_need_text() {
+    let text = Vocabulary::Bytes.encode(b"0123456789").unwrap();
+    assert!(matches!(Windows::new(&text, 0, 5, None), Err(Error::NoWindows)));
+    assert!(matches!(Windows::new(&text, 1, 1, None), Err(Error::WindowLength { got: 1 })));
+    assert!(matches!(Windows::new(&text, 3, 5, None), Err(Error::TextTooShort { got: 10, expected: 15, .. })));
+    assert!(matches!(Windows::new(&text, usize::MAX, 5, None), Err(Error::TextTooShort { .. })));
+    assert!(matches!(Windows::new(&Encoded::default(), 1, 5, None), Err(Error::TextTooShort { got: 0, .. })));
+    assert_eq!(Windows::new(&text, 2, 5, None).unwrap().len(), 2);
+}
+
+#[test]
+fn more_bits_diverge_less() {
+    let model = load(&TinyModel::new());
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog, and so on.").unwrap();
+    let windows = Windows::new(&text, 2, 24, Some(0)).unwrap();
+    let codecs = ["f32", "f16", "k8v8", "k6v6", "k4v4", "k3v3", "k2v2"];
+    let mut caches: Vec<_> = codecs.iter().map(|codec| cache_with(&model, codec)).collect();
+    let (_, results) = evaluate(&model, &mut cache(&model), &mut caches, &windows, 7, |_| ()).unwrap();
+    assert_eq!(results[0].kld(), 0.0);
+    let kld: Vec<f64> = results.iter().map(|r| r.kld()).collect();
+    assert!(kld.is_sorted(), "{kld:?}");
+}
+
+#[test]
+fn a_full_cache_is_an_error_and_keeps_its_tokens() {
+    let model = load(&TinyModel::new());
+    let config = model.config().cache_config().page_size(16).capacity(32);
+    let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+    model.forward(&[1; 30], &mut cache).unwrap();
+    let error = model.forward(&[1; 3], &mut cache);
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
+    assert_eq!(cache.tokens().unwrap(), 30);
+    model.forward(&[1; 2], &mut cache).unwrap();
+}
+
+#[test]
+fn a_cache_for_another_model_is_an_error() {
+    let model = load(&TinyModel::new());
+    for config in [tqkv::CacheConfig::new(1, 2, 64), tqkv::CacheConfig::new(2, 1, 64)] {
+        let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+        assert!(matches!(model.forward(&[1, 2], &mut cache), Err(Error::Cache(_))));
+        assert_eq!(cache.tokens().unwrap(), 0);
+    }
+}

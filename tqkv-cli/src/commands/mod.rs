@@ -1,0 +1,8 @@
+//! One command a file.
+
+pub mod bench;
+pub mod demo;
+pub mod devices;
+pub mod eval;
+pub mod generate;
+pub mod verify;
