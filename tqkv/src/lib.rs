@@ -2,11 +2,12 @@
 //!
 //! | module | duty |
 //! |---|---|
-//! | [`format`] | the codec as data: bits, packing, codebooks, signs, scales, sizes |
-//! | [`reference`] | the naive oracle that judges every backend |
+//! | [`mod@format`] | the codec as data: bits, packing, codebooks, signs, scales, sizes |
+//! | [`mod@reference`] | the naive oracle that judges every backend |
 //! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
 //! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
 //! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate, fork, save, load |
+//! | [`mlx`] | mlx-native's names and argument order over `ops`, so that its callers can move |
 
 #![deny(missing_docs)]
 
@@ -15,6 +16,7 @@ pub mod cache;
 pub mod compute;
 mod error;
 pub mod format;
+pub mod mlx;
 pub mod ops;
 pub mod reference;
 
@@ -24,3 +26,12 @@ pub use cache::{CacheConfig, KvCache, SequenceId, Snapshot};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
 pub use error::{Error, Result, SnapshotPart};
 pub use format::{Codec, CodecPair};
+
+/// The guides' snippets, compiled and run by `cargo test --doc`.
+#[cfg(doctest)]
+mod guides {
+    #[doc = include_str!("../../docs/from-mlx-native.md")]
+    struct FromMlxNative;
+    #[doc = include_str!("../../docs/format.md")]
+    struct Format;
+}

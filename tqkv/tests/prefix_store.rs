@@ -148,7 +148,7 @@ fn the_longest_stored_prefix_is_found() {
         ));
 
         // Another model, other codecs, another page size: other names.
-        let mut get = |config: CacheConfig, model: &[u8]| store.get(&mut self::cache(config), &long, model).unwrap();
+        let get = |config: CacheConfig, model: &[u8]| store.get(&mut self::cache(config), &long, model).unwrap();
         assert!(get(config(), b"model").is_some());
         assert!(get(config(), b"models").is_none());
         assert!(get(config().codec_at(1, "seed5".parse().unwrap()), b"model").is_none());
@@ -194,8 +194,8 @@ fn damaged_objects_end_the_prefix_and_are_replaced() {
         assert_eq!(pages.len(), 16);
         for (i, path) in pages.iter().enumerate() {
             let (whole, swapped) = runtime.block_on(async {
-                let read = |path| async { inner.get(path).await.unwrap().bytes().await.unwrap().to_vec() };
-                (read(path).await, read(&pages[(i + 2) % 16]).await)
+                let other = inner.get(&pages[(i + 2) % 16]).await.unwrap().bytes().await.unwrap();
+                (inner.get(path).await.unwrap().bytes().await.unwrap().to_vec(), other.to_vec())
             });
             let bad = match i % 4 {
                 0 => {

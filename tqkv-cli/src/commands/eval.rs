@@ -3,7 +3,9 @@
 use crate::{codecs, output, plot};
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{Fidelity, Llama, SequenceCache, Vocabulary, Windows, evaluate};
@@ -62,6 +64,8 @@ impl Eval {
     pub fn run(self) -> Result<ExitCode> {
         let device = Device::open(&self.device)?;
         let text = std::fs::read(&self.text).with_context(|| format!("cannot read {}", self.text.display()))?;
+        // Before the work, which may take long.
+        let plot = self.plot.map(|path| Ok::<_, anyhow::Error>((create(&path)?, path))).transpose()?;
         let model = Llama::load(&self.model).context("cannot load the model")?;
         let config = model.config();
         let vocabulary = Vocabulary::load(&self.model, config)?;
@@ -118,15 +122,19 @@ impl Eval {
             let tokens = baseline.tokens;
             output::print(&format!("{} windows of {length} tokens, {tokens} predicted, on {device}\n", windows.len()))?;
         }
-        if let Some(path) = &self.plot {
+        if let Some((mut file, path)) = plot {
             let points: Vec<_> = rows
                 .iter()
                 .skip(1)
                 .map(|row| plot::Point { name: &row.codec, bits: row.bits_per_element, kld: row.kld })
                 .collect();
             let svg = plot::draw(&points)?;
-            std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+            file.write_all(svg.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn create(path: &Path) -> Result<File> {
+    File::create(path).with_context(|| format!("cannot write {}", path.display()))
 }

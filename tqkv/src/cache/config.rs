@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
+use crate::ops::check_geometry;
 use std::collections::BTreeMap;
 
 /// Which positions a layer keeps.
@@ -182,7 +183,12 @@ impl CacheConfig {
             let (key, value) = (RowFormat::new(pair.key, self.head_dim)?, RowFormat::new(pair.value, self.head_dim)?);
             to_u32("pages", self.pages(kind))?;
             let factors = [self.pages(kind), self.page_size, self.kv_heads, key.bytes() + value.bytes(), layers];
-            checked_product("cache size", &factors)
+            let bytes = checked_product("cache size", &factors)?;
+            for row in [key, value] {
+                // A shared layer has no pages of its own.
+                check_geometry(&row, self.kv_heads, self.page_size, self.pages(kind).max(1))?;
+            }
+            Ok(bytes)
         };
         // Layers without settings of their own are alike, however many.
         let special: std::collections::BTreeSet<usize> =

@@ -396,7 +396,9 @@ fn keys(geometry: &Geometry, tokens: &[u32], model: &[u8]) -> Vec<Key> {
     for block in tokens.chunks_exact(geometry.page_size) {
         let mut hasher = blake3::Hasher::new();
         hasher.update(keys[keys.len() - 1].as_bytes());
-        block.iter().for_each(|token| drop(hasher.update(&token.to_le_bytes())));
+        for token in block {
+            hasher.update(&token.to_le_bytes());
+        }
         keys.push(hasher.finalize());
     }
     keys

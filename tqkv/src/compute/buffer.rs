@@ -34,6 +34,17 @@ impl DType {
         }
     }
 
+    /// `u8`, `u32`, `f16`, `bf16` or `f32`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::U8 => "u8",
+            DType::U32 => "u32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::F32 => "f32",
+        }
+    }
+
     /// Whether elements are floats.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F16 | DType::BF16 | DType::F32)
@@ -42,13 +53,7 @@ impl DType {
 
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::F32 => "f32",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -144,7 +149,8 @@ impl Buffer {
     pub fn slice(&self, range: std::ops::Range<usize>) -> Result<Self> {
         match self.shape.split_first() {
             Some((&n, rest)) if range.start <= range.end && range.end <= n => {
-                let row = rest.iter().product::<usize>() * self.dtype.size();
+                // Divided, because without entries the size of one may exceed any integer.
+                let row = self.bytes().checked_div(n).unwrap_or(0);
                 let shape = std::iter::once(range.len()).chain(rest.iter().copied()).collect();
                 Ok(Buffer { shape, offset: self.offset + range.start * row, ..self.clone() })
             }
@@ -206,17 +212,10 @@ impl Buffer {
     }
 
     fn expect_dtype(&self, what: &'static str, host: DType) -> Result<()> {
-        if self.dtype == host {
-            return Ok(());
+        if self.dtype != host {
+            return Err(Error::DType { what, got: self.dtype, expected: host.name() });
         }
-        let expected = match host {
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::F32 => "f32",
-        };
-        Err(Error::DType { what, got: self.dtype, expected })
+        Ok(())
     }
 }
 

@@ -41,7 +41,7 @@ struct Inner {
 }
 
 impl Device {
-    fn new(backend: Box<dyn Backend>) -> Self {
+    pub(crate) fn new(backend: Box<dyn Backend>) -> Self {
         Device(Arc::new(Inner { backend, kernels: KernelRegistry::default() }))
     }
 

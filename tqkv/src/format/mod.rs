@@ -406,8 +406,12 @@ impl RowFormat {
         }
     }
 
-    /// The code of element `i` of a packed row; the row must hold `row_bytes` bytes and be no dense float.
+    /// The code of element `i` of a packed row of `row_bytes` bytes.
+    ///
+    /// # Panics
+    /// For dense floats, which have no codes, and if the row ends before the element.
     pub fn get_code(&self, row: &[u8], i: usize) -> u8 {
+        assert!(!self.codec.is_dense(), "{} has no codes", self.codec);
         let bits = self.bits();
         let mask = ((1u32 << bits) - 1) as u8;
         match self.packing() {
@@ -421,8 +425,13 @@ impl RowFormat {
         }
     }
 
-    /// Packs `codes` (one a byte) into `row`, overwriting all of it.
+    /// Packs `codes` (head_dim of them, one a byte, each below 2^bits) into `row`, overwriting all of it.
+    ///
+    /// # Panics
+    /// For dense floats, which have no codes, and unless there are head_dim codes and `row_bytes` bytes.
     pub fn pack(&self, codes: &[u8], row: &mut [u8]) {
+        assert!(!self.codec.is_dense(), "{} has no codes", self.codec);
+        assert_eq!((codes.len(), row.len()), (self.head_dim, self.row_bytes()), "codes and bytes of a row");
         match self.packing() {
             Packing::Byte => row.copy_from_slice(codes),
             _ => {

@@ -57,9 +57,10 @@ impl Batch {
     /// Checks the sequences and puts them on the device.
     ///
     /// # Errors
-    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::Positions`] if more positions are new than held, or
-    /// held than the pages have slots for; [`Error::Page`] if a held position lies in no
-    /// page; [`Error::SizeOverflow`].
+    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::TooLarge`] if more positions are new than held, or
+    /// the first is past the last; [`Error::Positions`] if more are held than the pages have slots for, or a table that is
+    /// shorter than the batch's widest would have to wrap; [`Error::Page`] if a held position lies in no page;
+    /// [`Error::SizeOverflow`].
     pub fn new(device: &Device, page_size: usize, spans: &[Span]) -> Result<Self> {
         if page_size == 0 {
             return Err(Error::Zero { what: "page_size" });
@@ -71,17 +72,22 @@ impl Batch {
         for (i, span) in spans.iter().enumerate() {
             let slots = checked_product("slots of a sequence", &[span.pages.len(), page_size])?;
             to_u32("slots of a sequence", checked_product("slots of a sequence", &[width, page_size])?)?;
+            let Some(held) = span.len.checked_sub(span.first) else {
+                let (got, expected) = (span.first, span.len);
+                return Err(Error::TooLarge { what: "first position of a sequence", got, expected });
+            };
+            if span.new > held {
+                return Err(Error::TooLarge { what: "new positions of a sequence", got: span.new, expected: held });
+            }
             // A shorter table than the batch's widest would wrap elsewhere, so it must not wrap at all.
-            let ring = if span.pages.len() == width { slots } else { usize::MAX };
-            let held = span.len.checked_sub(span.first);
-            let fits = held.is_some_and(|n| n <= slots && span.new <= n) && (span.len <= slots || ring == slots);
-            if !fits {
-                let start = span.len.saturating_sub(span.new.max(held.unwrap_or(0)));
+            let wraps = span.pages.len() == width;
+            if held > slots || (span.len > slots && !wraps) {
+                let first = if wraps { span.first } else { 0 };
                 return Err(Error::Positions {
-                    start,
+                    start: span.first,
                     end: span.len,
-                    first: span.first,
-                    len: span.first.saturating_add(slots),
+                    first,
+                    len: first.saturating_add(slots),
                 });
             }
             infos.push(SpanInfo {
@@ -94,7 +100,9 @@ impl Batch {
                 tokens.checked_add(span.new).ok_or(Error::SizeOverflow { what: "tokens of a batch", limit: "u32" })?;
             to_u32("tokens of a batch", tokens)?;
             table[i * width..i * width + span.pages.len()].copy_from_slice(span.pages);
-            for page in span.first / page_size..span.len.div_ceil(page_size) {
+            // Positions are held only from first to len; with none there is no page to look at.
+            let held_pages = if held > 0 { span.first / page_size..span.len.div_ceil(page_size) } else { 0..0 };
+            for page in held_pages {
                 let page = span.pages[page % span.pages.len()];
                 if page == NO_PAGE {
                     return Err(Error::Page { got: NO_PAGE as usize, pages: NO_PAGE as usize });

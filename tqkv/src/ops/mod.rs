@@ -18,6 +18,7 @@ pub use copy::copy;
 pub use dequantize::{Positions, RowOrder, dequantize};
 pub use merge::merge;
 pub use pool::PagePool;
+pub(crate) use pool::check_geometry;
 pub use quantize::quantize;
 pub use rotate::{Direction, rotate};
 

@@ -121,7 +121,8 @@ impl PagePool {
     }
 }
 
-fn check_geometry(row: &RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Result<()> {
+/// Fails unless a pool of this geometry can exist.
+pub(crate) fn check_geometry(row: &RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Result<()> {
     for (what, n) in [("kv_heads", kv_heads), ("page_size", page_size), ("pages", pages)] {
         if n == 0 {
             return Err(Error::Zero { what });

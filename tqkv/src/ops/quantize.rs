@@ -14,8 +14,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] or [`Error::Page`] if the batch does not
-/// fit a pool, [`Error::Positions`] if a sequence has more new positions than slots, [`Error::Aliased`] if a page
-/// would be written from two places or an argument shares memory with a pool.
+/// fit a pool, [`Error::Aliased`] if a page would be written from two places or an argument shares memory with a pool.
 ///
 /// ```
 /// use tqkv::{Codec, Device, format::RowFormat, ops::{Batch, PagePool, quantize}};

@@ -12,15 +12,13 @@ use std::ops::Range;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Ends with a line of padding, so that kernels may read whole vectors up to 64 bytes past what they need.
 pub(crate) struct Memory(AtomicRefCell<Vec<Line>>);
 
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
-        let lines = bytes.div_ceil(size_of::<Line>());
+        let lines = bytes.div_ceil(size_of::<Line>()) + 1;
         let error = || Error::OutOfMemory { device: "cpu".to_owned(), requested: bytes };
-        if lines == 0 {
-            return Ok(Memory(AtomicRefCell::new(Vec::new())));
-        }
         // `try_zeroed_vec` asks for zeroed pages, which cost nothing until touched.
         let lines = bytemuck::allocation::try_zeroed_slice_box(lines).map_err(|()| error())?;
         Ok(Memory(AtomicRefCell::new(Vec::from(lines))))
@@ -83,11 +81,21 @@ impl<'a> Rows<'a> {
         Ok(Rows { view, row: pool.row().scales_per_row() * pool.row().scale_dtype().size() })
     }
 
-    pub fn row(&self, index: usize) -> &[u8] {
+    /// `count` rows from `index` on.
+    pub fn rows(&self, index: usize, count: usize) -> &[u8] {
         match &self.view {
-            Some(view) => &view.bytes()[index * self.row..][..self.row],
+            Some(view) => &view.bytes()[index * self.row..][..count * self.row],
             None => &[],
         }
+    }
+
+    /// Where these rows are: a pointer that is readable for 64 bytes past them.
+    pub fn padded(&self, index: usize, count: usize) -> *const u8 {
+        let Some(View(all, range)) = &self.view else { return std::ptr::NonNull::dangling().as_ptr() };
+        let start = range.start + index * self.row;
+        assert!(start + count * self.row <= range.end, "rows {index} to {} of a pool", index + count);
+        // From the whole allocation, whose last line is padding.
+        all[start..].as_ptr()
     }
 }
 
@@ -111,6 +119,11 @@ impl<'a> RowsMut<'a> {
     pub fn scales(pool: &'a PagePool) -> Result<Self> {
         let view = pool.scales().map(view_mut).transpose()?;
         Ok(Self::new(view, pool.row().scales_per_row() * pool.row().scale_dtype().size()))
+    }
+
+    /// Rows of any buffer.
+    pub fn buffer(buffer: &'a Buffer, row: usize) -> Result<Self> {
+        Ok(Self::new(Some(view_mut(buffer)?), row))
     }
 
     fn new(mut view: Option<ViewMut<'a>>, row: usize) -> Self {

@@ -1,9 +1,14 @@
 //! The host's processor: operations run at submission, in order, each spread over threads.
 
+mod attend;
 mod attention;
 mod coder;
 mod float;
 mod memory;
+mod rows;
+mod simd;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use memory::Memory;
 
@@ -13,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::ops::{Direction, Domain, RowOrder};
 use coder::Coder;
 use rayon::prelude::*;
+use simd::Kernels;
 use std::sync::Arc;
 
 /// Rows that one task encodes, decodes or rotates.
@@ -21,14 +27,20 @@ const ROWS_PER_TASK: usize = 16;
 pub(crate) struct Cpu {
     /// Threads of its own; rayon's global ones if `None`.
     threads: Option<Arc<rayon::ThreadPool>>,
+    /// Or why none can be used: then every allocation and every recording fails.
+    kernels: Result<&'static Kernels>,
 }
 
 impl Cpu {
     pub fn new() -> Self {
-        Cpu { threads: None }
+        Cpu { threads: None, kernels: simd::choose() }
     }
 
     pub fn with_threads(threads: usize) -> Result<Self> {
+        Cpu::with_kernels(simd::choose()?, threads)
+    }
+
+    fn with_kernels(kernels: &'static Kernels, threads: usize) -> Result<Self> {
         if threads == 0 {
             return Err(Error::Zero { what: "threads" });
         }
@@ -36,7 +48,7 @@ impl Cpu {
             .num_threads(threads)
             .build()
             .map_err(|e| Error::DeviceUnavailable { device: "cpu".to_owned(), reason: e.to_string() })?;
-        Ok(Cpu { threads: Some(Arc::new(pool)) })
+        Ok(Cpu { threads: Some(Arc::new(pool)), kernels: Ok(kernels) })
     }
 }
 
@@ -47,11 +59,15 @@ impl Backend for Cpu {
             kind: DeviceKind::Cpu,
             id: "cpu".to_owned(),
             name: format!("{} processor", std::env::consts::ARCH),
-            details: vec![("threads", threads.to_string())],
+            details: vec![
+                ("threads", threads.to_string()),
+                ("kernels", self.kernels.as_ref().map_or_else(ToString::to_string, |k| k.name.to_owned())),
+            ],
         }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Storage> {
+        self.kernels.clone()?;
         Ok(Storage::Cpu(Memory::zeroed(bytes)?))
     }
 
@@ -68,7 +84,7 @@ impl Backend for Cpu {
     }
 
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
-        Ok(Box::new(CpuRecorder { threads: self.threads.clone(), ops: Vec::new() }))
+        Ok(Box::new(CpuRecorder { threads: self.threads.clone(), kernels: self.kernels.clone()?, ops: Vec::new() }))
     }
 }
 
@@ -82,6 +98,7 @@ fn memory_of(storage: &Storage) -> Result<&Memory> {
 
 struct CpuRecorder {
     threads: Option<Arc<rayon::ThreadPool>>,
+    kernels: &'static Kernels,
     ops: Vec<Op>,
 }
 
@@ -99,7 +116,7 @@ impl Recorder for CpuRecorder {
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
         let ops = &self.ops;
-        let run = || ops.iter().try_for_each(run);
+        let run = || ops.iter().try_for_each(|op| run(op, self.kernels));
         match &self.threads {
             Some(threads) => threads.install(run)?,
             None => run()?,
@@ -116,12 +133,12 @@ impl Completion for Done {
     }
 }
 
-fn run(op: &Op) -> Result<()> {
+fn run(op: &Op, kernels: &'static Kernels) -> Result<()> {
     match op {
         Op::Rotate(op) => rotate(op),
         Op::Quantize(op) => quantize(op),
         Op::Dequantize(op) => dequantize(op),
-        Op::Attention(op) => attention::attention(op),
+        Op::Attention(op) => attention::attention(op, kernels),
         Op::Merge(op) => attention::merge(op),
         Op::Copy(op) => copy(op),
         Op::Custom(op) => custom(op),
@@ -199,7 +216,7 @@ fn dequantize(op: &Dequantize) -> Result<()> {
             };
             let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
             let index = (page * kv_heads + head) * op.pool.page_size() + slot;
-            coder.decode(codes.row(index), scales.row(index), &mut v);
+            coder.decode(codes.rows(index, 1), scales.rows(index, 1), &mut v);
             if op.domain == Domain::Original {
                 coder.restore(&mut v);
             }

@@ -1,0 +1,240 @@
+//! The program as its users run it.
+
+use serde_json::Value;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use tempfile::tempdir;
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/byte-llama-4m");
+const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/heldout.txt");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/golden");
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tqkv"));
+    command.args(arguments);
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+/// Standard output of a run that must succeed.
+fn stdout(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(arguments: &[&str]) -> Vec<Value> {
+    stdout(arguments).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Runs what must fail with an error that has all of `words`, print no result, and not panic.
+fn fails(arguments: &[&str], words: &[&str]) {
+    let output = run(arguments);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && !error.contains("panicked"), "{arguments:?}: {error}");
+    assert!(output.stdout.is_empty(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stdout));
+    for word in words {
+        assert!(error.contains(word), "{arguments:?}: {word:?} is not in {error:?}");
+    }
+}
+
+fn keys(value: &Value) -> Vec<&str> {
+    value.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+#[test]
+fn verify_passes_every_golden_case() {
+    let cases = json(&["verify", "--golden", GOLDEN, "--json"]);
+    assert!(cases.len() > 500, "{}", cases.len());
+    for case in &cases {
+        assert_eq!(keys(case), ["case", "file", "max_error", "ok"]);
+        assert_eq!(case["ok"], true, "{case}");
+    }
+    assert!(stdout(&["verify", "--golden", GOLDEN]).ends_with(&format!("{} cases on cpu, 0 failed\n", cases.len())));
+}
+
+#[test]
+fn verify_fails_on_other_values() {
+    let dir = tempdir().unwrap();
+    let mut bytes = std::fs::read(Path::new(GOLDEN).join("d64_b4.safetensors")).unwrap();
+    // The largest bit of the last byte: some tensor's last element changes its sign.
+    *bytes.last_mut().unwrap() ^= 0x80;
+    std::fs::write(dir.path().join("d64_b4.safetensors"), bytes).unwrap();
+    let output = run(&["verify", "--golden", dir.path().to_str().unwrap(), "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("\"ok\":false"));
+}
+
+#[test]
+fn verify_refuses_what_is_no_golden_file() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    fails(&["verify", "--golden", path], &["no golden files"]);
+    fails(&["verify", "--golden", "no/such/directory"], &["no/such/directory", "No such file"]);
+    let golden = std::fs::read(Path::new(GOLDEN).join("d64_b4.safetensors")).unwrap();
+    for (name, bytes, word) in [
+        ("other.safetensors", &golden[..], "expected \"tables\" or d{D}_b{bits}"),
+        ("d64_b7.safetensors", &golden, "2, 3, 4, 5, 6 or 8"),
+        ("d100000_b4.safetensors", &golden, "head_dim 100000"),
+        ("d128_b4.safetensors", &golden, "[kv_heads, at least 9, 128]"),
+        ("tables.safetensors", &golden, "codebook.2"),
+        ("d64_b4.safetensors", &golden[..1000], "invalid header length"),
+        ("d64_b4.safetensors", &[], "header too small"),
+    ] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, bytes).unwrap();
+        fails(&["verify", "--golden", path], &[name, word]);
+        std::fs::remove_file(file).unwrap();
+    }
+}
+
+#[test]
+fn eval_compares_codecs() {
+    let dir = tempdir().unwrap();
+    let plot = dir.path().join("out.svg");
+    let common = ["eval", "--model", MODEL, "--text", TEXT, "--windows", "2", "--window-tokens", "96"];
+    let arguments = [&common[..], &["--codec", "k8v8,k5v4,seed4,f32", "--plot", plot.to_str().unwrap()]].concat();
+    let rows = json(&[&arguments[..], &["--json"]].concat());
+    let codecs: Vec<_> = rows.iter().map(|row| row["codec"].as_str().unwrap()).collect();
+    assert_eq!(codecs, ["f32", "k8v8", "k5v4", "seed4"]);
+    let number = |row: usize, field: &str| rows[row][field].as_f64().unwrap();
+    for row in &rows {
+        let expected =
+            ["bits_per_byte", "bits_per_element", "codec", "delta_percent", "device", "kld", "same_top1", "windows"];
+        assert_eq!(keys(row), expected);
+        assert_eq!((&row["windows"], &row["device"]), (&2.into(), &"cpu".into()));
+    }
+    assert_eq!((number(0, "kld"), number(0, "same_top1"), number(0, "delta_percent")), (0.0, 1.0, 0.0));
+    let bits: Vec<_> = (0..4).map(|row| number(row, "bits_per_element")).collect();
+    assert_eq!(bits, [32.0, 8.125, 4.625, 4.25]);
+    assert!((0.1..4.0).contains(&number(0, "bits_per_byte")));
+    assert!(0.0 < number(1, "kld") && number(1, "kld") < number(2, "kld") && number(2, "kld") < number(3, "kld"));
+
+    let svg = std::fs::read_to_string(&plot).unwrap();
+    assert!(svg.starts_with("<svg") && ["k8v8", "k5v4", "seed4"].iter().all(|codec| svg.contains(codec)));
+    let table = stdout(&arguments);
+    assert!(table.contains("k5v4") && table.contains("2 windows of 96 tokens"), "{table}");
+}
+
+#[test]
+fn eval_refuses_what_it_cannot_evaluate() {
+    let dir = tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        dir.path().join(name).to_str().unwrap().to_owned()
+    };
+    let (empty, short) = (write("empty", ""), write("short", "too short"));
+    let eval = |text: &str, more: &[&str], words: &[&str]| {
+        fails(&[&["eval", "--model", MODEL, "--text", text, "--codec", "k4v4"], more].concat(), words);
+    };
+    eval(&empty, &[], &["0 tokens, expected at least 1024"]);
+    eval(&short, &[], &["9 tokens, expected at least 1024"]);
+    eval("no/such/text", &[], &["no/such/text"]);
+    eval(TEXT, &["--windows", "0"], &["0 windows"]);
+    eval(TEXT, &["--windows", "9"], &["8192 tokens, expected at least 9216"]);
+    eval(TEXT, &["--windows", "18446744073709551615"], &["8192 tokens"]);
+    eval(TEXT, &["--window-tokens", "1"], &["windows of 1 tokens"]);
+    eval(TEXT, &["--window-tokens", "0"], &["windows of 0 tokens"]);
+    eval(TEXT, &["--window-tokens", "2048", "--windows", "1"], &["context is 1024"]);
+    eval(TEXT, &["--codec", "k9v4"], &["k9v4", "kXvY"]);
+    eval(TEXT, &["--codec", ""], &["kXvY"]);
+    eval(TEXT, &["--device", "tpu"], &["\"tpu\"", "cpu, wgpu, wgpu:N, cuda or cuda:N"]);
+    eval(
+        TEXT,
+        &["--window-tokens", "16", "--windows", "1", "--plot", "no/such/dir/x.svg"],
+        &["cannot write no/such/dir/x.svg"],
+    );
+}
+
+fn generate(arguments: &[&str]) -> Vec<Value> {
+    json(&[&["generate", "--model", MODEL, "--prompt", "## Motivation\n", "--json"], arguments].concat())
+}
+
+#[test]
+fn generate_is_reproducible() {
+    let run = |seed: &str| {
+        let report = generate(&["--max-tokens", "40", "--seed", seed, "--temperature", "0.9", "--codec", "k4v4"]);
+        assert_eq!(report.len(), 1);
+        report[0].clone()
+    };
+    let (first, again, other) = (run("1"), run("1"), run("2"));
+    assert_eq!(first["text"], again["text"]);
+    assert_ne!(first["text"], other["text"]);
+    assert_eq!(
+        (&first["tokens"], &first["prompt_tokens"], &first["stop"]),
+        (&40.into(), &15.into(), &"max_tokens".into())
+    );
+    assert_eq!((&first["codec"], &first["device"]), (&"k4v4".into(), &"cpu".into()));
+    // A page of 64 positions: 4 layers, 2 KV heads, K and V of 66 and of 256 bytes.
+    assert_eq!(first["cache_bytes"], 64 * 4 * 2 * 2 * 66);
+    assert_eq!(first["cache_bytes_f16"], 64 * 4 * 2 * 2 * 256);
+
+    let text = first["text"].as_str().unwrap();
+    let common = ["generate", "--model", MODEL, "--prompt", "## Motivation\n", "--max-tokens", "40"];
+    let output = run_ok(&[&common[..], &["--seed", "1", "--temperature", "0.9", "--codec", "k4v4"]].concat());
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{text}\n"));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("tokens/s"));
+}
+
+fn run_ok(arguments: &[&str]) -> Output {
+    let output = run(arguments);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+#[test]
+fn generate_refuses_what_it_cannot_generate() {
+    let fails = |model: &str, prompt: &str, more: &[&str], words: &[&str]| {
+        fails(&[&["generate", "--model", model, "--prompt", prompt], more].concat(), words);
+    };
+    fails(MODEL, &"long ".repeat(205), &[], &["1026 tokens", "context is 1024"]);
+    fails(MODEL, "x", &["--max-tokens", "0"], &["--max-tokens is 0"]);
+    fails(MODEL, "x", &["--temperature", "-1"], &[]);
+    fails(MODEL, "x", &["--temperature=-1"], &["temperature -1"]);
+    fails(MODEL, "x", &["--temperature", "NaN"], &["temperature NaN"]);
+    fails(MODEL, "x", &["--codec", "tq4"], &["tq4", "seed4, seed5, seed6, seed8 or kXvY"]);
+    fails(MODEL, "x", &["--device", "cuda:x"], &["cuda:x"]);
+    fails("no/such/model", "x", &[], &["no/such/model/config.json"]);
+
+    let dir = tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    let copy = |name: &str| std::fs::read(Path::new(MODEL).join(name)).unwrap();
+    std::fs::write(dir.path().join("config.json"), copy("config.json")).unwrap();
+    fails(path, "x", &[], &["neither model.safetensors nor model.safetensors.index.json"]);
+    let weights = copy("model.safetensors");
+    std::fs::write(dir.path().join("model.safetensors"), &weights[..weights.len() - 2]).unwrap();
+    fails(path, "x", &[], &["model.safetensors", "not fully covered"]);
+    let config = String::from_utf8(copy("config.json")).unwrap();
+    std::fs::write(dir.path().join("config.json"), config.replace("\"llama\"", "\"mamba\"")).unwrap();
+    fails(path, "x", &[], &["model_type is \"mamba\"", "only \"llama\""]);
+}
+
+#[test]
+fn devices_lists_the_processor() {
+    assert!(stdout(&["devices"]).starts_with("cpu: "));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_an_error_and_no_panic() {
+    let golden: &[&str] = &["verify", "--golden", GOLDEN];
+    let text: &[&str] = &["generate", "--model", MODEL, "--prompt", "x", "--max-tokens", "100"];
+    for arguments in [golden, text] {
+        let mut child = command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let mut error = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(error.contains("standard output") && !error.contains("panicked"), "{error}");
+    }
+}
+
+#[test]
+fn bench_refuses_what_it_cannot_run() {
+    fails(&["bench", "--op", "sort"], &["sort", "quantize, dequantize, rotate, attention"]);
+    fails(&["bench", "--threads", "0"], &["threads is 0"]);
+    fails(&["bench", "--device", "gpu"], &["\"gpu\""]);
+}

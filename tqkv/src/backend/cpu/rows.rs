@@ -1,0 +1,265 @@
+//! Whole rows: rotate and decode, generic over the instruction set. The arithmetic of each element is fixed to the last
+//! bit (docs/format.md), whatever the number of lanes.
+
+#![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
+
+use super::simd::{Kernels, Simd};
+use crate::compute::DType;
+use crate::format::{Packing, RowFormat, Scaling};
+use crate::ops::Direction;
+
+/// What the kernels need to know of a row format.
+pub(crate) struct RowCoder {
+    pub row: RowFormat,
+    kernels: &'static Kernels,
+    d: usize,
+    block: usize,
+    /// -0 where an element is negated, else 0; empty if none is.
+    signs: Vec<f32>,
+    /// Levels by code, repeated until there are 256; empty for dense floats.
+    levels: Vec<f32>,
+}
+
+impl RowCoder {
+    pub fn new(row: &RowFormat, kernels: &'static Kernels) -> Self {
+        let (d, words) = (row.head_dim(), row.signs());
+        let negated = |i: usize| words[i / 32] >> (i % 32) & 1 == 1;
+        let signs = match (0..d).any(negated) {
+            true => (0..d).map(|i| if negated(i) { -0.0 } else { 0.0 }).collect(),
+            false => vec![],
+        };
+        let levels = row.codebook().map_or(vec![], |b| b.levels.iter().copied().cycle().take(256).collect());
+        RowCoder { row: *row, kernels, d, block: row.block(), signs, levels }
+    }
+
+    /// T·S·x or S·T·x in place, for consecutive rows.
+    pub fn rotate(&self, direction: Direction, rows: &mut [f32]) {
+        if self.row.is_rotated() {
+            assert!(rows.len().is_multiple_of(self.d));
+            // SAFETY: kernels are of this machine.
+            unsafe { (self.kernels.rotate)(self, direction, rows) }
+        }
+    }
+
+    /// Decodes consecutive rows into the rotated domain; without factors the levels alone.
+    ///
+    /// # Safety
+    /// `codes` must be readable for 64 bytes past the last row.
+    pub unsafe fn decode(&self, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
+        assert!(out.len().is_multiple_of(self.d));
+        assert!(factors.is_none_or(|f| f.len() == out.len() / self.d * self.row.scales_per_row()));
+        // SAFETY: kernels are of this machine; the caller vouches for the codes.
+        unsafe { (self.kernels.decode)(self, codes, factors, out) }
+    }
+
+    /// The factors that stored scales stand for: one for each scale.
+    pub fn factors(&self, scales: &[u8], out: &mut [f32]) {
+        super::float::load(self.row.scale_dtype(), scales, out);
+        if self.row.scaling() != Scaling::Corrected {
+            out.iter_mut().for_each(|x| *x = self.row.factor(*x));
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn rotate<S: Simd>(coder: &RowCoder, direction: Direction, rows: &mut [f32]) {
+    let (d, block) = (coder.d, coder.block);
+    for row in rows.chunks_exact_mut(d) {
+        let x = row.as_mut_ptr();
+        // SAFETY: whole vectors within the row, as D and its blocks are multiples of 16; signs has D elements or none.
+        unsafe {
+            if direction == Direction::Forward {
+                negate::<S>(coder, x);
+            }
+            let mut b = 0;
+            while b < d {
+                transform::<S>(x.add(b), block);
+                b += block;
+            }
+            if d > block {
+                reflect::<S>(x, d, block);
+            }
+            if direction == Direction::Inverse {
+                negate::<S>(coder, x);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn negate<S: Simd>(coder: &RowCoder, x: *mut f32) {
+    for i in (0..coder.signs.len()).step_by(S::LANES) {
+        // SAFETY: as in `rotate`.
+        unsafe { S::store(x.add(i), S::xor(S::load(x.add(i)), S::load(coder.signs.as_ptr().add(i)))) }
+    }
+}
+
+/// The normalised Walsh-Hadamard transform of one block: strides 1, 2, 4 …, as many as possible in registers.
+#[inline(always)]
+unsafe fn transform<S: Simd>(x: *mut f32, block: usize) {
+    let norm = 1.0 / (block as f32).sqrt();
+    // SAFETY: as in `rotate`.
+    unsafe {
+        match block / S::LANES {
+            1 => butterflies::<S, 1>(x, S::splat(norm)),
+            2 => butterflies::<S, 2>(x, S::splat(norm)),
+            4 => butterflies::<S, 4>(x, S::splat(norm)),
+            8 => butterflies::<S, 8>(x, S::splat(norm)),
+            _ => {
+                for i in (0..block).step_by(8 * S::LANES) {
+                    butterflies::<S, 8>(x.add(i), S::splat(1.0));
+                }
+                let mut h = 8 * S::LANES;
+                while h < block {
+                    let norm = S::splat(if 2 * h == block { norm } else { 1.0 });
+                    for pair in (0..block).step_by(2 * h) {
+                        for i in (pair..pair + h).step_by(S::LANES) {
+                            let (a, b) = (S::load(x.add(i)), S::load(x.add(i + h)));
+                            S::store(x.add(i), S::mul(S::add(a, b), norm));
+                            S::store(x.add(i + h), S::mul(S::sub(a, b), norm));
+                        }
+                    }
+                    h *= 2;
+                }
+            }
+        }
+    }
+}
+
+/// All strides below N vectors, then a multiplication.
+#[inline(always)]
+unsafe fn butterflies<S: Simd, const N: usize>(x: *mut f32, norm: S::F) {
+    // SAFETY: as in `rotate`.
+    unsafe {
+        let mut v = [S::splat(0.0); N];
+        for i in 0..N {
+            let mut y = S::load(x.add(i * S::LANES));
+            y = within::<S, 1>(y);
+            y = within::<S, 2>(y);
+            y = within::<S, 4>(y);
+            if S::LANES > 8 {
+                y = within::<S, 8>(y);
+            }
+            v[i] = y;
+        }
+        let mut h = 1;
+        while h < N {
+            for i in 0..N {
+                if i & h == 0 {
+                    (v[i], v[i + h]) = (S::add(v[i], v[i + h]), S::sub(v[i], v[i + h]));
+                }
+            }
+            h *= 2;
+        }
+        for i in 0..N {
+            S::store(x.add(i * S::LANES), S::mul(v[i], norm));
+        }
+    }
+}
+
+/// One stride within a vector: a + b below, a - b above, which is a + (-b) to the bit.
+#[inline(always)]
+unsafe fn within<S: Simd, const H: usize>(x: S::F) -> S::F {
+    const fn upper<const H: usize>() -> [f32; 16] {
+        let (mut out, mut i) = ([0.0; 16], 0);
+        while i < 16 {
+            if i & H != 0 {
+                out[i] = -0.0;
+            }
+            i += 1;
+        }
+        out
+    }
+    // SAFETY: sixteen lanes are enough for every instruction set.
+    unsafe { S::add(S::swap::<H>(x), S::xor(x, S::load(const { &upper::<H>() }.as_ptr()))) }
+}
+
+/// y[b] = x[b] - (2/m) Σ x over the m blocks.
+#[inline(always)]
+unsafe fn reflect<S: Simd>(x: *mut f32, d: usize, block: usize) {
+    // SAFETY: as in `rotate`.
+    unsafe {
+        let factor = S::splat(2.0 / (d / block) as f32);
+        for j in (0..block).step_by(S::LANES) {
+            let mut sum = S::load(x.add(j));
+            for i in (block + j..d).step_by(block) {
+                sum = S::add(sum, S::load(x.add(i)));
+            }
+            sum = S::mul(sum, factor);
+            for i in (j..d).step_by(block) {
+                S::store(x.add(i), S::sub(S::load(x.add(i)), sum));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn decode<S: Simd>(coder: &RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
+    // SAFETY of all: the caller's promise about codes.
+    unsafe {
+        match (coder.row.packing(), coder.row.bits()) {
+            (Packing::Float(DType::F32), _) => floats::<S, 4>(codes, out),
+            (Packing::Float(_), _) => floats::<S, 2>(codes, out),
+            (Packing::Byte, 2) => levels::<S, 2, true>(coder, codes, factors, out),
+            (Packing::Byte, 3) => levels::<S, 3, true>(coder, codes, factors, out),
+            (Packing::Byte, 5) => levels::<S, 5, true>(coder, codes, factors, out),
+            (Packing::Byte, 6) => levels::<S, 6, true>(coder, codes, factors, out),
+            (_, 2) => levels::<S, 2, false>(coder, codes, factors, out),
+            (_, 3) => levels::<S, 3, false>(coder, codes, factors, out),
+            (_, 4) => levels::<S, 4, false>(coder, codes, factors, out),
+            (_, 5) => levels::<S, 5, false>(coder, codes, factors, out),
+            (_, 6) => levels::<S, 6, false>(coder, codes, factors, out),
+            (_, 7) => levels::<S, 7, false>(coder, codes, factors, out),
+            _ => levels::<S, 8, false>(coder, codes, factors, out),
+        }
+    }
+}
+
+/// Dense rows are one run of floats of SIZE bytes.
+#[inline(always)]
+unsafe fn floats<S: Simd, const SIZE: usize>(from: *const u8, out: &mut [f32]) {
+    for i in (0..out.len()).step_by(S::LANES) {
+        // SAFETY: whole vectors, as rows are multiples of 16.
+        unsafe {
+            let x = if SIZE == 4 { S::load(from.cast::<f32>().add(i)) } else { S::load_f16(from.cast::<u16>().add(i)) };
+            S::store(out.as_mut_ptr().add(i), x);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn levels<S: Simd, const BITS: usize, const BYTE: bool>(
+    coder: &RowCoder,
+    mut codes: *const u8,
+    factors: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    let step = S::LANES * if BYTE { 8 } else { BITS } / 8;
+    // The elements of one factor; without factors those of a row.
+    let segment = if factors.is_some() { coder.d / coder.row.scales_per_row() } else { coder.d };
+    assert!(coder.levels.len() == 256);
+    // SAFETY: the caller's promise about codes, which decode4 may read 64 bytes past; out holds whole segments.
+    unsafe {
+        let levels = S::levels::<BITS>(coder.levels.as_ptr());
+        for (s, out) in out.chunks_exact_mut(segment).enumerate() {
+            let factor = match factors {
+                Some(factors) => S::splat(*factors.get_unchecked(s)),
+                None => S::splat(1.0),
+            };
+            let (out, mut i) = (out.as_mut_ptr(), 0);
+            while i + 4 * S::LANES <= segment {
+                let x = S::decode4::<BITS, BYTE>(codes, &levels);
+                for j in 0..4 {
+                    let x = if factors.is_some() { S::mul(x[j], factor) } else { x[j] };
+                    S::store(out.add(i + j * S::LANES), x);
+                }
+                (i, codes) = (i + 4 * S::LANES, codes.add(4 * step));
+            }
+            while i < segment {
+                let x = S::decode::<BITS, BYTE>(codes, &levels);
+                S::store(out.add(i), if factors.is_some() { S::mul(x, factor) } else { x });
+                (i, codes) = (i + S::LANES, codes.add(step));
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! AVX-512 with VBMI: sixteen lanes. A code of up to four bits becomes its level in one permutation.
+
+use super::Simd;
+use std::arch::x86_64::*;
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+/// The bytes of a row's next 16 that lanes find their codes in, for the in-lane byte shuffle; 0x80 gives zero.
+const fn bytes<const BITS: usize>() -> [u8; 64] {
+    let (mut out, mut i) = ([0x80u8; 64], 0);
+    while i < 16 {
+        out[4 * i] = (i * BITS / 8) as u8;
+        if i * BITS % 8 + BITS > 8 {
+            out[4 * i + 1] = (i * BITS / 8) as u8 + 1;
+        }
+        i += 1;
+    }
+    out
+}
+
+/// Where in those bytes they start.
+const fn shifts<const BITS: usize>() -> [u32; 16] {
+    let (mut out, mut i) = ([0; 16], 0);
+    while i < 16 {
+        out[i] = (i * BITS % 8) as u32;
+        i += 1;
+    }
+    out
+}
+
+/// Halves a vector in f32 and widens it.
+#[inline(always)]
+unsafe fn wide(x: __m512) -> __m512d {
+    unsafe {
+        let (low, high) = (_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+        _mm512_cvtps_pd(_mm256_add_ps(low, high))
+    }
+}
+
+/// The levels of the low six bits.
+#[inline(always)]
+unsafe fn lookup64(code: __m512i, a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    unsafe {
+        let upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
+        _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(a, code, b), _mm512_permutex2var_ps(c, code, d))
+    }
+}
+
+// SAFETY of the whole: intrinsics of the instruction set that the trait's contract demands, on pointers that it describes.
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+    type Levels = ([__m512; 8], *const f32);
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, x: __m512) {
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn xor(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_xor_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn round(x: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+    }
+    #[inline(always)]
+    unsafe fn pow2(n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), n) }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: __m512, limit: __m512, y: __m512) -> __m512 {
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), y) }
+    }
+    #[inline(always)]
+    unsafe fn swap<const H: usize>(x: __m512) -> __m512 {
+        unsafe {
+            match H {
+                1 => _mm512_permute_ps::<0b10_11_00_01>(x),
+                2 => _mm512_permute_ps::<0b01_00_11_10>(x),
+                4 => _mm512_shuffle_f32x4::<0b10_11_00_01>(x, x),
+                _ => _mm512_shuffle_f32x4::<0b01_00_11_10>(x, x),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum4(x: [__m512; 4], to: *mut f64) {
+        unsafe {
+            let [a, b, c, d] = [wide(x[0]), wide(x[1]), wide(x[2]), wide(x[3])];
+            // Lanes [a, b] four times, and the same of c and d; then [a, b, c, d] twice.
+            let ab = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+            let cd = _mm512_add_pd(_mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d));
+            let (even, odd) =
+                (_mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2));
+            let abcd = _mm512_add_pd(_mm512_permutex2var_pd(ab, even, cd), _mm512_permutex2var_pd(ab, odd, cd));
+            let (low, high) = (_mm512_castpd512_pd256(abcd), _mm512_extractf64x4_pd::<1>(abcd));
+            _mm256_storeu_pd(to, _mm256_add_pd(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+        unsafe {
+            let mut low = [_mm512_setzero_ps(); 8];
+            let mut i = 0;
+            while i < 8 {
+                low[i] = _mm512_loadu_ps(table.add(16 * i));
+                i += 1;
+            }
+            (low, table)
+        }
+    }
+    #[inline(always)]
+    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, (low, table): &Self::Levels) -> __m512 {
+        unsafe {
+            let code = if BYTE || BITS == 8 {
+                _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()))
+            } else {
+                let row = _mm512_broadcast_i32x4(_mm_loadu_si128(codes.cast()));
+                let bytes = _mm512_loadu_si512(const { &bytes::<BITS>() }.as_ptr().cast());
+                let shifts = _mm512_loadu_si512(const { &shifts::<BITS>() }.as_ptr().cast());
+                _mm512_srlv_epi32(_mm512_shuffle_epi8(row, bytes), shifts)
+            };
+            match BITS {
+                2..=4 => _mm512_permutexvar_ps(code, low[0]),
+                5 => _mm512_permutex2var_ps(low[0], code, low[1]),
+                6 => lookup64(code, low[0], low[1], low[2], low[3]),
+                7 => {
+                    let upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
+                    let a = lookup64(code, low[0], low[1], low[2], low[3]);
+                    _mm512_mask_blend_ps(upper, a, lookup64(code, low[4], low[5], low[6], low[7]))
+                }
+                _ => _mm512_i32gather_ps::<4>(code, *table),
+            }
+        }
+    }
+}
+
+super::kernels!(
+    Avx512,
+    "avx512",
+    || {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("fma")
+    },
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma"
+);

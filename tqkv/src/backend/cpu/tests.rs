@@ -1,0 +1,311 @@
+//! Every instruction set that this machine has, against the oracle and against portable code.
+
+use super::simd::{self, Kernels};
+use super::{Cpu, rows::RowCoder};
+use crate::compute::{Buffer, DType, Device};
+use crate::format::{Codec, RowFormat};
+use crate::ops::*;
+use crate::reference;
+
+fn available() -> impl Iterator<Item = &'static Kernels> {
+    simd::ALL.iter().copied().filter(|k| (k.is_available)())
+}
+
+fn device(kernels: &'static Kernels, threads: usize) -> Device {
+    Device::new(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
+}
+
+/// Numbers near N(0, 1): sums of uniform ones.
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..n).map(|_| (0..12).map(|_| uniform()).sum()).collect()
+}
+
+fn codecs() -> Vec<Codec> {
+    let native = (2..=8).map(Codec::tq);
+    let seed = [2, 3, 4, 5, 6, 8].map(Codec::seed);
+    [Codec::F32, Codec::F16].into_iter().chain(native).chain(seed).collect()
+}
+
+/// All codecs at all head dims that they have.
+fn formats() -> impl Iterator<Item = RowFormat> {
+    let dims = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576, 1024];
+    dims.into_iter().flat_map(|d| codecs().into_iter().filter_map(move |c| RowFormat::new(c, d).ok()))
+}
+
+fn run(device: &Device, record: impl FnOnce(&mut crate::CommandEncoder) -> crate::Result<()>) {
+    let mut encoder = device.encoder().unwrap();
+    record(&mut encoder).unwrap();
+    encoder.submit_and_wait().unwrap();
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn rotation_is_the_same_to_the_bit() {
+    for row in formats().filter(RowFormat::is_rotated) {
+        let d = row.head_dim();
+        let x = random(5 * d, d as u64);
+        for direction in [Direction::Forward, Direction::Inverse] {
+            let mut want = x.clone();
+            RowCoder::new(&row, simd::named("portable").unwrap()).rotate(direction, &mut want);
+            for kernels in available() {
+                let mut got = x.clone();
+                RowCoder::new(&row, kernels).rotate(direction, &mut got);
+                assert_eq!(bits(&got), bits(&want), "{} {direction:?} {row:?}", kernels.name);
+            }
+            for (x, got) in x.chunks(d).zip(want.chunks(d)) {
+                let want = match direction {
+                    Direction::Forward => reference::rotate(&row, x),
+                    Direction::Inverse => reference::restore(&row, &x.iter().map(|&x| x as f64).collect::<Vec<_>>()),
+                };
+                // At most 10 + 1 rounded steps of values near 1, plus the reflection.
+                got.iter().zip(want).for_each(|(&g, w)| assert!((g as f64 - w).abs() < 1e-5, "{row:?} {g} {w}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn decoding_is_the_definition_to_the_bit() {
+    for row in formats() {
+        let (d, n) = (row.head_dim(), 3);
+        let mut codes: Vec<u8> = random(n * row.row_bytes(), 7).iter().map(|x| (x * 1e4) as i32 as u8).collect();
+        if row.codec().is_dense() {
+            // Any bytes may be NaN, whose bits are nobody's business.
+            codes.iter_mut().for_each(|b| *b &= 0x3f);
+        }
+        let factors: Vec<f32> = random(n * row.scales_per_row(), 9);
+        for kernels in available() {
+            let coder = RowCoder::new(&row, kernels);
+            let mut padded = codes.clone();
+            padded.resize(codes.len() + 64, 0xa5);
+            for scaled in [false, true] {
+                let mut out = vec![f32::NAN; n * d];
+                let factors = (scaled && !factors.is_empty()).then_some(&factors[..]);
+                // SAFETY: 64 bytes follow.
+                unsafe { coder.decode(padded.as_ptr(), factors, &mut out) };
+                let want: Vec<f32> = (0..n * d)
+                    .map(|i| {
+                        let row_codes = &codes[i / d * row.row_bytes()..][..row.row_bytes()];
+                        let Some(book) = row.codebook() else {
+                            return reference::dequantize(&row, row_codes, &[])[i % d];
+                        };
+                        let level = book.levels[row.get_code(row_codes, i % d) as usize];
+                        factors.map_or(level, |f| level * f[i / (d / row.scales_per_row())])
+                    })
+                    .collect();
+                assert_eq!(bits(&out), bits(&want), "{} {row:?}", kernels.name);
+            }
+        }
+    }
+}
+
+struct Shape {
+    kv_heads: usize,
+    group: usize,
+    first: usize,
+    len: usize,
+    new: usize,
+    capacity: usize,
+    page_size: usize,
+}
+
+/// A cache of one sequence with random content, and queries.
+struct Case {
+    key: PagePool,
+    value: PagePool,
+    batch: Batch,
+    q: Vec<f32>,
+    shape: Shape,
+}
+
+impl Case {
+    fn new(device: &Device, key: RowFormat, value: RowFormat, shape: Shape) -> Self {
+        let (d, kv) = (key.head_dim(), shape.kv_heads);
+        let pages = shape.capacity / shape.page_size;
+        // Backwards, so that neighbours are not neighbours in memory.
+        let table: Vec<u32> = (0..pages as u32).rev().collect();
+        let pool = |row, seed| {
+            let pool = PagePool::new(device, row, kv, shape.page_size, pages).unwrap();
+            let n = shape.len - shape.first;
+            let x = device.upload(&random(n * kv * d, seed), &[n, kv, d]).unwrap();
+            let span = Span { first: shape.first, len: shape.len, new: n, pages: &table };
+            let batch = Batch::new(device, shape.page_size, &[span]).unwrap();
+            run(device, |e| quantize(e, &[(&x, &pool)], &batch));
+            pool
+        };
+        let (first, len, new) = (shape.first, shape.len, shape.new);
+        let batch = Batch::new(device, shape.page_size, &[Span { first, len, new, pages: &table }]).unwrap();
+        let q = random(new * kv * shape.group * d, 99);
+        Case { key: pool(key, 1000), value: pool(value, 2000), batch, q, shape }
+    }
+
+    /// Out and lse of the device.
+    fn run(&self, device: &Device, params: &AttentionParams) -> (Vec<f32>, Vec<f32>) {
+        let (heads, d) = (self.shape.kv_heads * self.shape.group, self.key.row().head_dim());
+        let shape = [self.shape.new, heads, d];
+        let q = device.upload(&self.q, &shape).unwrap();
+        let out = device.upload(&vec![f32::NAN; self.q.len()], &shape).unwrap();
+        let lse = device.zeros(DType::F32, &shape[..2]).unwrap();
+        run(device, |e| attention(e, &q, &self.key, &self.value, &self.batch, params, &out, Some(&lse)));
+        (out.read().unwrap(), lse.read().unwrap())
+    }
+
+    fn decoded(&self, device: &Device, pool: &PagePool) -> Vec<f32> {
+        let (n, d) = (self.shape.len - self.shape.first, self.key.row().head_dim());
+        let out = device.zeros(DType::F32, &[self.shape.kv_heads, n, d]).unwrap();
+        let positions = self.shape.first..self.shape.len;
+        run(device, |e| dequantize(e, pool, &self.batch, 0, positions, Domain::Rotated, RowOrder::HeadMajor, &out));
+        out.read().unwrap()
+    }
+
+    /// Compares with the oracle on the decoded rows.
+    fn check(&self, device: &Device, params: &AttentionParams, sinks: Option<&[f32]>, name: &str) {
+        let (got, lse) = self.run(device, params);
+        let Shape { kv_heads, group, first, len, new, .. } = self.shape;
+        let (d, n) = (self.key.row().head_dim(), len - first);
+        let (keys, values) = (self.decoded(device, &self.key), self.decoded(device, &self.value));
+        for (r, (got, q)) in got.chunks(d).zip(self.q.chunks(d)).enumerate() {
+            let (head, position) = (r % (kv_heads * group), len - new + r / (kv_heads * group));
+            let start = params.window.map_or(first, |w| first.max((position + 1).saturating_sub(w)));
+            let end = if params.causal { position + 1 } else { len };
+            let rows = |x| -> Vec<&[f32]> {
+                let x: &[f32] = x;
+                (start..end).map(|p| &x[(head / group * n + p - first) * d..][..d]).collect()
+            };
+            let query = reference::Query {
+                q: &reference::rotate(self.key.row(), q).iter().map(|&x| x as f32).collect::<Vec<_>>(),
+                scale: params.scale as f64,
+                softcap: params.softcap.map(|c| c as f64),
+                sink: sinks.map(|s| s[head] as f64),
+            };
+            let (want, want_lse) = reference::attention(&query, &rows(&keys), &rows(&values));
+            let want = reference::restore(self.value.row(), &want);
+            let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let error = got.iter().zip(&want).map(|(&g, w)| (g as f64 - w).powi(2)).sum::<f64>().sqrt();
+            assert!(error <= 1e-5 * norm + 1e-30, "{name} row {r}: {error:e} of {norm:e}");
+            let error = (lse[r] as f64 - want_lse).abs();
+            assert!(error <= 1e-5 * want_lse.abs().max(1.0), "{name} lse {} {want_lse}", lse[r]);
+        }
+    }
+}
+
+#[test]
+fn attention_agrees_with_the_oracle() {
+    let pairs = codecs().into_iter().map(|c| (c, c)).chain([(Codec::tq(5), Codec::tq(4)), (Codec::F16, Codec::tq(3))]);
+    for (key, value) in pairs {
+        for d in [16, 64, 80, 128, 512] {
+            let (Ok(key), Ok(value)) = (RowFormat::new(key, d), RowFormat::new(value, d)) else { continue };
+            for kernels in available() {
+                let device = device(kernels, 1);
+                for (group, new, window, causal) in
+                    [(1, 1, None, true), (4, 3, Some(40), true), (3, 2, None, false), (6, 21, None, true)]
+                {
+                    let shape = Shape { kv_heads: 2, group, first: 0, len: 150, new, capacity: 160, page_size: 16 };
+                    let case = Case::new(&device, key, value, shape);
+                    let params = AttentionParams { window, causal, ..AttentionParams::for_head_dim(d) };
+                    case.check(&device, &params, None, &format!("{} {key:?} {value:?} group {group}", kernels.name));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rings_sinks_softcaps_and_large_scores() {
+    for kernels in available() {
+        let device = device(kernels, 1);
+        let row = RowFormat::new(Codec::tq(4), 128).unwrap();
+        let shape = Shape { kv_heads: 2, group: 4, first: 37, len: 101, new: 2, capacity: 64, page_size: 16 };
+        let case = Case::new(&device, row, row, shape);
+        let logits = random(8, 5);
+        let sinks = device.upload(&logits, &[8]).unwrap();
+        let plain = AttentionParams::for_head_dim(128);
+        case.check(&device, &plain, None, "ring");
+        case.check(&device, &AttentionParams { window: Some(9), ..plain.clone() }, None, "ring and window");
+        case.check(&device, &AttentionParams { softcap: Some(20.0), scale: 3.0, ..plain.clone() }, None, "softcap");
+        case.check(&device, &AttentionParams { sinks: Some(sinks), ..plain.clone() }, Some(&logits), "sinks");
+        case.check(&device, &AttentionParams { scale: 30.0, ..plain.clone() }, None, "scores in the hundreds");
+        case.check(&device, &AttentionParams { scale: -30.0, ..plain }, None, "negative scale");
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let kernels = available().next().unwrap();
+    let row = RowFormat::new(Codec::tq(4), 64).unwrap();
+    for new in [1, 40] {
+        let results = [1, 2, 3, 7].map(|threads| {
+            let device = device(kernels, threads);
+            let shape = Shape { kv_heads: 2, group: 4, first: 0, len: 3000, new, capacity: 3008, page_size: 64 };
+            let (out, lse) = Case::new(&device, row, row, shape).run(&device, &AttentionParams::for_head_dim(64));
+            (bits(&out), bits(&lse))
+        });
+        assert!(results.iter().all(|r| *r == results[0]));
+    }
+}
+
+/// A NaN is heard by the queries that see it, and by no other.
+#[test]
+fn nan_is_loud_where_it_is_seen() {
+    for kernels in available() {
+        let device = device(kernels, 2);
+        for (codec, side) in [(Codec::tq(4), 0), (Codec::tq(4), 1), (Codec::F16, 0), (Codec::F16, 1)] {
+            let row = RowFormat::new(codec, 64).unwrap();
+            let (n, bad) = (24, 10);
+            let upload = |poison: bool| {
+                let mut x = random(n * 64, 3);
+                if poison {
+                    x[bad * 64 + 5] = f32::NAN;
+                }
+                device.upload(&x, &[n, 1, 64]).unwrap()
+            };
+            let pools: [PagePool; 2] = std::array::from_fn(|_| PagePool::new(&device, row, 1, 32, 1).unwrap());
+            let batch = Batch::contiguous(&device, 32, 0, n, n).unwrap();
+            let (k, v) = (upload(side == 0), upload(side == 1));
+            run(&device, |e| quantize(e, &[(&k, &pools[0]), (&v, &pools[1])], &batch));
+            let q = device.upload(&random(n * 2 * 64, 4), &[n, 2, 64]).unwrap();
+            let out = device.zeros(DType::F32, &[n, 2, 64]).unwrap();
+            let lse = device.zeros(DType::F32, &[n, 2]).unwrap();
+            let params = AttentionParams { window: Some(8), ..AttentionParams::for_head_dim(64) };
+            run(&device, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out, Some(&lse)));
+            for (p, out) in out.read::<f32>().unwrap().chunks(128).enumerate() {
+                let seen = (bad..bad + 8).contains(&p);
+                assert_eq!(out.iter().any(|x| x.is_nan()), seen, "{} {codec} side {side} position {p}", kernels.name);
+            }
+            for (i, lse) in lse.read::<f32>().unwrap().iter().enumerate() {
+                assert_eq!(lse.is_nan(), side == 0 && (bad..bad + 8).contains(&(i / 2)), "{codec} lse {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn merging_keeps_nan() {
+    let device = device(available().next().unwrap(), 1);
+    let part = |x: f32, lse: [f32; 2]| -> (Buffer, Buffer) {
+        (device.upload(&[x; 32], &[2, 1, 16]).unwrap(), device.upload(&lse, &[2, 1]).unwrap())
+    };
+    let (a, b) = (part(1.0, [0.0, 1.0]), part(2.0, [f32::NAN, f32::NEG_INFINITY]));
+    let (out, lse) = part(0.0, [0.0; 2]);
+    run(&device, |e| merge(e, &[(&a.0, &a.1), (&b.0, &b.1)], &out, Some(&lse)));
+    let (out, lse) = (out.read::<f32>().unwrap(), lse.read::<f32>().unwrap());
+    assert!(out[..16].iter().all(|x| x.is_nan()) && lse[0].is_nan());
+    assert!(out[16..].iter().all(|&x| x == 1.0) && lse[1] == 1.0);
+}
+
+#[test]
+fn only_available_kernels_are_given() {
+    assert!(matches!(simd::named("sse9"), Err(crate::Error::DeviceUnavailable { .. })));
+    assert_eq!(simd::named("portable").unwrap().name, "portable");
+    for kernels in simd::ALL {
+        assert_eq!(simd::named(kernels.name).is_ok(), (kernels.is_available)());
+    }
+}
