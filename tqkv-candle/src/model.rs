@@ -100,7 +100,8 @@ impl Llama {
         if let Some(&got) = tokens.iter().find(|&&t| t as usize >= self.config.vocab_size) {
             return Err(Error::Token { got, vocab_size: self.config.vocab_size });
         }
-        let hidden = self.forward_layers(tokens, start, cache);
+        // On a thread of rayon's, so that the many small parallel loops within start without waking one each.
+        let hidden = rayon::scope(|_| self.forward_layers(tokens, start, cache));
         if hidden.is_err() {
             cache.truncate(start)?;
         }

@@ -158,6 +158,31 @@ mod tests {
         assert_eq!(text, String::from_utf8_lossy(bytes));
     }
 
+    /// Words, with a start token that prompts begin with.
+    const WORDS: &str = r#"{
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
+        "added_tokens": [{"id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
+                          "rstrip": false, "normalized": false}],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+        "model": {"type": "WordLevel", "vocab": {"<s>": 0, "?": 1, "red": 2, "fox": 3}, "unk_token": "?"}
+    }"#;
+
+    #[test]
+    fn a_tokenizer_is_used_where_there_is_one() {
+        let vocabulary = Vocabulary::Tokenizer(Box::new(WORDS.parse().unwrap()));
+        assert_eq!(vocabulary.encode_prompt("red fox").unwrap(), [0, 2, 3]);
+        let encoded = vocabulary.encode("red  b\u{e4}r fox".as_bytes()).unwrap();
+        assert_eq!(encoded, Encoded { tokens: vec![2, 1, 3], spans: vec![0..3, 5..9, 10..13] });
+        let mut decoder = vocabulary.decoder();
+        let text: String = [0, 2, 3, 3].map(|token| decoder.push(token).unwrap()).concat();
+        assert_eq!(text + &decoder.finish(), "red fox fox");
+        assert!(matches!(vocabulary.encode(b"\xff"), Err(Error::Tokenizer { .. })));
+    }
+
     #[test]
     fn a_token_that_is_no_byte_is_an_error() {
         let result = Vocabulary::Bytes.decoder().push(256);

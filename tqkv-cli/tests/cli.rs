@@ -121,6 +121,24 @@ fn eval_compares_codecs() {
 }
 
 #[test]
+fn eval_gives_perplexity_where_tokens_are_no_bytes() {
+    let dir = tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(Path::new(MODEL).join(name), dir.path().join(name)).unwrap();
+    }
+    let words = r#"{"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {"?": 1, "the": 2, "is": 3}, "unk_token": "?"}}"#;
+    std::fs::write(dir.path().join("tokenizer.json"), words).unwrap();
+    let model = dir.path().to_str().unwrap();
+    let common = ["eval", "--model", model, "--text", TEXT, "--window-tokens", "32", "--codec", "k4v4"];
+    let rows = json(&[&common[..], &["--windows", "1", "--json"]].concat());
+    let perplexity = rows[0]["perplexity"].as_f64().unwrap();
+    // 31 words stand for more bytes than that.
+    assert!(perplexity > 1.0 && rows[0]["bits_per_byte"].as_f64().unwrap() < perplexity.log2() / 2.0, "{}", rows[0]);
+    assert!(stdout(&[&common[..], &["--windows", "1"]].concat()).contains("perplexity"));
+}
+
+#[test]
 fn eval_refuses_what_it_cannot_evaluate() {
     let dir = tempdir().unwrap();
     let write = |name: &str, text: &str| {

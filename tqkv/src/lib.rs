@@ -30,6 +30,8 @@ pub use format::{Codec, CodecPair};
 /// The guides' snippets, compiled and run by `cargo test --doc`.
 #[cfg(doctest)]
 mod guides {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
     #[doc = include_str!("../../docs/from-mlx-native.md")]
     struct FromMlxNative;
     #[doc = include_str!("../../docs/format.md")]

@@ -15,7 +15,7 @@ const WEIGHTS: &[u8] = include_bytes!("../../assets/byte-llama-4m/model.safetens
 /// Text that the model has not seen.
 const HELD_OUT: &[u8] = include_bytes!("../../assets/heldout.txt");
 
-const PROMPT: &str = "## Summary\n\nThis RFC proposes to add a new ";
+const PROMPT: &str = "ROMEO:\n";
 const SHOWN_TOKENS: usize = 480;
 /// Tokens that each codec's speed is measured over, at the end of a full context.
 const TIMED_TOKENS: usize = 128;
@@ -53,7 +53,7 @@ fn show_text(model: &Llama, device: &Device) -> Result<()> {
         config.layers, config.kv_heads, config.head_dim
     ))?;
     let mut cache = cache(model, device, codec)?;
-    let options = GenerateOptions { max_tokens: SHOWN_TOKENS, temperature: 0.7, seed: 1, ..GenerateOptions::default() };
+    let options = GenerateOptions { max_tokens: SHOWN_TOKENS, temperature: 0.6, seed: 2, ..GenerateOptions::default() };
     let prompt = Vocabulary::Bytes.encode_prompt(PROMPT)?;
     let mut decoder = Vocabulary::Bytes.decoder();
     let mut failure = None;

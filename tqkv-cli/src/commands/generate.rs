@@ -129,7 +129,7 @@ impl Generate {
         }
 
         // What f16 would take for as many pages.
-        let held = cache.kv().used_bytes();
+        let held = cache.kv().usage().used;
         let bits = |codec: CodecPair| codec.bits_per_element(model.config().head_dim);
         let f16 = held as f64 / bits(codec)? * bits(CodecPair::both(Codec::F16))?;
         let report = Report {

@@ -90,12 +90,15 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
         let count = tile.min(task.end - start);
         let mut factors = [1f32; MAX_TILE];
         decode(task, &task.key, start, count, &mut keys, &mut factors);
+        let next = start + count;
+        prefetch::<S>(task, &task.key, next, tile.min(task.end - next));
         for (wide, &narrow) in t.key_factors.iter_mut().zip(&factors) {
             *wide = narrow as f64 * task.scale;
         }
         // SAFETY: the tile holds a multiple of four keys.
         unsafe { norms::<S>(task, &mut t, count, &keys) };
         decode(task, &task.value, start, count, &mut values, &mut t.value_factors);
+        prefetch::<S>(task, &task.value, next, tile.min(task.end - next));
         for r in (0..n).step_by(ROWS) {
             // SAFETY: rows r..r + 4 or up to n exist; the tile holds `tile` decoded positions.
             unsafe {
@@ -140,6 +143,23 @@ fn decode(task: &Task, side: &Source, start: usize, count: usize, levels: &mut [
         }
         if matches!(side.coder.row.scaling(), Scaling::None | Scaling::BlockRms) {
             factors[i..i + n].fill(1.0);
+        }
+        i += n;
+    }
+}
+
+/// Asks for the codes of positions `start..start + count` ahead of their use. Tiles are short bursts from two places,
+/// which hardware does not foresee.
+#[inline(always)]
+fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
+    let (page_size, bytes) = (task.batch.page_size(), side.coder.row.row_bytes());
+    let mut i = 0;
+    while i < count {
+        let (page, slot) = task.batch.locate(task.sequence, start + i);
+        let n = (page_size - slot).min(count - i);
+        let codes = side.codes.padded(page * side.page_rows + side.head_rows + slot, n);
+        for line in (0..n * bytes).step_by(64) {
+            S::prefetch(codes.wrapping_add(line));
         }
         i += n;
     }

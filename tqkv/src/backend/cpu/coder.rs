@@ -1,4 +1,5 @@
-//! One vector at a time: rotate, encode, decode. The arithmetic is normative to the last bit (docs/format.md).
+//! Rotate and encode, one element at a time: the definition to the last bit (docs/format.md) that kernels are tested
+//! against.
 
 use super::float;
 use crate::compute::DType;
@@ -104,30 +105,6 @@ impl Coder {
             Scaling::None => unreachable!("dense floats have no codebook"),
         }
         self.row.pack(code, codes);
-    }
-
-    /// Decodes a row into the rotated domain.
-    pub fn decode(&self, codes: &[u8], scales: &[u8], v: &mut [f32]) {
-        let Some(book) = self.book else {
-            let Packing::Float(dtype) = self.row.packing() else { unreachable!("only floats have no codebook") };
-            return float::load(dtype, codes, v);
-        };
-        let per_scale = v.len() / self.row.scales_per_row();
-        for (i, x) in v.iter_mut().enumerate() {
-            *x = book.levels[self.row.get_code(codes, i) as usize];
-        }
-        for (s, v) in v.chunks_mut(per_scale).enumerate() {
-            let factor = self.factor(scales, s);
-            v.iter_mut().for_each(|x| *x *= factor);
-        }
-    }
-
-    /// The factor that scale `s` of a row stands for.
-    fn factor(&self, scales: &[u8], s: usize) -> f32 {
-        let mut scale = [0f32];
-        let (dtype, size) = (self.row.scale_dtype(), self.row.scale_dtype().size());
-        float::load(dtype, &scales[s * size..][..size], &mut scale);
-        self.row.factor(scale[0])
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod attend;
 mod attention;
+#[cfg(test)]
 mod coder;
 mod float;
 mod memory;
@@ -13,16 +14,18 @@ mod tests;
 pub(crate) use memory::Memory;
 
 use super::{Backend, Completion, Copy, Custom, Dequantize, Op, Quantize, Recorder, Rotate, Storage};
-use crate::compute::{DeviceInfo, DeviceKind, KernelSource};
+use crate::compute::{DType, DeviceInfo, DeviceKind, KernelSource};
 use crate::error::{Error, Result};
 use crate::ops::{Direction, Domain, RowOrder};
-use coder::Coder;
 use rayon::prelude::*;
+use rows::RowCoder;
 use simd::Kernels;
 use std::sync::Arc;
 
 /// Rows that one task encodes, decodes or rotates.
-const ROWS_PER_TASK: usize = 16;
+const ROWS_PER_TASK: usize = 32;
+/// Decoded output from this size on is written past the caches, which it would not fit anyway.
+const STREAM_BYTES: usize = 8 << 20;
 
 pub(crate) struct Cpu {
     /// Threads of its own; rayon's global ones if `None`.
@@ -135,9 +138,9 @@ impl Completion for Done {
 
 fn run(op: &Op, kernels: &'static Kernels) -> Result<()> {
     match op {
-        Op::Rotate(op) => rotate(op),
-        Op::Quantize(op) => quantize(op),
-        Op::Dequantize(op) => dequantize(op),
+        Op::Rotate(op) => rotate(op, kernels),
+        Op::Quantize(op) => quantize(op, kernels),
+        Op::Dequantize(op) => dequantize(op, kernels),
         Op::Attention(op) => attention::attention(op, kernels),
         Op::Merge(op) => attention::merge(op),
         Op::Copy(op) => copy(op),
@@ -145,82 +148,113 @@ fn run(op: &Op, kernels: &'static Kernels) -> Result<()> {
     }
 }
 
-fn rotate(op: &Rotate) -> Result<()> {
-    let coder = Coder::new(&op.row);
+fn rotate(op: &Rotate, kernels: &'static Kernels) -> Result<()> {
+    let coder = RowCoder::new(&op.row, kernels);
     let d = op.row.head_dim();
     let in_place = op.x.shares_memory(&op.out);
     let x = if in_place { None } else { Some(memory::view(&op.x)?) };
     let mut out = memory::view_mut(&op.out)?;
     let (from, to) = (op.x.dtype(), op.out.dtype());
-    let (x_row, out_row) = (d * from.size(), d * to.size());
-    out.bytes().par_chunks_mut(out_row * ROWS_PER_TASK).enumerate().for_each(|(task, rows)| {
-        let mut v = vec![0f32; d];
-        for (i, row) in rows.chunks_exact_mut(out_row).enumerate() {
-            match &x {
-                Some(x) => float::load(from, &x.bytes()[(task * ROWS_PER_TASK + i) * x_row..][..x_row], &mut v),
-                None => float::load(from, row, &mut v),
+    let (x_task, out_task) = (ROWS_PER_TASK * d * from.size(), ROWS_PER_TASK * d * to.size());
+    out.bytes().par_chunks_mut(out_task).enumerate().for_each_init(Vec::new, |scratch, (task, rows)| {
+        let floats = rows.len() / to.size();
+        let x = x.as_ref().map(|x| &x.bytes()[task * x_task..][..floats * from.size()]);
+        if to == DType::F32 {
+            let v = bytemuck::cast_slice_mut(rows);
+            if let Some(x) = x {
+                float::load(from, x, v);
             }
-            match op.direction {
-                Direction::Forward => coder.rotate(&mut v),
-                Direction::Inverse => coder.restore(&mut v),
-            }
-            float::store(to, &v, row);
+            coder.rotate(op.direction, v);
+        } else {
+            scratch.resize(floats, 0f32);
+            float::load(from, x.unwrap_or(rows), scratch);
+            coder.rotate(op.direction, scratch);
+            float::store(to, scratch, rows);
         }
     });
     Ok(())
 }
 
-fn quantize(op: &Quantize) -> Result<()> {
+fn quantize(op: &Quantize, kernels: &'static Kernels) -> Result<()> {
     for (x, pool) in &op.parts {
-        let coder = Coder::new(pool.row());
+        let coder = RowCoder::new(pool.row(), kernels);
         let input = memory::view(x)?;
         let codes = memory::RowsMut::codes(pool)?;
         let scales = memory::RowsMut::scales(pool)?;
         let (d, kv_heads, dtype) = (pool.row().head_dim(), pool.kv_heads(), x.dtype());
         let row_bytes = d * dtype.size();
         let spans = op.batch.spans();
-        (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads)).for_each(|token| {
-            // The span that holds the token: the last that starts at or before it and has new tokens.
-            let s = spans.partition_point(|s| (s.start + s.new) as usize <= token);
-            let span = &spans[s];
-            let position = (span.len - span.new) as usize + token - span.start as usize;
-            let (page, slot) = op.batch.locate(s, position);
-            let mut v = vec![0f32; d];
-            for head in 0..kv_heads {
-                let index = (page * kv_heads + head) * pool.page_size() + slot;
-                float::load(dtype, &input.bytes()[(token * kv_heads + head) * row_bytes..][..row_bytes], &mut v);
-                // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by one
-                // task only.
-                let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
-                coder.encode(&mut v, codes, scales);
-            }
-        });
+        let tokens = (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
+        tokens.for_each_init(
+            || vec![0f32; d],
+            |v, token| {
+                // The span that holds the token: the last that starts at or before it and has new tokens.
+                let s = spans.partition_point(|s| (s.start + s.new) as usize <= token);
+                let span = &spans[s];
+                let position = (span.len - span.new) as usize + token - span.start as usize;
+                let (page, slot) = op.batch.locate(s, position);
+                for head in 0..kv_heads {
+                    let index = (page * kv_heads + head) * pool.page_size() + slot;
+                    float::load(dtype, &input.bytes()[(token * kv_heads + head) * row_bytes..][..row_bytes], v);
+                    // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
+                    // one task only.
+                    let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
+                    coder.encode(v, codes, scales);
+                }
+            },
+        );
     }
     Ok(())
 }
 
-fn dequantize(op: &Dequantize) -> Result<()> {
-    let coder = Coder::new(op.pool.row());
+fn dequantize(op: &Dequantize, kernels: &'static Kernels) -> Result<()> {
+    let coder = RowCoder::new(op.pool.row(), kernels);
     let codes = memory::Rows::codes(&op.pool)?;
     let scales = memory::Rows::scales(&op.pool)?;
     let mut out = memory::view_mut(&op.out)?;
-    let (d, kv_heads, n, to) = (op.pool.row().head_dim(), op.pool.kv_heads(), op.positions.len(), op.out.dtype());
+    let (kv_heads, n, to) = (op.pool.kv_heads(), op.positions.len(), op.out.dtype());
+    let (d, per_row) = (op.pool.row().head_dim(), op.pool.row().scales_per_row());
     let row_bytes = d * to.size();
-    out.bytes().par_chunks_mut(row_bytes * ROWS_PER_TASK).enumerate().for_each(|(task, rows)| {
-        let mut v = vec![0f32; d];
-        for (i, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
-            let r = task * ROWS_PER_TASK + i;
-            let (head, i) = match op.order {
-                RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
-                RowOrder::HeadMajor => (r / n, r % n),
-            };
-            let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
-            let index = (page * kv_heads + head) * op.pool.page_size() + slot;
-            coder.decode(codes.rows(index, 1), scales.rows(index, 1), &mut v);
-            if op.domain == Domain::Original {
-                coder.restore(&mut v);
-            }
-            float::store(to, &v, row);
+    let large = op.out.bytes() >= STREAM_BYTES;
+    let row_at = |r: usize| {
+        let (head, i) = match op.order {
+            RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
+            RowOrder::HeadMajor => (r / n, r % n),
+        };
+        let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
+        (page * kv_heads + head) * op.pool.page_size() + slot
+    };
+    // Rows from `start` on, in f32.
+    let fill = |start: usize, v: &mut [f32], factors: &mut [f32]| {
+        let (count, mut i) = (v.len() / d, 0);
+        while i < count {
+            // As many rows as lie one after the other.
+            let first = row_at(start + i);
+            let run = (1..count - i).take_while(|&j| row_at(start + i + j) == first + j).count() + 1;
+            let factors = (per_row > 0).then(|| {
+                coder.factors(scales.rows(first, run), &mut factors[..run * per_row]);
+                &factors[..run * per_row]
+            });
+            // SAFETY: `padded` gives a pointer that is readable for 64 bytes past the rows.
+            unsafe { coder.decode(codes.padded(first, run), factors, &mut v[i * d..][..run * d]) };
+            i += run;
+        }
+        if op.domain == Domain::Original {
+            coder.rotate(Direction::Inverse, v);
+        }
+    };
+    let scratch = || (vec![0f32; ROWS_PER_TASK * d], vec![0f32; ROWS_PER_TASK * per_row]);
+    let tasks = out.bytes().par_chunks_mut(row_bytes * ROWS_PER_TASK).enumerate();
+    tasks.for_each_init(scratch, |(v, factors), (task, rows)| {
+        let start = task * ROWS_PER_TASK;
+        if to == DType::F32 && !large {
+            return fill(start, bytemuck::cast_slice_mut(rows), factors);
+        }
+        let v = &mut v[..rows.len() / to.size()];
+        fill(start, v, factors);
+        match to {
+            DType::F32 => coder.stream(v, bytemuck::cast_slice_mut(rows)),
+            _ => float::store(to, v, rows),
         }
     });
     Ok(())

@@ -1,12 +1,14 @@
-//! Whole rows: rotate and decode, generic over the instruction set. The arithmetic of each element is fixed to the last
+//! Whole rows: rotate, encode and decode, generic over the instruction set. The arithmetic of each element is fixed to the last
 //! bit (docs/format.md), whatever the number of lanes.
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
-use super::simd::{Kernels, Simd};
+use super::float;
+use super::simd::{Kernels, Simd, Table};
 use crate::compute::DType;
-use crate::format::{Packing, RowFormat, Scaling};
+use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling, ZERO_NORM};
 use crate::ops::Direction;
+use half::f16;
 
 /// What the kernels need to know of a row format.
 pub(crate) struct RowCoder {
@@ -16,8 +18,8 @@ pub(crate) struct RowCoder {
     block: usize,
     /// -0 where an element is negated, else 0; empty if none is.
     signs: Vec<f32>,
-    /// Levels by code, repeated until there are 256; empty for dense floats.
-    levels: Vec<f32>,
+    /// None for dense floats.
+    table: Option<Table>,
 }
 
 impl RowCoder {
@@ -28,8 +30,8 @@ impl RowCoder {
             true => (0..d).map(|i| if negated(i) { -0.0 } else { 0.0 }).collect(),
             false => vec![],
         };
-        let levels = row.codebook().map_or(vec![], |b| b.levels.iter().copied().cycle().take(256).collect());
-        RowCoder { row: *row, kernels, d, block: row.block(), signs, levels }
+        let table = row.codebook().map(|book| Table::new(&book.levels));
+        RowCoder { row: *row, kernels, d, block: row.block(), signs, table }
     }
 
     /// T·S·x or S·T·x in place, for consecutive rows.
@@ -39,6 +41,26 @@ impl RowCoder {
             // SAFETY: kernels are of this machine.
             unsafe { (self.kernels.rotate)(self, direction, rows) }
         }
+    }
+
+    /// Stores the vector `v`, which is overwritten, as `codes` and `scales`.
+    pub fn encode(&self, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+        if let Packing::Float(dtype) = self.row.packing() {
+            return float::store(dtype, v, codes);
+        }
+        assert!(v.len() == self.d && codes.len() == self.row.row_bytes());
+        assert!(scales.len() == self.row.scales_per_row() * self.row.scale_dtype().size());
+        // SAFETY: kernels are of this machine; lengths are as they must be.
+        unsafe { (self.kernels.encode)(self, v, codes, scales) }
+    }
+
+    /// Copies floats in whole vectors of 16, past the caches where the machine can and the address allows.
+    pub fn stream(&self, from: &[f32], to: &mut [f32]) {
+        if !to.as_ptr().addr().is_multiple_of(64) || from.len() != to.len() || !from.len().is_multiple_of(16) {
+            return to.copy_from_slice(from);
+        }
+        // SAFETY: kernels are of this machine; equally long, whole vectors, aligned.
+        unsafe { (self.kernels.stream)(from, to.as_mut_ptr()) }
     }
 
     /// Decodes consecutive rows into the rotated domain; without factors the levels alone.
@@ -54,7 +76,7 @@ impl RowCoder {
 
     /// The factors that stored scales stand for: one for each scale.
     pub fn factors(&self, scales: &[u8], out: &mut [f32]) {
-        super::float::load(self.row.scale_dtype(), scales, out);
+        float::load(self.row.scale_dtype(), scales, out);
         if self.row.scaling() != Scaling::Corrected {
             out.iter_mut().for_each(|x| *x = self.row.factor(*x));
         }
@@ -193,6 +215,137 @@ unsafe fn reflect<S: Simd>(x: *mut f32, d: usize, block: usize) {
     }
 }
 
+/// Elements that one scale of the seed codec covers at head_dim 512.
+const RMS_BLOCK: usize = 256;
+
+#[inline(always)]
+pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+    let (d, row) = (coder.d, &coder.row);
+    let root = (d as f32).sqrt();
+    let mut code = [0u8; MAX_HEAD_DIM];
+    // SAFETY: v holds one row of D floats.
+    unsafe {
+        rotate::<S>(coder, Direction::Forward, v);
+        match row.scaling() {
+            Scaling::Norm => {
+                let norm = sum_of_squares::<S>(v, coder.block).sqrt();
+                assign::<S>(coder, v, root, norm, &mut code);
+                scales.copy_from_slice(&(if norm.is_finite() { norm } else { f32::NAN }).to_le_bytes());
+            }
+            Scaling::BlockRms => {
+                for ((v, code), scale) in
+                    v.chunks_mut(RMS_BLOCK).zip(code.chunks_mut(RMS_BLOCK)).zip(scales.chunks_mut(4))
+                {
+                    let rms = (sum_of_squares::<S>(v, RMS_BLOCK) / RMS_BLOCK as f32).sqrt();
+                    assign::<S>(coder, v, row.scale_factor_d512(), rms, code);
+                    scale.copy_from_slice(&(if rms.is_finite() { rms } else { f32::NAN }).to_le_bytes());
+                }
+            }
+            Scaling::Corrected => {
+                let norm = sum_of_squares::<S>(v, coder.block).sqrt();
+                assign::<S>(coder, v, root, norm, &mut code);
+                let scale = norm / sum_of_squares::<S>(v, coder.block).sqrt();
+                let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
+                scales.copy_from_slice(&scale.to_le_bytes());
+            }
+            Scaling::None => unreachable!("dense floats have no codes"),
+        }
+    }
+    match row.packing() {
+        Packing::Byte => codes.copy_from_slice(&code[..d]),
+        _ => pack(&code[..d], row.bits(), codes),
+    }
+}
+
+/// Codes of `v` scaled by `unit` / `norm`, and their levels in its place. A zero vector gets the zero code, one that is
+/// not finite code 0.
+#[inline(always)]
+unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32, codes: &mut [u8]) {
+    let Some(book) = coder.row.codebook() else { unreachable!("codes have a codebook") };
+    if !norm.is_finite() || norm <= ZERO_NORM {
+        let code = if norm.is_finite() { book.zero_code() } else { 0 };
+        codes[..v.len()].fill(code);
+        return v.fill(book.levels[code as usize]);
+    }
+    let (bounds, levels) = (book.boundaries.as_ptr(), book.levels.as_ptr());
+    assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << coder.row.bits());
+    // SAFETY: whole vectors; n stays below the number of levels.
+    unsafe {
+        let gain = S::splat(1.0 / norm * unit);
+        // The number of boundaries below: the top bits by comparing with every 2^k-th, the rest by bisection.
+        let low = 1 << coder.row.bits().saturating_sub(3);
+        for i in (0..v.len()).step_by(S::LANES) {
+            let x = S::mul(S::load(v.as_ptr().add(i)), gain);
+            let mut n = S::zeros();
+            for b in (low - 1..book.boundaries.len()).step_by(low) {
+                n = S::count(x, S::splat(*bounds.add(b)), n, low as i32);
+            }
+            let mut step = low / 2;
+            while step > 0 {
+                n = S::count(x, S::gather(bounds.add(step - 1), n), n, step as i32);
+                step /= 2;
+            }
+            S::store_bytes(codes.as_mut_ptr().add(i), n);
+            S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
+        }
+    }
+}
+
+/// Σ v², summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
+/// folded onto each other.
+#[inline(always)]
+unsafe fn sum_of_squares<S: Simd>(v: &[f32], block: usize) -> f32 {
+    let mut sums = [0f32; MAX_HEAD_DIM];
+    // SAFETY: whole vectors within v, and within sums up to a block.
+    unsafe {
+        for j in (0..block).step_by(S::LANES) {
+            let x = S::load(v.as_ptr().add(j));
+            let mut sum = S::mul(x, x);
+            for i in (block + j..v.len()).step_by(block) {
+                let x = S::load(v.as_ptr().add(i));
+                sum = S::add(sum, S::mul(x, x));
+            }
+            S::store(sums.as_mut_ptr().add(j), sum);
+        }
+        let mut half = block / 2;
+        while half >= S::LANES {
+            for j in (0..half).step_by(S::LANES) {
+                let to = sums.as_mut_ptr().add(j);
+                S::store(to, S::add(S::load(to), S::load(to.add(half))));
+            }
+            half /= 2;
+        }
+        while half > 0 {
+            for j in 0..half {
+                sums[j] += sums[j + half];
+            }
+            half /= 2;
+        }
+    }
+    sums[0]
+}
+
+/// Eight codes of `bits` bits each at a time: neighbours together, then pairs, then fours.
+#[inline(always)]
+fn pack(codes: &[u8], bits: usize, row: &mut [u8]) {
+    for (eight, out) in codes.as_chunks::<8>().0.iter().zip(row.chunks_exact_mut(bits)) {
+        let x = u64::from_le_bytes(*eight);
+        let x = x & 0x00ff_00ff_00ff_00ff | (x >> 8 & 0x00ff_00ff_00ff_00ff) << bits;
+        let x = x & 0x0000_ffff_0000_ffff | (x >> 16 & 0x0000_ffff_0000_ffff) << (2 * bits);
+        let x = x & 0xffff_ffff | x >> 32 << (4 * bits);
+        out.copy_from_slice(&x.to_le_bytes()[..bits]);
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn stream<S: Simd>(from: &[f32], to: *mut f32) {
+    for i in (0..from.len()).step_by(S::LANES) {
+        // SAFETY: whole vectors and aligned, by the caller.
+        unsafe { S::stream(to.add(i), S::load(from.as_ptr().add(i))) }
+    }
+    S::fence();
+}
+
 #[inline(always)]
 pub(super) unsafe fn decode<S: Simd>(coder: &RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
     // SAFETY of all: the caller's promise about codes.
@@ -237,10 +390,10 @@ unsafe fn levels<S: Simd, const BITS: usize, const BYTE: bool>(
     let step = S::LANES * if BYTE { 8 } else { BITS } / 8;
     // The elements of one factor; without factors those of a row.
     let segment = if factors.is_some() { coder.d / coder.row.scales_per_row() } else { coder.d };
-    assert!(coder.levels.len() == 256);
+    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
     // SAFETY: the caller's promise about codes, which decode4 may read 64 bytes past; out holds whole segments.
     unsafe {
-        let levels = S::levels::<BITS>(coder.levels.as_ptr());
+        let levels = S::levels::<BITS>(table);
         for (s, out) in out.chunks_exact_mut(segment).enumerate() {
             let factor = match factors {
                 Some(factors) => S::splat(*factors.get_unchecked(s)),

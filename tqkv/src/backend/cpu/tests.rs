@@ -1,5 +1,6 @@
-//! Every instruction set that this machine has, against the oracle and against portable code.
+//! Every instruction set that this machine has, against the oracle and the definition of each bit.
 
+use super::coder::Coder;
 use super::simd::{self, Kernels};
 use super::{Cpu, rows::RowCoder};
 use crate::compute::{Buffer, DType, Device};
@@ -54,7 +55,11 @@ fn rotation_is_the_same_to_the_bit() {
         let x = random(5 * d, d as u64);
         for direction in [Direction::Forward, Direction::Inverse] {
             let mut want = x.clone();
-            RowCoder::new(&row, simd::named("portable").unwrap()).rotate(direction, &mut want);
+            let definition = Coder::new(&row);
+            want.chunks_mut(d).for_each(|v| match direction {
+                Direction::Forward => definition.rotate(v),
+                Direction::Inverse => definition.restore(v),
+            });
             for kernels in available() {
                 let mut got = x.clone();
                 RowCoder::new(&row, kernels).rotate(direction, &mut got);
@@ -104,6 +109,74 @@ fn decoding_is_the_definition_to_the_bit() {
                 assert_eq!(bits(&out), bits(&want), "{} {row:?}", kernels.name);
             }
         }
+    }
+}
+
+type Encode<'a> = dyn Fn(&mut [f32], &mut [u8], &mut [u8]) + 'a;
+
+#[test]
+fn encoding_is_the_definition_to_the_bit() {
+    for row in formats().filter(RowFormat::is_rotated) {
+        let d = row.head_dim();
+        let mut inputs: Vec<Vec<f32>> = (0..6).map(|i| random(d, i * 1000 + d as u64)).collect();
+        inputs[1].iter_mut().for_each(|x| *x *= 1e-12);
+        inputs[2].iter_mut().for_each(|x| *x *= 1e15);
+        inputs[3].fill(0.0);
+        inputs[4][d / 2] = 50.0;
+        inputs.extend([vec![1.0; d], vec![f32::NAN; d], vec![f32::MAX; d]]);
+        let encode = |encode: &Encode, x: &[f32]| {
+            let (mut codes, mut scales) = (vec![0xee; row.row_bytes()], vec![0xee; row.bytes() - row.row_bytes()]);
+            encode(&mut x.to_vec(), &mut codes, &mut scales);
+            (codes, scales)
+        };
+        for (i, x) in inputs.iter().enumerate() {
+            let want = encode(&|v, c, s| Coder::new(&row).encode(v, c, s), x);
+            for kernels in available() {
+                let got = encode(&|v, c, s| RowCoder::new(&row, kernels).encode(v, c, s), x);
+                assert_eq!(got, want, "{} {row:?} input {i}", kernels.name);
+            }
+        }
+    }
+}
+
+/// Streaming or not, in whatever order and type: the same values.
+#[test]
+fn large_outputs_are_the_same() {
+    for kernels in available() {
+        let device = device(kernels, 2);
+        let row = RowFormat::new(Codec::tq(5), 128).unwrap();
+        let (kv, n) = (2, 8192 + 3);
+        let pool = PagePool::new(&device, row, kv, n, 1).unwrap();
+        let x = device.upload(&random(n * kv * 128, 1), &[n, kv, 128]).unwrap();
+        let batch = Batch::contiguous(&device, n, 0, n, n).unwrap();
+        run(&device, |e| quantize(e, &[(&x, &pool)], &batch));
+        let decode = |positions: std::ops::Range<usize>, order| {
+            let shape = match order {
+                RowOrder::HeadMajor => [kv, positions.len(), 128],
+                RowOrder::TokenMajor => [positions.len(), kv, 128],
+            };
+            let out = device.zeros(DType::F32, &shape).unwrap();
+            run(&device, |e| dequantize(e, &pool, &batch, 0, positions, Domain::Original, order, &out));
+            out.read::<f32>().unwrap()
+        };
+        let (heads, tokens) = (decode(0..n, RowOrder::HeadMajor), decode(0..n, RowOrder::TokenMajor));
+        let few = decode(5000..5100, RowOrder::HeadMajor);
+        for h in 0..kv {
+            for p in 0..n {
+                let by_head = &heads[(h * n + p) * 128..][..128];
+                assert!(by_head == &tokens[(p * kv + h) * 128..][..128]);
+                assert!(!(5000..5100).contains(&p) || by_head == &few[(h * 100 + p - 5000) * 128..][..128]);
+            }
+        }
+    }
+}
+
+/// What kernels take for granted where they look up half a codebook.
+#[test]
+fn codebooks_of_eight_bits_mirror_themselves() {
+    for codec in [Codec::tq(8), Codec::seed(8)] {
+        let levels = &RowFormat::new(codec, 64).unwrap().codebook().unwrap().levels;
+        (0..128).for_each(|i| assert_eq!(levels[i], -levels[255 - i]));
     }
 }
 

@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes. Codes of up to four bits are looked up in registers, wider ones in memory.
 
-use super::Simd;
+use super::{Simd, Table};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -42,6 +42,7 @@ unsafe fn wide(x: __m256) -> __m256d {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
+    type I = __m256i;
     type Levels = ([__m256; 2], *const f32);
 
     #[inline(always)]
@@ -117,7 +118,42 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+    unsafe fn count(x: __m256, bound: __m256, n: __m256i, step: i32) -> __m256i {
+        unsafe {
+            let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, bound));
+            _mm256_add_epi32(n, _mm256_and_si256(above, _mm256_set1_epi32(step)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zeros() -> __m256i {
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn gather(from: *const f32, n: __m256i) -> __m256 {
+        unsafe { _mm256_i32gather_ps::<4>(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, n: __m256i) {
+        unsafe {
+            let words = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));
+            _mm_storel_epi64(to.cast(), _mm_packus_epi16(words, words));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut f32, x: __m256) {
+        unsafe { _mm256_stream_ps(to, x) }
+    }
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
+        let table = table.levels.as_ptr();
         unsafe { ([_mm256_loadu_ps(table), _mm256_loadu_ps(table.add(8))], table) }
     }
     #[inline(always)]

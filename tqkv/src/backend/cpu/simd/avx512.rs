@@ -1,6 +1,6 @@
 //! AVX-512 with VBMI: sixteen lanes. A code of up to four bits becomes its level in one permutation.
 
-use super::Simd;
+use super::{Simd, Table};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -29,6 +29,56 @@ const fn shifts<const BITS: usize>() -> [u32; 16] {
     out
 }
 
+/// The element whose code must stand at each place so that interleaving bytes within 128-bit lanes, as `planes` does it,
+/// gives four vectors in order.
+const ORDER: [u8; 64] = {
+    let (mut out, mut p) = ([0; 64], 0);
+    while p < 64 {
+        let (lane, vector, i) = (p / 16, p % 16 / 4, p % 4);
+        out[p] = (16 * vector + 4 * lane + i) as u8;
+        p += 1;
+    }
+    out
+};
+
+/// How densely packed codes get there: four elements' bytes into each 32 bits, and the bit where each code starts in its 64.
+const fn spread<const BITS: usize>() -> ([u8; 64], [u8; 64]) {
+    let (mut bytes, mut shifts, mut p) = ([0; 64], [0; 64], 0);
+    while p < 64 {
+        let start = ORDER[p / 4 * 4] as usize * BITS;
+        bytes[p] = (start / 8 + p % 4) as u8;
+        shifts[p] = (p % 8 / 4 * 32 + start % 8 + p % 4 * BITS) as u8;
+        p += 1;
+    }
+    (bytes, shifts)
+}
+
+/// The levels of 64 codes in `ORDER`, one a byte.
+#[inline(always)]
+unsafe fn planes<const BITS: usize>(code: __m512i, planes: &[[__m512i; 2]; 4]) -> [__m512; 4] {
+    unsafe {
+        // Codes below 128 mirror those above: the index counts from the middle, the sign goes in at the end.
+        let negative = if BITS == 8 { !_mm512_movepi8_mask(code) } else { 0 };
+        let index = _mm512_xor_si512(code, _mm512_maskz_set1_epi8(negative, 0x7f));
+        let mut b = [index; 4];
+        for i in 0..4 {
+            b[i] = match BITS {
+                6 => _mm512_permutexvar_epi8(index, planes[i][0]),
+                _ => _mm512_permutex2var_epi8(planes[i][0], index, planes[i][1]),
+            };
+        }
+        b[3] = _mm512_or_si512(b[3], _mm512_maskz_set1_epi8(negative, -128));
+        let (low, high) = (_mm512_unpacklo_epi8(b[0], b[1]), _mm512_unpackhi_epi8(b[0], b[1]));
+        let (low2, high2) = (_mm512_unpacklo_epi8(b[2], b[3]), _mm512_unpackhi_epi8(b[2], b[3]));
+        [
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, low2)),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, low2)),
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(high, high2)),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(high, high2)),
+        ]
+    }
+}
+
 /// Halves a vector in f32 and widens it.
 #[inline(always)]
 unsafe fn wide(x: __m512) -> __m512d {
@@ -51,7 +101,9 @@ unsafe fn lookup64(code: __m512i, a: __m512, b: __m512, c: __m512, d: __m512) ->
 impl Simd for Avx512 {
     const LANES: usize = 16;
     type F = __m512;
-    type Levels = ([__m512; 8], *const f32);
+    type I = __m512i;
+    /// Up to 128 levels, and their bytes by plane.
+    type Levels = ([__m512; 8], [[__m512i; 2]; 4]);
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -127,21 +179,59 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+    unsafe fn count(x: __m512, bound: __m512, n: __m512i, step: i32) -> __m512i {
         unsafe {
-            let mut low = [_mm512_setzero_ps(); 8];
-            let mut i = 0;
-            while i < 8 {
-                low[i] = _mm512_loadu_ps(table.add(16 * i));
-                i += 1;
-            }
-            (low, table)
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, bound);
+            _mm512_mask_add_epi32(n, above, n, _mm512_set1_epi32(step))
         }
     }
     #[inline(always)]
-    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, (low, table): &Self::Levels) -> __m512 {
+    unsafe fn zeros() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn gather(from: *const f32, n: __m512i) -> __m512 {
+        unsafe { _mm512_i32gather_ps::<4>(n, from) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, n: __m512i) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(n)) }
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut f32, x: __m512) {
+        unsafe { _mm512_stream_ps(to, x) }
+    }
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
         unsafe {
-            let code = if BYTE || BITS == 8 {
+            let mut low = [_mm512_setzero_ps(); 8];
+            let mut planes = [[_mm512_setzero_si512(); 2]; 4];
+            for i in 0..8 {
+                low[i] = _mm512_load_ps(table.levels.as_ptr().add(16 * i));
+                planes[i / 2][i % 2] = _mm512_load_si512(table.planes[i / 2].as_ptr().add(64 * (i % 2)).cast());
+            }
+            (low, planes)
+        }
+    }
+    #[inline(always)]
+    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> __m512 {
+        let low = &levels.0;
+        unsafe {
+            if BITS == 8 {
+                // The first of four vectors: 16 codes where ORDER has its first.
+                let row = _mm512_castsi128_si512(_mm_loadu_si128(codes.cast()));
+                return planes::<8>(_mm512_permutexvar_epi8(_mm512_loadu_si512(ORDER.as_ptr().cast()), row), &levels.1)
+                    [0];
+            }
+            let code = if BYTE {
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()))
             } else {
                 let row = _mm512_broadcast_i32x4(_mm_loadu_si128(codes.cast()));
@@ -158,8 +248,33 @@ impl Simd for Avx512 {
                     let a = lookup64(code, low[0], low[1], low[2], low[3]);
                     _mm512_mask_blend_ps(upper, a, lookup64(code, low[4], low[5], low[6], low[7]))
                 }
-                _ => _mm512_i32gather_ps::<4>(code, *table),
+                _ => unreachable!(),
             }
+        }
+    }
+
+    /// From 6 bits on, levels are looked up byte by byte, 64 elements at a time.
+    #[inline(always)]
+    unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> [__m512; 4] {
+        unsafe {
+            if BITS < 6 {
+                let step = if BYTE { 16 } else { 2 * BITS };
+                return [
+                    Self::decode::<BITS, BYTE>(codes, levels),
+                    Self::decode::<BITS, BYTE>(codes.add(step), levels),
+                    Self::decode::<BITS, BYTE>(codes.add(2 * step), levels),
+                    Self::decode::<BITS, BYTE>(codes.add(3 * step), levels),
+                ];
+            }
+            let row = _mm512_loadu_si512(codes.cast());
+            let ordered = if BYTE || BITS == 8 {
+                _mm512_permutexvar_epi8(_mm512_loadu_si512(ORDER.as_ptr().cast()), row)
+            } else {
+                let (bytes, shifts) = const { &spread::<BITS>() };
+                let spread = _mm512_permutexvar_epi8(_mm512_loadu_si512(bytes.as_ptr().cast()), row);
+                _mm512_multishift_epi64_epi8(_mm512_loadu_si512(shifts.as_ptr().cast()), spread)
+            };
+            planes::<BITS>(ordered, &levels.1)
         }
     }
 }

@@ -16,6 +16,23 @@ use super::rows::RowCoder;
 use crate::error::{Error, Result};
 use crate::ops::Direction;
 
+/// A codebook as kernels look it up.
+#[repr(C, align(64))]
+pub(crate) struct Table {
+    /// With fewer than 8 bits they repeat, so that bits above the code do not matter.
+    pub levels: [f32; 256],
+    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one.
+    pub planes: [[u8; 128]; 4],
+}
+
+impl Table {
+    pub fn new(levels: &[f32]) -> Self {
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
+        let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
+        Table { levels, planes }
+    }
+}
+
 /// A vector of f32 lanes and what is done with it.
 ///
 /// # Safety
@@ -25,6 +42,8 @@ pub(super) trait Simd: Copy + 'static {
     /// Lanes of a vector: 8 or 16, so that a vector's codes are whole bytes at every width.
     const LANES: usize;
     type F: Copy;
+    /// As many integers.
+    type I: Copy;
     /// A codebook, in registers as far as it fits.
     type Levels: Copy;
 
@@ -49,11 +68,25 @@ pub(super) trait Simd: Copy + 'static {
     /// The sum of each vector's lanes, added up in f64 (the first halving may be in f32).
     unsafe fn sum4(x: [Self::F; 4], to: *mut f64);
     unsafe fn load_f16(from: *const u16) -> Self::F;
-    /// A table of 256 levels; with fewer bits it repeats, so that bits above the code do not matter.
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels;
+    /// A hint that this line will be read.
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels;
     /// The levels of `LANES` codes: packed densely, or one a byte.
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> Self::F;
-    /// As above for four vectors, which may be cheaper together; readable for 64 bytes.
+    /// Adds `step` to the lanes of `n` where x > bound.
+    unsafe fn count(x: Self::F, bound: Self::F, n: Self::I, step: i32) -> Self::I;
+    unsafe fn zeros() -> Self::I;
+    /// `from[n]`, lane by lane.
+    unsafe fn gather(from: *const f32, n: Self::I) -> Self::F;
+    /// Lanes of 0..=255 as bytes.
+    unsafe fn store_bytes(to: *mut u8, n: Self::I);
+    /// Stores past the caches; the address must be a multiple of 64 bytes or so many lanes further.
+    unsafe fn stream(to: *mut f32, x: Self::F);
+    /// Ends a run of such stores.
+    #[inline(always)]
+    fn fence() {}
+    /// As `decode` for four vectors, which may be cheaper together; readable for 64 bytes.
     #[inline(always)]
     unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> [Self::F; 4] {
         let step = Self::LANES * if BYTE { 8 } else { BITS } / 8;
@@ -77,6 +110,10 @@ pub(crate) struct Kernels {
     pub attend: unsafe fn(&mut Task),
     /// Rotates consecutive rows of D floats in place.
     pub rotate: unsafe fn(&RowCoder, Direction, &mut [f32]),
+    /// Encodes one vector, which is overwritten, as codes and scales.
+    pub encode: unsafe fn(&RowCoder, &mut [f32], &mut [u8], &mut [u8]),
+    /// Copies whole vectors past the caches to an address that is a multiple of 64.
+    pub stream: unsafe fn(&[f32], *mut f32),
     /// Decodes consecutive rows, levels times their factors if given: readable for 64 bytes past the last.
     pub decode: unsafe fn(&RowCoder, *const u8, Option<&[f32]>, &mut [f32]),
 }
@@ -88,7 +125,7 @@ macro_rules! kernels {
             use $crate::backend::cpu::{attend, rows, simd::Kernels};
             use $crate::ops::Direction;
 
-            // SAFETY of the three: whoever takes a kernel has asked `is_available`.
+            // SAFETY of all: whoever takes a kernel has asked `is_available`.
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_(task: &mut attend::Task) {
                 unsafe { attend::attend::<$isa>(task) }
@@ -101,7 +138,15 @@ macro_rules! kernels {
             unsafe fn decode(coder: &rows::RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
                 unsafe { rows::decode::<$isa>(coder, codes, factors, out) }
             }
-            Kernels { name: $name, is_available: $available, attend: attend_, rotate, decode }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn encode(coder: &rows::RowCoder, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+                unsafe { rows::encode::<$isa>(coder, v, codes, scales) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn stream(from: &[f32], to: *mut f32) {
+                unsafe { rows::stream::<$isa>(from, to) }
+            }
+            Kernels { name: $name, is_available: $available, attend: attend_, rotate, encode, stream, decode }
         };
     };
 }

@@ -1,6 +1,6 @@
 //! NEON: eight lanes, as two vectors of four. Codes of four bits are looked up in registers, others in memory.
 
-use super::Simd;
+use super::{Simd, Table};
 use std::arch::aarch64::*;
 
 #[derive(Clone, Copy)]
@@ -12,6 +12,7 @@ type F = float32x4x2_t;
 impl Simd for Neon {
     const LANES: usize = 8;
     type F = F;
+    type I = int32x4x2_t;
     /// The bytes of sixteen levels, one register for each of the four bytes of a float; and all levels in memory.
     type Levels = (uint8x16x4_t, *const f32);
 
@@ -87,7 +88,36 @@ impl Simd for Neon {
         unsafe { Self::load(x.as_ptr()) }
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> Self::Levels {
+    unsafe fn count(x: F, bound: F, n: int32x4x2_t, step: i32) -> int32x4x2_t {
+        unsafe { int32x4x2_t(count4(x.0, bound.0, n.0, step), count4(x.1, bound.1, n.1, step)) }
+    }
+    #[inline(always)]
+    unsafe fn zeros() -> int32x4x2_t {
+        unsafe { int32x4x2_t(vdupq_n_s32(0), vdupq_n_s32(0)) }
+    }
+    #[inline(always)]
+    unsafe fn gather(from: *const f32, n: int32x4x2_t) -> F {
+        let mut index = [0; 8];
+        unsafe {
+            vst1q_s32(index.as_mut_ptr(), n.0);
+            vst1q_s32(index.as_mut_ptr().add(4), n.1);
+            Self::load(super::portable::Portable::gather(from, index).as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, n: int32x4x2_t) {
+        unsafe {
+            let words = vcombine_s16(vmovn_s32(n.0), vmovn_s32(n.1));
+            vst1_u8(to, vreinterpret_u8_s8(vmovn_s16(words)));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut f32, x: F) {
+        unsafe { Self::store(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
+        let table = table.levels.as_ptr();
         unsafe { (vld4q_u8(table.cast()), table) }
     }
     #[inline(always)]
@@ -125,6 +155,11 @@ unsafe fn pow4(n: float32x4_t) -> float32x4_t {
 #[inline(always)]
 unsafe fn zero4(x: float32x4_t, limit: float32x4_t, y: float32x4_t) -> float32x4_t {
     unsafe { vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(x, limit))) }
+}
+
+#[inline(always)]
+unsafe fn count4(x: float32x4_t, bound: float32x4_t, n: int32x4_t, step: i32) -> int32x4_t {
+    unsafe { vaddq_s32(n, vandq_s32(vreinterpretq_s32_u32(vcgtq_f32(x, bound)), vdupq_n_s32(step))) }
 }
 
 /// Both halves of both vectors in f64, added to one.

@@ -1,6 +1,6 @@
 //! Plain Rust, for every machine; the compiler makes of it what vectors the target always has.
 
-use super::Simd;
+use super::{Simd, Table};
 
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
@@ -15,6 +15,7 @@ fn map2(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
 impl Simd for Portable {
     const LANES: usize = 8;
     type F = F;
+    type I = [i32; 8];
     type Levels = *const f32;
 
     #[inline(always)]
@@ -84,8 +85,31 @@ impl Simd for Portable {
         x.map(f32_of_f16)
     }
     #[inline(always)]
-    unsafe fn levels<const BITS: usize>(table: *const f32) -> *const f32 {
-        table
+    unsafe fn count(x: F, bound: F, n: [i32; 8], step: i32) -> [i32; 8] {
+        std::array::from_fn(|i| n[i] + if x[i] > bound[i] { step } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn zeros() -> [i32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn gather(from: *const f32, n: [i32; 8]) -> F {
+        // SAFETY: indices within the table by contract.
+        n.map(|n| unsafe { *from.add(n as usize) })
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(to: *mut u8, n: [i32; 8]) {
+        // SAFETY: eight writable bytes by contract.
+        unsafe { to.cast::<[u8; 8]>().write_unaligned(n.map(|n| n as u8)) }
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut f32, x: F) {
+        // SAFETY: as `store`.
+        unsafe { Self::store(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn levels<const BITS: usize>(table: &Table) -> *const f32 {
+        table.levels.as_ptr()
     }
     #[inline(always)]
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &*const f32) -> F {
