@@ -30,7 +30,8 @@ fn main() -> Result<()> {
     let sequence = cache.add_sequence();
     for start in (0..positions).step_by(STEP) {
         let n = STEP.min(positions - start);
-        let x: Vec<u32> = (0..n * 8 * 64).map(|i| (i + start) as u32 * 2_654_435_769 & 0x3fff_3fff).collect();
+        let x: Vec<u32> =
+            (0..n * 8 * 64).map(|i| ((i + start) as u32).wrapping_mul(2_654_435_769) & 0x3fff_3fff).collect();
         let x = device.upload(bytemuck::cast_slice::<_, half::f16>(&x), &[n, 8, 128])?;
         let mut encoder = device.encoder()?;
         for layer in 0..32 {
@@ -53,7 +54,10 @@ fn main() -> Result<()> {
         times[1].push(timed(|| write(&plain, bytes))?);
         cold &= forget(&saved)?;
         let mut loaded = vec![];
-        times[2].push(timed(|| Ok(loaded = target.load(&saved, b"model")?))?);
+        times[2].push(timed(|| {
+            loaded = target.load(&saved, b"model")?;
+            Ok(())
+        })?);
         cold &= forget(&plain)?;
         times[3].push(timed(|| read(&plain))?);
         for sequence in loaded {
@@ -81,7 +85,7 @@ fn timed(run: impl FnOnce() -> Result<()>) -> Result<f64> {
 }
 
 fn write(path: &Path, bytes: u64) -> Result<()> {
-    let chunk: Vec<u8> = (0..CHUNK).map(|i| (i * 31 >> 3) as u8).collect();
+    let chunk: Vec<u8> = (0..CHUNK).map(|i| ((i * 31) >> 3) as u8).collect();
     let mut file = File::create(path)?;
     let mut left = bytes as usize;
     while left > 0 {
