@@ -3,6 +3,8 @@
 use crate::config::LlamaConfig;
 use crate::error::Result;
 use candle_core::Tensor;
+use std::path::Path;
+use tqkv::cache::Label;
 use tqkv::ops::AttentionParams;
 use tqkv::{CacheConfig, DType, Device, KvCache, SequenceId};
 
@@ -41,6 +43,27 @@ impl SequenceCache {
     /// Forgets all tokens after the first `len`.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         Ok(self.cache.truncate(self.sequence, len)?)
+    }
+
+    /// Writes the sequence to a file; see [`KvCache::save`].
+    pub fn save<'a>(&self, path: &Path, label: impl Into<Label<'a>>) -> Result<()> {
+        Ok(self.cache.save(&[self.sequence], path, label)?)
+    }
+
+    /// Takes the sequence of a file in place of its own; see [`KvCache::load`]. On an error the cache holds what it held
+    /// before.
+    pub fn load(&mut self, path: &Path, fingerprint: &[u8]) -> Result<()> {
+        let loaded = self.cache.load(path, fingerprint)?;
+        let &[sequence] = &loaded[..] else {
+            for &sequence in &loaded {
+                self.cache.free_sequence(sequence)?;
+            }
+            let (what, expected) = ("sequences of the snapshot", "1".to_owned());
+            return Err(tqkv::Error::Mismatch { what, got: loaded.len(), expected }.into());
+        };
+        self.cache.free_sequence(self.sequence)?;
+        self.sequence = sequence;
+        Ok(())
     }
 
     /// Stores the keys and values of new tokens in one layer, `[tokens, kv_heads, head_dim]`, and attends with their

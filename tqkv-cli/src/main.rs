@@ -25,6 +25,7 @@ enum Command {
     Eval(commands::eval::Eval),
     Generate(commands::generate::Generate),
     Bench(commands::bench::Bench),
+    Snapshot(commands::snapshot::Command),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Eval(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Bench(command) => command.run(),
+        Command::Snapshot(command) => command.run(),
     };
     match result {
         Ok(code) => code,

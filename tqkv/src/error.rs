@@ -251,9 +251,114 @@ pub enum Error {
         /// Positions in layer 0.
         expected: usize,
     },
+    /// The bytes are no snapshot at all.
+    #[error("not a tqkv snapshot: it begins with {got:02x?}")]
+    NotASnapshot {
+        /// The first bytes, at most 8.
+        got: Vec<u8>,
+    },
+    /// A snapshot or its vectors were written by another version of the format.
+    #[error("{what} is {got}: expected {expected}")]
+    Version {
+        /// Which version.
+        what: &'static str,
+        /// The version found.
+        got: u32,
+        /// The version that this build reads.
+        expected: u32,
+    },
+    /// Stored bytes are not those that were written.
+    #[error("checksum of {part} is {got:016x}: expected {expected:016x}")]
+    Checksum {
+        /// Which bytes.
+        part: SnapshotPart,
+        /// The checksum of the bytes found.
+        got: u64,
+        /// The checksum stored with them.
+        expected: u64,
+    },
+    /// A snapshot ends too early.
+    #[error("the snapshot ends after {got} bytes: expected {expected}")]
+    Truncated {
+        /// Bytes there.
+        got: u64,
+        /// Bytes that the part read last needs, counted from the start.
+        expected: u64,
+    },
+    /// A file goes on after the snapshot.
+    #[error("the file holds {got} bytes: expected {expected} as the snapshot says")]
+    TrailingBytes {
+        /// Bytes of the file.
+        got: u64,
+        /// Bytes of the snapshot.
+        expected: u64,
+    },
+    /// A count in a snapshot that no snapshot can have, or that contradicts the rest of it.
+    #[error("{what} of the snapshot is {got}: expected {expected}")]
+    Absurd {
+        /// Which count.
+        what: &'static str,
+        /// What is stored.
+        got: u64,
+        /// The rule.
+        expected: String,
+    },
+    /// A snapshot of another model.
+    #[error("the snapshot's model fingerprint is {got}: expected {expected}")]
+    Fingerprint {
+        /// The fingerprint stored, as text if it is text, else in hexadecimal.
+        got: String,
+        /// The caller's.
+        expected: String,
+    },
+    /// A snapshot of a cache of another shape.
+    #[error("{what} of the snapshot is {got}: expected {expected} as in the cache")]
+    Geometry {
+        /// Which property, with its layer.
+        what: String,
+        /// As stored.
+        got: String,
+        /// As in the cache.
+        expected: String,
+    },
+    /// A file or stream failed.
+    #[error("{path}: {message}")]
+    Io {
+        /// The file, or what kind of stream.
+        path: String,
+        /// The kind of failure.
+        kind: std::io::ErrorKind,
+        /// The system's words.
+        message: String,
+    },
+}
+
+/// The parts of a snapshot that have a checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SnapshotPart {
+    /// Everything before the pages.
+    Header,
+    /// A page, counted from 0.
+    Page(usize),
+    /// The list of all other checksums.
+    Whole,
+}
+
+impl std::fmt::Display for SnapshotPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SnapshotPart::Header => f.write_str("the snapshot's header"),
+            SnapshotPart::Page(page) => write!(f, "page {page} of the snapshot"),
+            SnapshotPart::Whole => f.write_str("the whole snapshot"),
+        }
+    }
 }
 
 impl Error {
+    pub(crate) fn io(path: impl Into<String>, error: &std::io::Error) -> Self {
+        Error::Io { path: path.into(), kind: error.kind(), message: error.to_string() }
+    }
+
     pub(crate) fn shape(what: &'static str, got: &[usize], expected: impl Into<String>) -> Self {
         Error::Shape { what, got: got.to_vec(), expected: expected.into() }
     }

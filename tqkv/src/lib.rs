@@ -6,7 +6,7 @@
 //! | [`mod@reference`] | the naive oracle that judges every backend |
 //! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
 //! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
-//! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate |
+//! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate, fork, save, load |
 //! | [`mlx`] | mlx-native's names and argument order over `ops`, so that its callers can move |
 
 #![deny(missing_docs)]
@@ -20,9 +20,11 @@ pub mod mlx;
 pub mod ops;
 pub mod reference;
 
-pub use cache::{CacheConfig, KvCache, SequenceId};
+#[cfg(feature = "prefix-store")]
+pub use cache::PrefixStore;
+pub use cache::{CacheConfig, KvCache, SequenceId, Snapshot};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
-pub use error::{Error, Result};
+pub use error::{Error, Result, SnapshotPart};
 pub use format::{Codec, CodecPair};
 /// The wgpu that [`Device::from_wgpu`] and [`Buffer::from_wgpu`] speak of.
 #[cfg(feature = "wgpu")]

@@ -39,6 +39,10 @@ enum Step {
     Truncate(usize, usize),
     Free(usize),
     Check(usize),
+    /// A prefix of a sequence, or everything, is written aside.
+    Save(Option<(usize, usize)>),
+    /// What was written last comes back beside what is there.
+    Load,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -50,7 +54,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any.clone().prop_map(Step::Fork),
         3 => (any.clone(), 0..30usize).prop_map(|(s, n)| Step::Truncate(s, n)),
         1 => any.clone().prop_map(Step::Free),
-        1 => any.prop_map(Step::Check),
+        1 => any.clone().prop_map(Step::Check),
+        2 => prop::option::weighted(0.7, (any, 0..30usize)).prop_map(Step::Save),
+        2 => Just(Step::Load),
     ]
 }
 
@@ -79,13 +85,15 @@ struct Model {
     /// Tokens of every sequence, and the oldest position that the windowed layer must still hold.
     sequences: Vec<(SequenceId, Vec<u64>)>,
     next_token: u64,
+    /// The last snapshot, and the tokens of its sequences.
+    saved: Option<(Vec<u8>, Vec<Vec<u64>>)>,
     decoded: HashMap<(u64, usize, bool), Vec<f32>>,
 }
 
 impl Model {
     fn new(device: &Device) -> Model {
         let cache = KvCache::new(device, config()).unwrap();
-        Model { cache, sequences: vec![], next_token: 0, decoded: HashMap::new() }
+        Model { cache, sequences: vec![], next_token: 0, saved: None, decoded: HashMap::new() }
     }
 
     fn decoded(&mut self, token: u64, layer: usize, side: Side) -> &[f32] {
@@ -141,6 +149,49 @@ impl Model {
                     self.check(s);
                 }
             }
+            Step::Save(prefix) => self.save(prefix),
+            Step::Load => self.load(),
+        }
+    }
+
+    fn save(&mut self, prefix: Option<(usize, usize)>) {
+        let prefixes: Vec<(SequenceId, Vec<u64>)> = match prefix {
+            None => self.sequences.clone(),
+            Some((s, n)) => {
+                let Some(s) = self.pick(s) else { return };
+                let (id, tokens) = &self.sequences[s];
+                vec![(*id, tokens[..tokens.len().saturating_sub(n)].to_vec())]
+            }
+        };
+        let lens: Vec<_> = prefixes.iter().map(|(id, tokens)| (*id, tokens.len())).collect();
+        let mut bytes = vec![];
+        match self.cache.write_snapshot(&lens, &mut bytes, b"model") {
+            Ok(()) => self.saved = Some((bytes, prefixes.into_iter().map(|p| p.1).collect())),
+            // Only what the window has dropped may stand in the way.
+            Err(Error::Positions { start, first, .. }) => assert!(prefix.is_some() && start < first),
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn load(&mut self) {
+        let Some((bytes, all)) = self.saved.clone().filter(|(_, all)| self.sequences.len() + all.len() <= 10) else {
+            return;
+        };
+        let before = self.cache.usage();
+        match self.cache.read_snapshot(&bytes[..], b"model") {
+            Ok(ids) => {
+                // What was just written again must be the same bytes, whatever pages it now lies in.
+                let lens: Vec<_> = ids.iter().zip(&all).map(|(&id, tokens)| (id, tokens.len())).collect();
+                let mut again = vec![];
+                self.cache.write_snapshot(&lens, &mut again, b"model").unwrap();
+                assert!(again == bytes, "another snapshot after loading");
+                self.sequences.extend(ids.into_iter().zip(all));
+            }
+            Err(Error::OutOfPages { needed, free, .. }) => {
+                assert!(needed > free, "{needed} pages are free");
+                assert_eq!(self.cache.usage(), before);
+            }
+            Err(e) => panic!("{e}"),
         }
     }
 

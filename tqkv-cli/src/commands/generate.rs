@@ -1,13 +1,16 @@
 //! `tqkv generate`
 
+use crate::commands::snapshot::{Saved, fingerprint};
 use crate::{codecs, output};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tqkv::{CodecPair, Device};
+use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{GenerateOptions, Llama, SequenceCache, StopReason, Vocabulary, generate};
+
+const DEFAULT_CODEC: CodecPair = CodecPair { key: Codec::tq(5), value: Codec::tq(4) };
 
 /// Generates text with a Llama model on a compressed cache.
 #[derive(clap::Args)]
@@ -15,12 +18,13 @@ pub struct Generate {
     /// Hugging Face directory of a Llama model
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Text to continue
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
+    /// Text to continue; with --load it follows what was saved
+    #[arg(long, value_name = "TEXT", required_unless_present = "load")]
+    prompt: Option<String>,
     /// Codec of the cache: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys and Y for values (2 to 8)
-    #[arg(long, value_name = "CODEC", default_value = "k5v4", value_parser = codecs::parse)]
-    codec: CodecPair,
+    /// [default: k5v4, or that of the file to load]
+    #[arg(long, value_name = "CODEC", value_parser = codecs::parse)]
+    codec: Option<CodecPair>,
     /// Tokens to generate at most
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -33,6 +37,12 @@ pub struct Generate {
     /// Device of the cache: cpu, wgpu, wgpu:N, cuda or cuda:N
     #[arg(long, value_name = "D", default_value = "cpu")]
     device: String,
+    /// Save the cache and its tokens when done
+    #[arg(long, value_name = "F")]
+    save: Option<PathBuf>,
+    /// Go on where a saved generation ended, on whatever device it ran
+    #[arg(long, value_name = "F")]
+    load: Option<PathBuf>,
     /// Print one JSON object instead of the text as it comes
     #[arg(long)]
     json: bool,
@@ -57,14 +67,31 @@ impl Generate {
         let device = Device::open(&self.device)?;
         let model = Llama::load(&self.model).context("cannot load the model")?;
         let vocabulary = Vocabulary::load(&self.model, model.config())?;
-        let prompt = vocabulary.encode_prompt(&self.prompt)?;
+        let model_id =
+            if self.save.is_some() || self.load.is_some() { fingerprint(&self.model)? } else { String::new() };
+        let prompt = self.prompt.as_deref().unwrap_or_default();
+        let loaded = self.load.as_deref().map(Saved::open).transpose()?;
+        let (mut tokens, codec, known) = match loaded {
+            Some((Saved { mut tokens }, codec)) => {
+                let known = tokens.len();
+                tokens.extend(vocabulary.encode(prompt.as_bytes())?.tokens);
+                (tokens, self.codec.unwrap_or(codec), known)
+            }
+            None => (vocabulary.encode_prompt(prompt)?, self.codec.unwrap_or(DEFAULT_CODEC), 0),
+        };
         if self.max_tokens == 0 {
             bail!("--max-tokens is 0, expected at least 1");
         }
         // Room for what can come, and not for the whole context.
-        let capacity = prompt.len().saturating_add(self.max_tokens).min(model.config().max_position_embeddings);
-        let config = model.config().cache_config().codec(self.codec).capacity(capacity);
+        let capacity = tokens.len().saturating_add(self.max_tokens).min(model.config().max_position_embeddings);
+        let config = model.config().cache_config().codec(codec).capacity(capacity);
         let mut cache = SequenceCache::new(&device, config, model.config())?;
+        if let Some(path) = &self.load {
+            cache.load(path, model_id.as_bytes()).with_context(|| path.display().to_string())?;
+            // Logits are not saved: at least the last token runs again.
+            cache.truncate(cache.tokens()?.min(tokens.len().saturating_sub(1)))?;
+        }
+        let prompt = tokens.get(cache.tokens()?..).unwrap_or_default();
 
         let options = GenerateOptions {
             max_tokens: self.max_tokens,
@@ -73,13 +100,17 @@ impl Generate {
             ..GenerateOptions::default()
         };
         let mut decoder = vocabulary.decoder();
+        // What was written before may end within a character.
+        for &token in &tokens[..known] {
+            decoder.push(token)?;
+        }
         let mut text = String::new();
         let mut failure = None;
         let mut emit = |piece: String| {
             text.push_str(&piece);
             if self.json { Ok(()) } else { output::print(&piece) }
         };
-        let generated = generate(&model, &mut cache, &prompt, &options, |token| {
+        let generated = generate(&model, &mut cache, prompt, &options, |token| {
             match decoder.push(token).map_err(anyhow::Error::from).and_then(&mut emit) {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(error) => {
@@ -92,11 +123,15 @@ impl Generate {
             return Err(failure);
         }
         emit(decoder.finish())?;
+        if let Some(path) = &self.save {
+            tokens.extend(&generated.tokens);
+            Saved { tokens }.write(&cache, path, &model_id)?;
+        }
 
         // What f16 would take for as many pages.
         let held = cache.kv().usage().used;
         let bits = |codec: CodecPair| codec.bits_per_element(model.config().head_dim);
-        let f16 = held as f64 / bits(self.codec)? * bits(CodecPair::both(tqkv::Codec::F16))?;
+        let f16 = held as f64 / bits(codec)? * bits(CodecPair::both(Codec::F16))?;
         let report = Report {
             text,
             stop: match generated.stop {
@@ -105,7 +140,7 @@ impl Generate {
                 StopReason::ContextFull => "context_full",
                 StopReason::Callback => "interrupted",
             },
-            codec: self.codec.to_string(),
+            codec: codec.to_string(),
             device: device.to_string(),
             prompt_tokens: generated.prompt_tokens,
             tokens: generated.tokens.len(),

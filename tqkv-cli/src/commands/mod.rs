@@ -5,4 +5,5 @@ pub mod demo;
 pub mod devices;
 pub mod eval;
 pub mod generate;
+pub mod snapshot;
 pub mod verify;

@@ -2,8 +2,14 @@
 
 mod config;
 mod pages;
+#[cfg(feature = "prefix-store")]
+mod prefix_store;
+mod snapshot;
 
 pub use config::{CacheConfig, LayerKind};
+#[cfg(feature = "prefix-store")]
+pub use prefix_store::{FoundPrefix, PrefixStore, StoredPrefix};
+pub use snapshot::{Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
@@ -104,7 +110,7 @@ struct Sequence {
 }
 
 /// A sequence's pages in one group.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Held {
     /// Pages dropped at the front: `pages[i]` holds the positions of page `base + i`.
     base: usize,
@@ -474,15 +480,7 @@ impl KvCache {
     /// the next token would see.
     pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         let page_size = self.config.positions_per_page();
-        let Sequence { held, lens } = self.sequence(sequence)?;
-        for (group, held) in self.groups.iter().zip(held) {
-            let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
-            let (first, next) = (held.base * page_size, len.saturating_add(1));
-            let seen = next.saturating_sub(group.window.unwrap_or(next));
-            if len > shortest || seen < first {
-                return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
-            }
-        }
+        self.expect_prefix(sequence, len)?;
         let Some(Sequence { held, lens }) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         for (group, held) in self.groups.iter_mut().zip(held) {
             let keep = (len.div_ceil(page_size) - held.base).min(held.pages.len());
@@ -491,6 +489,21 @@ impl KvCache {
         // A shared layer has no length of its own.
         lens.iter_mut().for_each(|n| *n = (*n).min(len));
         self.version += 1;
+        Ok(())
+    }
+
+    /// Fails unless a sequence could go on after its first `len` positions.
+    fn expect_prefix(&self, sequence: SequenceId, len: usize) -> Result<()> {
+        let page_size = self.config.positions_per_page();
+        let Sequence { held, lens } = self.sequence(sequence)?;
+        for (group, held) in self.groups.iter().zip(held) {
+            let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
+            let next = len.saturating_add(1);
+            let (first, seen) = (held.base * page_size, next.saturating_sub(group.window.unwrap_or(next)));
+            if len > shortest || seen < first {
+                return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
+            }
+        }
         Ok(())
     }
 

@@ -1,0 +1,194 @@
+//! `tqkv snapshot`, and what `tqkv generate` saves.
+
+use crate::output;
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tqkv::cache::{Label, LayerKind};
+use tqkv::{CodecPair, Snapshot};
+use tqkv_candle::SequenceCache;
+use xxhash_rust::xxh3::Xxh3Default;
+
+/// Looks at saved caches
+#[derive(clap::Args)]
+pub struct Command {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// Say what a saved cache holds, from its header alone
+    Inspect(File),
+    /// Compare every byte of a saved cache with its checksums; exit status 1 if it is damaged
+    Verify(File),
+}
+
+#[derive(clap::Args)]
+struct File {
+    /// The file
+    #[arg(value_name = "F")]
+    file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    file: String,
+    bytes: u64,
+    model: String,
+    note_bytes: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    page_size: usize,
+    layers: Vec<Layer>,
+    pages: usize,
+    sequences: Vec<usize>,
+}
+
+#[derive(Serialize, PartialEq)]
+struct Layer {
+    codec: String,
+    kind: String,
+}
+
+#[derive(Serialize)]
+struct Verdict {
+    file: String,
+    whole: bool,
+    error: Option<String>,
+}
+
+impl Command {
+    pub fn run(self) -> Result<ExitCode> {
+        match self.action {
+            Action::Inspect(File { file, json }) => inspect(&file, json),
+            Action::Verify(File { file, json }) => verify(&file, json),
+        }
+    }
+}
+
+fn inspect(file: &Path, json: bool) -> Result<ExitCode> {
+    let snapshot = Snapshot::open(file)?;
+    let geometry = snapshot.geometry();
+    let layer = |layer: &tqkv::cache::LayerGeometry| Layer {
+        codec: CodecPair { key: layer.key.codec(), value: layer.value.codec() }.to_string(),
+        kind: match layer.kind {
+            LayerKind::Full => "full".to_owned(),
+            LayerKind::Window(window) => format!("window of {window}"),
+            LayerKind::Shared(with) => format!("shared with layer {with}"),
+        },
+    };
+    let report = Report {
+        file: file.display().to_string(),
+        bytes: snapshot.bytes(),
+        model: String::from_utf8_lossy(snapshot.fingerprint()).into_owned(),
+        note_bytes: snapshot.note().len(),
+        kv_heads: geometry.kv_heads,
+        head_dim: geometry.head_dim,
+        page_size: geometry.page_size,
+        layers: geometry.layers.iter().map(layer).collect(),
+        pages: snapshot.pages().count(),
+        sequences: snapshot.lens().collect(),
+    };
+    if json {
+        output::print_json(&report)?;
+    } else {
+        output::print(&report.text()?)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Report {
+    fn text(&self) -> Result<String> {
+        let mut text = String::new();
+        writeln!(text, "{}: {}", self.file, output::bytes(usize::try_from(self.bytes).unwrap_or(usize::MAX)))?;
+        writeln!(text, "model      {}", self.model)?;
+        writeln!(text, "geometry   {} KV heads of {}, pages of {}", self.kv_heads, self.head_dim, self.page_size)?;
+        // Layers that are alike in one line.
+        let mut first = 0;
+        for run in self.layers.chunk_by(|a, b| a == b) {
+            let last = first + run.len() - 1;
+            let numbers = if first == last { format!("{first}") } else { format!("{first}-{last}") };
+            writeln!(text, "layers     {numbers}: {}, {}", run[0].codec, run[0].kind)?;
+            first += run.len();
+        }
+        let lens: Vec<_> = self.sequences.iter().map(usize::to_string).collect();
+        writeln!(text, "sequences  {} of {} positions", lens.len(), lens.join(", "))?;
+        writeln!(text, "pages      {}", self.pages)?;
+        writeln!(text, "note       {} bytes", self.note_bytes)?;
+        Ok(text)
+    }
+}
+
+fn verify(file: &Path, json: bool) -> Result<ExitCode> {
+    let error = Snapshot::verify(file).err();
+    let whole = error.is_none();
+    let file = file.display().to_string();
+    if json {
+        output::print_json(&Verdict { file, whole, error: error.map(|e| e.to_string()) })?;
+    } else {
+        match error {
+            None => output::print(&format!("{file} is whole\n"))?,
+            Some(error) => bail!("{file}: {error}"),
+        }
+    }
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What `tqkv generate` keeps beside the cache: all tokens, of which the cache may lack the last.
+#[derive(Serialize, Deserialize)]
+pub struct Saved {
+    pub tokens: Vec<u32>,
+}
+
+impl Saved {
+    /// The tokens in a file, and the codecs of its cache.
+    pub fn open(path: &Path) -> Result<(Self, CodecPair)> {
+        let snapshot = Snapshot::open(path)?;
+        let saved: Saved = serde_json::from_slice(snapshot.note())
+            .with_context(|| format!("{} was not saved by tqkv generate", path.display()))?;
+        let lens: Vec<_> = snapshot.lens().collect();
+        let known = matches!(lens[..], [len] if len > 0 && (len..=len + 1).contains(&saved.tokens.len()));
+        ensure!(known, "{} holds {lens:?} positions, expected one sequence as long as its tokens", path.display());
+        let layer = snapshot.geometry().layers.first().context("no layers")?;
+        Ok((saved, CodecPair { key: layer.key.codec(), value: layer.value.codec() }))
+    }
+
+    pub fn write(&self, cache: &SequenceCache, path: &Path, model: &str) -> Result<()> {
+        let note = serde_json::to_vec(self)?;
+        Ok(cache.save(path, Label { model: model.as_bytes(), note: &note })?)
+    }
+}
+
+/// Which model a directory holds: a hash of its configuration and weights.
+pub fn fingerprint(model: &Path) -> Result<String> {
+    let mut files = vec![];
+    for entry in std::fs::read_dir(model).with_context(|| model.display().to_string())? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|n| n == "config.json") || path.extension().is_some_and(|e| e == "safetensors")
+        {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let mut hash = Xxh3Default::new();
+    let mut buffer = vec![0; 1 << 20];
+    for path in files {
+        let context = || path.display().to_string();
+        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+        let mut file = std::fs::File::open(&path).with_context(context)?;
+        loop {
+            match file.read(&mut buffer).with_context(context)? {
+                0 => break,
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    }
+    Ok(format!("xxh3-128:{:032x}", hash.digest128()))
+}

@@ -1,0 +1,461 @@
+//! Caches in files: save and load, whatever the backend. `docs/snapshot.md` describes every byte.
+
+mod geometry;
+mod header;
+mod transfer;
+
+pub use geometry::{Geometry, LayerGeometry};
+pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
+
+use super::{Held, KvCache, Sequence, SequenceId};
+use crate::error::{Error, Result, SnapshotPart};
+#[cfg(feature = "prefix-store")]
+pub(super) use geometry::GroupGeometry;
+use header::Saved;
+#[cfg(feature = "prefix-store")]
+pub(super) use header::encode_layer;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+pub(super) use transfer::Stored;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+
+/// Bytes that are in memory at once while pages are read or written; a single page may be larger.
+const CHUNK: u64 = 16 << 20;
+
+impl KvCache {
+    /// Writes sequences to a file: all of their positions, in the order given. Pages that several of them share are
+    /// written once and shared again after [`load`](KvCache::load).
+    ///
+    /// `label` says which model the vectors belong to, and what else the caller wants to find there: see [`Label`]. The file
+    /// depends on nothing else but content: not on page numbers, and not on the backend.
+    ///
+    /// The file appears at `path` whole or not at all: it is written beside it under another name (`.NAME.*.tmp`, which a
+    /// killed process leaves behind), flushed to the disk and renamed. Appends must have been submitted.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::RepeatedSequence`]; [`Error::UnevenLayers`] within a model step;
+    /// [`Error::Absurd`] for a label that is too long; [`Error::Io`]; what [`Buffer::read`](crate::Buffer::read)
+    /// says.
+    ///
+    /// ```
+    /// # use tqkv::{CacheConfig, Device, Error, KvCache};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let path = dir.path().join("chat.tqkv");
+    /// let mut cache = KvCache::new(&Device::cpu(), CacheConfig::new(2, 2, 64))?;
+    /// let seq = cache.add_sequence();
+    /// cache.save(&[seq], &path, b"llama-8b")?;
+    /// let copies = cache.load(&path, b"llama-8b")?;
+    /// assert_eq!(cache.len(copies[0])?, 0);
+    /// assert!(matches!(cache.load(&path, b"qwen-7b"), Err(Error::Fingerprint { .. })));
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn save<'a>(
+        &self,
+        sequences: &[SequenceId],
+        path: impl AsRef<Path>,
+        label: impl Into<Label<'a>>,
+    ) -> Result<()> {
+        let whole = sequences.iter().map(|&s| Ok((s, self.len(s)?))).collect::<Result<Vec<_>>>()?;
+        self.save_prefixes(&whole, path.as_ref(), label.into())
+    }
+
+    /// Writes every sequence to a file; the sequences returned are in the order in which [`load`](KvCache::load) gives them.
+    ///
+    /// # Errors
+    /// As [`save`](KvCache::save).
+    pub fn save_all<'a>(&self, path: impl AsRef<Path>, label: impl Into<Label<'a>>) -> Result<Vec<SequenceId>> {
+        let all: Vec<_> = self.sequences.keys().copied().collect();
+        self.save(&all, path, label)?;
+        Ok(all)
+    }
+
+    /// Writes the first `len` positions of a sequence to a file, as after [`truncate`](KvCache::truncate).
+    ///
+    /// # Errors
+    /// As [`save`](KvCache::save) and [`truncate`](KvCache::truncate).
+    pub fn save_prefix<'a>(
+        &self,
+        sequence: SequenceId,
+        len: usize,
+        path: impl AsRef<Path>,
+        label: impl Into<Label<'a>>,
+    ) -> Result<()> {
+        self.save_prefixes(&[(sequence, len)], path.as_ref(), label.into())
+    }
+
+    fn save_prefixes(&self, prefixes: &[(SequenceId, usize)], path: &Path, label: Label) -> Result<()> {
+        write_atomically(path, |file| self.write_snapshot(prefixes, file, label))
+    }
+
+    /// Writes the first positions of sequences, each with its number, to any stream; nothing is flushed.
+    ///
+    /// # Errors
+    /// As [`save_prefix`](KvCache::save_prefix). What was written by then is no snapshot.
+    pub fn write_snapshot<'a>(
+        &self,
+        prefixes: &[(SequenceId, usize)],
+        mut out: impl Write,
+        label: impl Into<Label<'a>>,
+    ) -> Result<()> {
+        let (snapshot, numbers) = self.snapshot(prefixes, label.into())?;
+        let header = snapshot.encode();
+        let failed = |e: io::Error| Error::io("snapshot", &e);
+        out.write_all(&header).map_err(failed)?;
+        let mut whole = Xxh3Default::new();
+        whole.update(&header[header.len() - 8..]);
+        let groups = snapshot.geometry.groups();
+        let mut chunk = vec![];
+        for (group, pages) in snapshot.chunks() {
+            let stored: Vec<_> = pages.iter().map(|p| p.stored(numbers[p.index])).collect();
+            chunk.clear();
+            chunk.resize(pages.iter().map(|p| p.bytes).sum(), 0);
+            self.download(group, &groups[group].layout, &stored, &mut chunk)?;
+            for page in pages {
+                let (payload, checksum) = chunk[page.at..page.at + page.bytes].split_at_mut(page.bytes - 8);
+                checksum.copy_from_slice(&xxh3_64(payload).to_le_bytes());
+                whole.update(checksum);
+            }
+            out.write_all(&chunk).map_err(failed)?;
+        }
+        out.write_all(&whole.digest().to_le_bytes()).map_err(failed)
+    }
+
+    /// What a snapshot of these prefixes says, and the pool's number of each of its pages.
+    fn snapshot(&self, prefixes: &[(SequenceId, usize)], label: Label) -> Result<(Snapshot, Vec<u32>)> {
+        let geometry = Geometry::of(self)?;
+        let page_size = geometry.page_size;
+        let (mut index, mut numbers, mut pages) = (HashMap::new(), vec![], vec![]);
+        let mut saved: Vec<Saved> = Vec::with_capacity(prefixes.len());
+        let mut seen = std::collections::HashSet::new();
+        for &(id, len) in prefixes {
+            if !seen.insert(id) {
+                return Err(Error::RepeatedSequence { got: id.0 });
+            }
+            self.len(id)?;
+            self.expect_prefix(id, len)?;
+            let mut held = vec![];
+            for (g, Held { base, pages: own }) in self.sequence(id)?.held.iter().enumerate() {
+                let own = &own[..len.div_ceil(page_size) - base];
+                let mut stored = Vec::with_capacity(own.len());
+                for (i, &page) in own.iter().enumerate() {
+                    let next = pages.len();
+                    let at = *index.entry((g, page)).or_insert(next);
+                    if at == next {
+                        pages.push((g as u32, 0));
+                        numbers.push(page);
+                    }
+                    let positions = (len - (base + i) * page_size).min(page_size) as u32;
+                    pages[at].1 = positions.max(pages[at].1);
+                    stored.push(at as u32);
+                }
+                held.push(Held { base: *base, pages: stored });
+            }
+            saved.push(Saved { len, held });
+        }
+        Ok((Snapshot::new(label, geometry, pages, saved)?, numbers))
+    }
+
+    /// Adds the sequences of a file to the cache, in the order in which they were saved. It may have been written on any
+    /// backend, by a cache of the same layers, codecs and page size.
+    ///
+    /// # Errors
+    /// [`Error::NotASnapshot`], [`Error::Version`], [`Error::Checksum`], [`Error::Truncated`], [`Error::TrailingBytes`],
+    /// [`Error::Absurd`] and, for codecs that do not exist, [`Error::Bits`], [`Error::HeadDim`], [`Error::Parameter`] or
+    /// [`Error::Zero`]; [`Error::Fingerprint`] for another model, [`Error::Geometry`] for another shape,
+    /// [`Error::OutOfPages`], [`Error::Io`]; what [`Buffer::write`](crate::Buffer::write) says. The cache is then as it was.
+    pub fn load(&mut self, path: impl AsRef<Path>, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
+        let (mut source, bytes) = Source::open(path.as_ref())?;
+        self.load_from(&mut source, Some(bytes), fingerprint)
+    }
+
+    /// As [`load`](KvCache::load), from any stream; reads to the end of the snapshot and no further.
+    ///
+    /// # Errors
+    /// As [`load`](KvCache::load), but what follows a snapshot is not looked at.
+    pub fn read_snapshot(&mut self, from: impl Read, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
+        self.load_from(&mut Source::new("snapshot", from), None, fingerprint)
+    }
+
+    fn load_from<R: Read>(
+        &mut self,
+        source: &mut Source<R>,
+        bytes: Option<u64>,
+        fingerprint: &[u8],
+    ) -> Result<Vec<SequenceId>> {
+        let (snapshot, checksum) = Snapshot::decode(source, bytes)?;
+        if snapshot.fingerprint != fingerprint {
+            let (got, expected) = (readable(&snapshot.fingerprint), readable(fingerprint));
+            return Err(Error::Fingerprint { got, expected });
+        }
+        snapshot.geometry.expect(&Geometry::of(self)?)?;
+        let mut needed = vec![0; self.groups.len()];
+        snapshot.pages.iter().for_each(|&(group, _)| needed[group as usize] += 1);
+        for (group, needed) in self.groups.iter().zip(needed) {
+            group.pages.expect_free(needed)?;
+        }
+        let mut numbers = Vec::with_capacity(snapshot.pages.len());
+        for &(group, _) in &snapshot.pages {
+            numbers.push(self.groups[group as usize].pages.take()?);
+        }
+        if let Err(error) = self.load_pages(source, &snapshot, checksum, &numbers) {
+            for (&(group, _), &page) in snapshot.pages.iter().zip(&numbers).rev() {
+                self.groups[group as usize].pages.release(page);
+            }
+            return Err(error);
+        }
+        let mut held_once = vec![false; numbers.len()];
+        let mut sequences = Vec::with_capacity(snapshot.sequences.len());
+        for Saved { len, mut held } in snapshot.sequences {
+            for (group, held) in self.groups.iter_mut().zip(&mut held) {
+                for page in &mut held.pages {
+                    let index = *page as usize;
+                    *page = numbers[index];
+                    if std::mem::replace(&mut held_once[index], true) {
+                        group.pages.share(*page);
+                    }
+                }
+            }
+            // A shared layer has no length of its own.
+            let lens = self.layers.iter().enumerate().map(|(l, layer)| if layer.source == l { len } else { 0 });
+            let lens = lens.collect();
+            sequences.push(self.insert(Sequence { held, lens }));
+        }
+        Ok(sequences)
+    }
+
+    /// Fills free pages; nobody sees them before all checksums agree.
+    fn load_pages<R: Read>(
+        &self,
+        source: &mut Source<R>,
+        snapshot: &Snapshot,
+        checksum: u64,
+        numbers: &[u32],
+    ) -> Result<()> {
+        let groups = snapshot.geometry.groups();
+        let mut whole = Xxh3Default::new();
+        whole.update(&checksum.to_le_bytes());
+        let mut chunk = vec![];
+        for (group, pages) in snapshot.chunks() {
+            chunk.resize(pages.iter().map(|p| p.bytes).sum(), 0);
+            source.read_exact(&mut chunk)?;
+            for page in &pages {
+                let (payload, stored) = chunk[page.at..page.at + page.bytes].split_at(page.bytes - 8);
+                expect_checksum(SnapshotPart::Page(page.index), xxh3_64(payload), stored)?;
+                whole.update(stored);
+            }
+            let stored: Vec<_> = pages.iter().map(|p| p.stored(numbers[p.index])).collect();
+            self.upload(group, &groups[group].layout, &stored, &chunk)?;
+        }
+        source.expect_whole(&whole)
+    }
+}
+
+impl Snapshot {
+    /// What a file holds; its pages are not looked at.
+    ///
+    /// # Errors
+    /// Those of [`KvCache::load`] that need no cache.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let (mut source, bytes) = Source::open(path.as_ref())?;
+        Ok(Snapshot::decode(&mut source, Some(bytes))?.0)
+    }
+
+    /// What a file holds, after a look at every byte: whoever has the model and room enough can load it.
+    ///
+    /// # Errors
+    /// As [`open`](Snapshot::open), and [`Error::Checksum`] with the first page that is damaged.
+    pub fn verify(path: impl AsRef<Path>) -> Result<Self> {
+        let (mut source, bytes) = Source::open(path.as_ref())?;
+        let (snapshot, checksum) = Snapshot::decode(&mut source, Some(bytes))?;
+        let mut whole = Xxh3Default::new();
+        whole.update(&checksum.to_le_bytes());
+        let mut buffer = vec![0; 1 << 20];
+        for (index, (_, _, bytes)) in snapshot.slots().enumerate() {
+            let (mut hash, mut left) = (Xxh3Default::new(), bytes - 8);
+            while left > 0 {
+                let part = left.min(buffer.len() as u64) as usize;
+                source.read_exact(&mut buffer[..part])?;
+                hash.update(&buffer[..part]);
+                left -= part as u64;
+            }
+            let mut stored = [0; 8];
+            source.read_exact(&mut stored)?;
+            expect_checksum(SnapshotPart::Page(index), hash.digest(), &stored)?;
+            whole.update(&stored);
+        }
+        source.expect_whole(&whole)?;
+        Ok(snapshot)
+    }
+
+    /// Which model its vectors belong to, in the words of whoever saved it.
+    pub fn fingerprint(&self) -> &[u8] {
+        &self.fingerprint
+    }
+
+    /// What else whoever saved it wanted to be found.
+    pub fn note(&self) -> &[u8] {
+        &self.note
+    }
+
+    /// The shape of the cache that it fits.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Positions of each sequence, those counted that windowed layers have dropped.
+    pub fn lens(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.sequences.iter().map(|s| s.len)
+    }
+
+    /// The oldest position of a sequence that a layer holds; `None` for a sequence or layer that is not there.
+    pub fn first(&self, sequence: usize, layer: usize) -> Option<usize> {
+        let layers = &self.geometry.layers;
+        let source = match layers.get(layer)?.kind {
+            crate::cache::LayerKind::Shared(source) => source,
+            _ => layer,
+        };
+        let group = self.geometry.groups().iter().position(|g| g.layers.contains(&source))?;
+        Some(self.sequences.get(sequence)?.held.get(group)?.base * self.geometry.page_size)
+    }
+
+    /// First byte and bytes of each stored page in the file, the checksum in the last 8 bytes counted.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.slots().map(|(_, start, bytes)| (start, bytes))
+    }
+
+    /// Bytes of the file.
+    pub fn bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Pages of one group that follow one another in the file, as many as fit a chunk and at least one.
+    fn chunks(&self) -> impl Iterator<Item = (usize, Vec<InChunk>)> {
+        let mut slots = self.slots().enumerate().peekable();
+        std::iter::from_fn(move || {
+            let &(_, (group, first, _)) = slots.peek()?;
+            let mut pages: Vec<InChunk> = vec![];
+            while let Some((index, (_, start, bytes))) = slots.next_if(|&(_, (g, start, bytes))| {
+                g == group && (start == first || start.saturating_add(bytes) - first <= CHUNK)
+            }) {
+                let positions = self.pages[index].1 as usize;
+                pages.push(InChunk { index, positions, at: (start - first) as usize, bytes: bytes as usize });
+            }
+            Some((group, pages))
+        })
+    }
+}
+
+/// A page of a chunk.
+struct InChunk {
+    /// Among the pages of the snapshot.
+    index: usize,
+    positions: usize,
+    /// First byte within the chunk, and bytes.
+    at: usize,
+    bytes: usize,
+}
+
+impl InChunk {
+    fn stored(&self, page: u32) -> Stored {
+        Stored { page, positions: self.positions, at: self.at }
+    }
+}
+
+/// A stream that says where it ended.
+struct Source<R> {
+    path: String,
+    inner: R,
+    /// Bytes read.
+    at: u64,
+}
+
+impl Source<File> {
+    /// A file and its size.
+    fn open(path: &Path) -> Result<(Self, u64)> {
+        let name = path.display().to_string();
+        let file = File::open(path).map_err(|e| Error::io(&name, &e))?;
+        let bytes = file.metadata().map_err(|e| Error::io(&name, &e))?.len();
+        Ok((Source::new(&name, file), bytes))
+    }
+}
+
+impl<R: Read> Source<R> {
+    fn new(path: &str, inner: R) -> Self {
+        Source { path: path.to_owned(), inner, at: 0 }
+    }
+
+    /// The next bytes, fewer at the end of the stream. Memory grows with what is there, not with what is asked for.
+    fn read_up_to(&mut self, n: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![];
+        self.inner.by_ref().take(n).read_to_end(&mut bytes).map_err(|e| Error::io(&self.path, &e))?;
+        self.at += bytes.len() as u64;
+        Ok(bytes)
+    }
+
+    fn read_exact(&mut self, mut out: &mut [u8]) -> Result<()> {
+        let expected = self.at + out.len() as u64;
+        while !out.is_empty() {
+            match self.inner.read(out) {
+                Ok(0) => return Err(Error::Truncated { got: self.at, expected }),
+                Ok(n) => {
+                    self.at += n as u64;
+                    out = &mut out[n..];
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(&self.path, &e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the last checksum.
+    fn expect_whole(&mut self, whole: &Xxh3Default) -> Result<()> {
+        let mut stored = [0; 8];
+        self.read_exact(&mut stored)?;
+        expect_checksum(SnapshotPart::Whole, whole.digest(), &stored)
+    }
+}
+
+fn expect_checksum(part: SnapshotPart, got: u64, stored: &[u8]) -> Result<()> {
+    let mut expected = [0; 8];
+    expected.copy_from_slice(stored);
+    let expected = u64::from_le_bytes(expected);
+    if got != expected {
+        return Err(Error::Checksum { part, got, expected });
+    }
+    Ok(())
+}
+
+/// A file that appears whole or not at all, and then stays.
+fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let failed = |e: io::Error| Error::io(path.display().to_string(), &e);
+    let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let prefix = format!(".{}.", name.to_string_lossy());
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".tmp");
+    // As any other new file: whatever the umask leaves.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(directory).map_err(failed)?;
+    write(file.as_file_mut()).map_err(|error| match error {
+        Error::Io { kind, message, .. } => Error::Io { path: path.display().to_string(), kind, message },
+        error => error,
+    })?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
+    // The new name too must outlive a power failure; only Unix lets a directory be flushed.
+    #[cfg(unix)]
+    File::open(directory).and_then(|d| d.sync_all()).map_err(failed)?;
+    Ok(())
+}
+
+/// Text as it is, anything else in hexadecimal.
+fn readable(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => format!("{text:?}"),
+        Err(_) => bytes.iter().map(|b| format!("{b:02x}")).collect(),
+    }
+}

@@ -1,0 +1,96 @@
+//! Pages between the device and stored form.
+
+use super::geometry::PageLayout;
+use crate::cache::KvCache;
+use crate::compute::{Buffer, DeviceKind};
+use crate::error::Result;
+
+/// A page in the pool, the positions that are stored of it, and where its stored form begins in the host's memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Stored {
+    pub page: u32,
+    pub positions: usize,
+    pub at: usize,
+}
+
+impl KvCache {
+    /// Copies pages of a group to the host in stored form; bytes between pieces are left as they are.
+    pub(crate) fn download(&self, group: usize, layout: &PageLayout, pages: &[Stored], out: &mut [u8]) -> Result<()> {
+        let mut staging = vec![];
+        for run in self.runs(pages) {
+            for (piece, buffer) in self.group_buffers(group).enumerate() {
+                let view = view(buffer, run)?;
+                let slot = |page: &Stored| layout.piece(page, piece);
+                if let [page] = run
+                    && page.positions == layout.page_size()
+                {
+                    view.read_bytes(&mut out[slot(page)])?;
+                    continue;
+                }
+                staging.resize(view.bytes(), 0);
+                view.read_bytes(&mut staging)?;
+                for (page, from) in run.iter().zip(staging.chunks_exact(view.bytes() / run.len())) {
+                    let heads = from.chunks_exact(from.len() / layout.kv_heads());
+                    let to = &mut out[slot(page)];
+                    let row = to.len() / layout.kv_heads();
+                    to.chunks_exact_mut(row).zip(heads).for_each(|(to, from)| to.copy_from_slice(&from[..row]));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies pages of a group from stored form to the device; positions that are not stored become zeros.
+    pub(crate) fn upload(&self, group: usize, layout: &PageLayout, pages: &[Stored], data: &[u8]) -> Result<()> {
+        let mut staging = vec![];
+        for run in self.runs(pages) {
+            for (piece, buffer) in self.group_buffers(group).enumerate() {
+                let view = view(buffer, run)?;
+                let slot = |page: &Stored| layout.piece(page, piece);
+                if let [page] = run
+                    && page.positions == layout.page_size()
+                {
+                    view.write_bytes(&data[slot(page)])?;
+                    continue;
+                }
+                staging.clear();
+                staging.resize(view.bytes(), 0);
+                for (page, to) in run.iter().zip(staging.chunks_exact_mut(view.bytes() / run.len())) {
+                    let heads = to.len() / layout.kv_heads();
+                    let from = &data[slot(page)];
+                    let row = from.len() / layout.kv_heads();
+                    let rows = from.chunks_exact(row).zip(to.chunks_exact_mut(heads));
+                    rows.for_each(|(from, to)| to[..row].copy_from_slice(from));
+                }
+                view.write_bytes(&staging)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The codes and scales of a group's layers, in the order of a page's pieces.
+    fn group_buffers(&self, group: usize) -> impl Iterator<Item = &Buffer> {
+        let layers = self.groups[group].layers.iter().map(|&l| &self.layers[l]);
+        layers.flat_map(|l| l.key.buffers().chain(l.value.buffers()))
+    }
+
+    /// Pages that follow one another in the pool go in one transfer; on the CPU that would only cost a copy.
+    fn runs<'a>(&self, pages: &'a [Stored]) -> impl Iterator<Item = &'a [Stored]> {
+        let alone = self.device.info().kind == DeviceKind::Cpu;
+        pages.chunk_by(move |a, b| !alone && a.page + 1 == b.page)
+    }
+}
+
+/// The pages of a run, which is never empty.
+fn view(buffer: &Buffer, run: &[Stored]) -> Result<Buffer> {
+    let first = run[0].page as usize;
+    buffer.slice(first..first + run.len())
+}
+
+impl PageLayout {
+    /// Where a piece of a stored page lies.
+    fn piece(&self, page: &Stored, piece: usize) -> std::ops::Range<usize> {
+        let (start, bytes, _) = self.pieces(page.positions).nth(piece).unwrap_or_default();
+        page.at + start as usize..page.at + (start + bytes) as usize
+    }
+}

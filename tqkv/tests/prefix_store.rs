@@ -1,0 +1,314 @@
+//! Prefixes in an object store: found, shared by threads, damaged, evicted.
+
+mod support;
+
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::{ObjectStore, ObjectStoreExt};
+use std::sync::Arc;
+use support::*;
+use tqkv::cache::{LayerKind, Side};
+use tqkv::ops::{Domain, RowOrder};
+use tqkv::{CacheConfig, DType, Device, Error, KvCache, PrefixStore, SequenceId};
+
+const PAGE: usize = 8;
+const WINDOW: usize = 20;
+
+/// A full layer of each of two codecs, a windowed one, and a shared one.
+fn config() -> CacheConfig {
+    CacheConfig::new(4, 2, 32)
+        .codec("k5v4".parse().unwrap())
+        .codec_at(1, "seed4".parse().unwrap())
+        .kind_at(2, LayerKind::Window(WINDOW))
+        .kind_at(3, LayerKind::Shared(0))
+        .page_size(PAGE)
+        .capacity(512)
+}
+
+fn cache(config: CacheConfig) -> KvCache {
+    KvCache::new(&Device::cpu(), config).unwrap()
+}
+
+/// Appends tokens whose vectors are a function of the token and its layer.
+fn append(cache: &mut KvCache, sequence: SequenceId, tokens: &[u32]) {
+    let (device, config) = (cache.device().clone(), cache.config().clone());
+    let shape = [tokens.len(), config.kv_heads(), config.head_dim()];
+    run(&device, |encoder| {
+        for layer in 0..config.layers() {
+            if matches!(config.layer_kind(layer), LayerKind::Shared(_)) {
+                continue;
+            }
+            let input = |side: u64| {
+                let row = |&t: &u32| Rng(t as u64 * 64 + layer as u64 * 2 + side).normals(shape[1] * shape[2]);
+                device.upload(&tokens.iter().flat_map(row).collect::<Vec<f32>>(), &shape).unwrap()
+            };
+            cache.append(encoder, layer, &[(sequence, tokens.len())], &input(0), &input(1))?;
+        }
+        Ok(())
+    });
+}
+
+/// A sequence of these tokens, as a model makes it: the prompt in chunks.
+fn prefill(cache: &mut KvCache, tokens: &[u32]) -> SequenceId {
+    let sequence = cache.add_sequence();
+    tokens.chunks(16).for_each(|chunk| append(cache, sequence, chunk));
+    sequence
+}
+
+/// What can be decoded by layer and side, as far back as the next token sees.
+fn decoded(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
+    let (device, len, config) = (cache.device().clone(), cache.len(sequence).unwrap(), cache.config().clone());
+    let mut all = vec![];
+    for layer in 0..config.layers() {
+        let seen = if let LayerKind::Window(w) = config.layer_kind(layer) { w.min(len) } else { len };
+        for side in [Side::Key, Side::Value] {
+            let out = device.zeros(DType::F32, &[seen, config.kv_heads(), config.head_dim()]).unwrap();
+            let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
+            run(&device, |e| cache.dequantize(e, layer, side, sequence, len - seen..len, domain, order, &out));
+            all.push(out.read::<f32>().unwrap().into_iter().map(f32::to_bits).collect());
+        }
+    }
+    all
+}
+
+fn tokens(seed: u32, n: usize) -> Vec<u32> {
+    (0..n as u32).map(|i| i * 7 + seed * 1000).collect()
+}
+
+/// Puts while the window still holds everything that later prefixes need.
+fn put(store: &PrefixStore, tokens: &[u32]) {
+    let mut cache = cache(config());
+    let sequence = cache.add_sequence();
+    for (i, chunk) in tokens.chunks(PAGE).enumerate() {
+        append(&mut cache, sequence, chunk);
+        store.put(&cache, sequence, &tokens[..i * PAGE + chunk.len()], b"model").unwrap();
+    }
+}
+
+/// The length found, after a look at the content.
+fn found(store: &PrefixStore, tokens: &[u32]) -> usize {
+    let mut cache = cache(config());
+    let Some(found) = store.get(&mut cache, tokens, b"model").unwrap() else {
+        assert_eq!(cache.usage().used, 0);
+        return 0;
+    };
+    assert_eq!(cache.len(found.sequence), Ok(found.len));
+    let fresh = prefill(&mut cache, &tokens[..found.len]);
+    assert_eq!(decoded(&mut cache, found.sequence), decoded(&mut cache, fresh), "{} tokens", found.len);
+    // The last token may be taken back and run again for its logits, and the rest follows.
+    cache.truncate(found.sequence, found.len - 1).unwrap();
+    append(&mut cache, found.sequence, &tokens[found.len - 1..]);
+    append(&mut cache, fresh, &tokens[found.len..]);
+    assert_eq!(decoded(&mut cache, found.sequence), decoded(&mut cache, fresh));
+    found.len
+}
+
+/// The body on each kind of store.
+fn stores(body: impl Fn(Arc<dyn ObjectStore>)) {
+    body(Arc::new(InMemory::new()));
+    let dir = tempfile::tempdir().unwrap();
+    body(Arc::new(LocalFileSystem::new_with_prefix(dir.path()).unwrap()));
+}
+
+/// Everything under the store.
+fn objects(store: &Arc<dyn ObjectStore>) -> Vec<object_store::path::Path> {
+    use futures_util::TryStreamExt;
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let all = runtime.block_on(store.list(None).try_collect::<Vec<_>>()).unwrap();
+    all.into_iter().map(|meta| meta.location).collect()
+}
+
+#[test]
+fn the_longest_stored_prefix_is_found() {
+    stores(|inner| {
+        let store = PrefixStore::new(inner.clone(), "caches/here").unwrap();
+        let long = tokens(1, 100);
+        assert_eq!(found(&store, &long), 0);
+        put(&store, &long[..45]);
+        assert_eq!(found(&store, &long), 40);
+        assert_eq!(found(&store, &long[..39]), 32);
+        assert_eq!(found(&store, &long[..7]), 0);
+        let mut other = long.clone();
+        other[20] += 1;
+        assert_eq!(found(&store, &other), 16);
+        put(&store, &long);
+        assert_eq!(found(&store, &long), 96);
+        assert_eq!(found(&store, &[&long[..], &other].concat()), 96);
+
+        // Putting again writes nothing.
+        let mut cache = cache(config());
+        let sequence = prefill(&mut cache, &long);
+        let before = objects(&inner).len();
+        let again = store.put(&cache, sequence, &long, b"model").unwrap();
+        assert_eq!((again.len, again.written), (96, 0));
+        assert_eq!(objects(&inner).len(), before);
+        assert!(matches!(
+            store.put(&cache, sequence, &[&long[..], &[1]].concat(), b"model"),
+            Err(Error::Positions { end: 101, len: 100, .. })
+        ));
+
+        // Another model, other codecs, another page size: other names.
+        let get = |config: CacheConfig, model: &[u8]| store.get(&mut self::cache(config), &long, model).unwrap();
+        assert!(get(config(), b"model").is_some());
+        assert!(get(config(), b"models").is_none());
+        assert!(get(config().codec_at(1, "seed5".parse().unwrap()), b"model").is_none());
+        assert!(get(config().kind_at(2, LayerKind::Window(WINDOW + 1)), b"model").is_none());
+        assert!(get(config().page_size(16), b"model").is_none());
+    });
+}
+
+#[test]
+fn a_prompt_past_its_window_is_found_at_its_end() {
+    let store = PrefixStore::new(Arc::new(InMemory::new()), "").unwrap();
+    let long = tokens(2, 96);
+    let mut cache = cache(config());
+    let sequence = prefill(&mut cache, &long);
+    assert_eq!(store.put(&cache, sequence, &long, b"model").unwrap().len, 96);
+    assert_eq!(found(&store, &[&long[..], &[1, 2, 3]].concat()), 96);
+    // The windowed layer's pages for this one were dropped before they could be stored.
+    assert_eq!(found(&store, &long[..50]), 0);
+}
+
+#[test]
+fn running_out_of_pages_changes_nothing() {
+    let store = PrefixStore::new(Arc::new(InMemory::new()), "").unwrap();
+    let long = tokens(3, 64);
+    put(&store, &long);
+    let mut small = cache(config().capacity(40));
+    let held = prefill(&mut small, &tokens(4, 10));
+    let (before, content) = (small.usage(), decoded(&mut small, held));
+    assert!(matches!(store.get(&mut small, &long, b"model"), Err(Error::OutOfPages { .. })));
+    assert_eq!((small.usage(), decoded(&mut small, held)), (before, content));
+    assert_eq!(store.get(&mut small, &long[..24], b"model").unwrap().unwrap().len, 24);
+}
+
+#[test]
+fn damaged_objects_end_the_prefix_and_are_replaced() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    stores(|inner| {
+        let store = PrefixStore::new(inner.clone(), "root").unwrap();
+        let long = tokens(5, 64);
+        put(&store, &long);
+        let mut rng = Rng(9);
+        let pages: Vec<_> = objects(&inner).into_iter().filter(|p| p.as_ref().contains("pages")).collect();
+        assert_eq!(pages.len(), 16);
+        for (i, path) in pages.iter().enumerate() {
+            let (whole, swapped) = runtime.block_on(async {
+                let other = inner.get(&pages[(i + 2) % 16]).await.unwrap().bytes().await.unwrap();
+                (inner.get(path).await.unwrap().bytes().await.unwrap().to_vec(), other.to_vec())
+            });
+            let bad = match i % 4 {
+                0 => {
+                    let mut bad = whole.clone();
+                    bad[rng.below(whole.len())] ^= 1 << rng.below(8);
+                    bad
+                }
+                1 => whole[..rng.below(whole.len())].to_vec(),
+                2 => [&whole[..], &[0]].concat(),
+                _ => swapped,
+            };
+            runtime.block_on(inner.put(path, bad.into())).unwrap();
+            let mut reader = cache(config());
+            let got = store.get(&mut reader, &long, b"model").unwrap();
+            if let Some(got) = got {
+                let fresh = prefill(&mut reader, &long[..got.len]);
+                assert_eq!(decoded(&mut reader, got.sequence), decoded(&mut reader, fresh));
+            }
+            // A full layer's page was read and found out; a windowed one only where the window reaches.
+            if got.is_none_or(|g| g.len < 64) {
+                assert!(got.is_none_or(|g| g.damaged == 1));
+                assert!(!objects(&inner).contains(path), "the damaged object is gone");
+                put(&store, &long);
+                assert_eq!(runtime.block_on(async { inner.get(path).await.unwrap().bytes().await.unwrap() }), whole);
+            } else {
+                runtime.block_on(inner.put(path, whole.into())).unwrap();
+            }
+            assert_eq!(found(&store, &long), 64);
+        }
+    });
+}
+
+#[test]
+fn least_recently_used_prefixes_go_first() {
+    stores(|inner| {
+        let [a, b] = [tokens(6, 40), tokens(7, 40)];
+        let shared: Vec<u32> = [&a[..16], &tokens(8, 24)].concat();
+        let unlimited = PrefixStore::new(inner.clone(), "x").unwrap();
+        let pause = || std::thread::sleep(std::time::Duration::from_millis(5));
+        for prompt in [&a, &b, &shared] {
+            put(&unlimited, prompt);
+            pause();
+        }
+        let block = unlimited.bytes().unwrap() / 13;
+        assert_eq!(unlimited.evict().unwrap(), 0);
+        // `a` is used again, so `b` is oldest: its end goes first, then its beginning.
+        assert_eq!(found(&unlimited, &a), 40);
+        let limited = |blocks: u64| PrefixStore::new(inner.clone(), "x").unwrap().limit(blocks * block);
+        assert_eq!(limited(12).evict().unwrap(), block);
+        assert_eq!((found(&unlimited, &a), found(&unlimited, &shared)), (40, 40));
+        pause();
+        assert_eq!(found(&unlimited, &b), 32);
+        pause();
+        assert_eq!(found(&unlimited, &a), 40);
+        // Now `shared` is oldest, but its beginning is also that of `a`.
+        limited(9).evict().unwrap();
+        assert_eq!((found(&unlimited, &shared), found(&unlimited, &b), found(&unlimited, &a)), (16, 32, 40));
+        // A put keeps the limit.
+        let store = limited(6);
+        put(&store, &tokens(9, 16));
+        assert!(store.bytes().unwrap() <= 6 * block);
+        assert_eq!(found(&store, &tokens(9, 16)), 16);
+        limited(0).evict().unwrap();
+        assert_eq!(unlimited.bytes().unwrap(), 0);
+        assert!(objects(&inner).len() <= 1, "{:?}", objects(&inner));
+    });
+}
+
+#[test]
+fn threads_share_a_store_that_is_too_small() {
+    stores(|inner| {
+        let prompts: Vec<Vec<u32>> = (0..4).map(|i| [&tokens(10, 24)[..], &tokens(20 + i, 24)].concat()).collect();
+        let block = {
+            let store = PrefixStore::new(inner.clone(), "y").unwrap();
+            put(&store, &prompts[0]);
+            store.bytes().unwrap() / 6
+        };
+        let hits: usize = std::thread::scope(|scope| {
+            let worker = |thread: u64| {
+                let (inner, prompts) = (inner.clone(), &prompts);
+                move || {
+                    // Each thread as a process of its own would.
+                    let store = PrefixStore::new(inner, "y").unwrap().limit(10 * block);
+                    let mut rng = Rng(thread);
+                    let mut hits = 0;
+                    for _ in 0..25 {
+                        let prompt = &prompts[rng.below(prompts.len())];
+                        match rng.below(2) {
+                            0 => put(&store, prompt),
+                            // Whatever the others remove meanwhile: what is found is right.
+                            _ => hits += (found(&store, prompt) > 0) as usize,
+                        }
+                    }
+                    hits
+                }
+            };
+            let threads: Vec<_> = (0..4).map(|t| scope.spawn(worker(t))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).sum()
+        });
+        assert!(hits > 0);
+    });
+}
+
+#[test]
+fn calls_from_async_code_do_not_panic() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let store = PrefixStore::new(Arc::new(InMemory::new()), "z").unwrap();
+        put(&store, &tokens(11, 16));
+        assert_eq!(found(&store, &tokens(11, 20)), 16);
+    });
+    let missing = std::io::ErrorKind::InvalidInput;
+    assert!(
+        matches!(PrefixStore::new(Arc::new(InMemory::new()), "a//b"), Err(Error::Io { kind, .. }) if kind == missing)
+    );
+}
