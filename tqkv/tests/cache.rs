@@ -280,7 +280,7 @@ impl Model {
                     let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
                     let want = reference::restore(&row(Side::Value), &reference::attention(&query, &keys, &values).0);
                     let error = relative_error(&out[r..r + D], &want);
-                    assert!(error <= attention_tolerance(&device, DType::F32), "layer {layer}: {error:e}");
+                    assert!(error <= attention_tolerance(&device, DType::F32, DType::F32), "layer {layer}: {error:e}");
                 }
             }
         }

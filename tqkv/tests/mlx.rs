@@ -396,7 +396,7 @@ fn attention_matches_the_oracle(device: &Device) {
                     let (want, _) = reference::attention(&query, &keys, &values);
                     let error = relative_error(got, &want);
                     assert!(
-                        error <= attention_tolerance(device, DType::F32),
+                        error <= attention_tolerance(device, DType::F32, DType::F32),
                         "d{d} b{bits} len {len} head {h}: {error:e}"
                     );
                 }

@@ -6,6 +6,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use tqkv::compute::DeviceKind;
 use tqkv::format::RowFormat;
 use tqkv::ops::{
     AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, attention, dequantize, quantize, rotate,
@@ -168,6 +169,8 @@ fn check_side(golden: &Golden, device: &Device, row: RowFormat, side: &str, chec
 }
 
 fn check_attention(golden: &Golden, device: &Device, row: RowFormat, checked: &mut Vec<Checked>) -> Result<()> {
+    // The golden vectors hold a huge key, whose scores f32 moves by some 1e-4; the CPU computes such scores in f64.
+    let tolerance = if device.info().kind == DeviceKind::Cpu { 1e-5 } else { 1e-4 };
     let head_dim = row.head_dim();
     let (kv_heads, positions) = golden.geometry("k.input", head_dim)?;
     let (key, value) =
@@ -193,12 +196,12 @@ fn check_attention(golden: &Golden, device: &Device, row: RowFormat, checked: &m
         let lse = poisoned(device, &[1, heads])?;
         run(device, |encoder| attention(encoder, &q, &key, &value, &batch, &params, &out, Some(&lse)))?;
         let expected = golden.f32(&format!("attn.{case}.out"), &[heads, head_dim])?;
-        checked.push(relative(format!("attn.{case}.out"), &out.read()?, &expected, head_dim, 1e-5));
+        checked.push(relative(format!("attn.{case}.out"), &out.read()?, &expected, head_dim, tolerance));
         let expected = golden.f32(&format!("attn.{case}.lse"), &[heads])?;
         // A logarithm: absolute where it is small.
         let errors = lse.read::<f32>()?.into_iter().zip(expected);
         let error = largest(errors.map(|(got, e)| f64::from((got - e).abs() / e.abs().max(1.0))));
-        checked.push((format!("attn.{case}.lse"), error, error <= 1e-5));
+        checked.push((format!("attn.{case}.lse"), error, error <= tolerance));
     }
     Ok(())
 }

@@ -43,7 +43,7 @@ fn check_for_metal(name: &str, source: &Source) {
     let (msl, _) = naga::back::msl::write_string(&module, &info, &options, &Default::default())
         .unwrap_or_else(|e| panic!("{name}: {e}"));
     // What naga adds to check accesses and to bound loops.
-    for check in ["_mslBufferSizes", "DefaultConstructible", "loop_bound"] {
+    for check in ["_buffer_sizes.", "DefaultConstructible", "loop_bound"] {
         assert!(!msl.contains(check), "{name}: {check} in\n{msl}");
     }
 }
