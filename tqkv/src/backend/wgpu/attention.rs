@@ -273,7 +273,7 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
 fn scores(b: &mut Builder, spec: &Spec, fetch: usize, rows: usize) {
     let row = spec.key.format();
     let d = row.head_dim();
-    // Elements between two exact additions; 64 would miss 1e-5 where scores reach the hundreds.
+    // Elements between two exact additions.
     let group = if d.is_multiple_of(32) { 32 } else { 16 };
     let (groups, fetches) = (d / group, group / fetch);
     b.push("    let slot = min(pos, to_pos - 1u) % a.slots;");
