@@ -252,7 +252,28 @@ fn a_reader_that_goes_away_is_an_error_and_no_panic() {
 
 #[test]
 fn bench_refuses_what_it_cannot_run() {
-    fails(&["bench", "--op", "sort"], &["sort", "quantize, dequantize, rotate, attention"]);
+    fails(&["bench", "--op", "sort"], &["sort", "quantize, append, dequantize"]);
     fails(&["bench", "--threads", "0"], &["threads is 0"]);
     fails(&["bench", "--device", "gpu"], &["\"gpu\""]);
+    fails(&["bench", "--shape", "1x3/2x64x9"], &["heads to be a multiple of kv_heads"]);
+    fails(&["bench", "--positions", "0"], &["--positions is 0"]);
+}
+
+#[test]
+fn bench_measures_every_operation() {
+    let small =
+        ["bench", "--json", "--cold", "1", "--positions", "64", "--shape", "2x4/2x64x10-100", "--codec", "k4v3"];
+    let operations = ["--op", "quantize,append,dequantize,restore,rotate,attention"];
+    let rows = json(&[&small[..], &operations].concat());
+    let names: Vec<_> = rows.iter().map(|row| row["op"].as_str().unwrap()).collect();
+    let decoding = ["dequantize_f32", "dequantize_f16", "restore_f32", "restore_f16"];
+    assert_eq!(names, [&["read", "copy", "quantize", "append"][..], &decoding, &["rotate", "attention"]].concat());
+    for row in &rows {
+        let number = |field: &str| row[field].as_f64().unwrap();
+        let per_s = number("bytes") / (number("ms") / 1e3) / 1e9;
+        assert!((number("gb_per_s") - per_s).abs() < 1e-6 * per_s, "{row}");
+        assert!(number("share_of_bandwidth") > 0.0 && number("max_rel_error") < 1e-3, "{row}");
+        assert!(row["shape"].is_string() && row["codec"].is_string() && row["threads"].is_number(), "{row}");
+    }
+    assert_eq!(rows.last().unwrap()["shape"], "2x4/2x64x10-100");
 }

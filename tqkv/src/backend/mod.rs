@@ -12,6 +12,7 @@ use crate::format::RowFormat;
 use crate::ops::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Memory of one allocation.
 pub(crate) enum Storage {
@@ -72,6 +73,12 @@ impl std::fmt::Debug for Plans {
 pub(crate) trait Recorder: Send {
     fn record(&mut self, op: Op) -> Result<()>;
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
+    /// Submits, waits, and says how long it took: by the device's clock if it has one, else by the host's.
+    fn submit_and_time(self: Box<Self>) -> Result<Duration> {
+        let started = Instant::now();
+        self.submit()?.wait()?;
+        Ok(started.elapsed())
+    }
 }
 
 /// Submitted work.

@@ -3,6 +3,7 @@
 use super::{Buffer, Device, KernelRegistry};
 use crate::backend::{Completion, Op, Recorder};
 use crate::error::{Error, Result};
+use std::time::Duration;
 
 /// Records operations in order. Nothing runs before [`submit`](CommandEncoder::submit); each operation sees what those
 /// before it wrote. An encoder that is dropped has run nothing.
@@ -84,6 +85,28 @@ impl CommandEncoder {
     /// As [`submit`](CommandEncoder::submit) and [`Submission::wait`].
     pub fn submit_and_wait(self) -> Result<()> {
         self.submit()?.wait()
+    }
+
+    /// Submits, waits, and returns how long the device was at it, from the first operation's start to the last one's end.
+    ///
+    /// CUDA measures between two events, wgpu between two timestamps where the adapter has them; elsewhere it is the host's
+    /// clock from submission to completion. So a short operation is better timed as one of many in an encoder.
+    ///
+    /// # Errors
+    /// As [`submit_and_wait`](CommandEncoder::submit_and_wait).
+    ///
+    /// ```
+    /// # let device = tqkv::Device::cpu();
+    /// let (from, to) = (device.zeros(tqkv::DType::F32, &[1024])?, device.zeros(tqkv::DType::F32, &[1024])?);
+    /// let mut encoder = device.encoder()?;
+    /// for _ in 0..10 {
+    ///     tqkv::ops::copy(&mut encoder, &from, &to)?;
+    /// }
+    /// println!("{:?} a copy", encoder.submit_and_time()? / 10);
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn submit_and_time(self) -> Result<Duration> {
+        self.recorder.submit_and_time()
     }
 }
 

@@ -6,6 +6,7 @@ use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 use sys::CUdevice_attribute_enum as Attribute;
 
 /// CUDA 12.0: the first driver that takes what NVRTC 12 compiles.
@@ -361,9 +362,18 @@ impl Stream {
 
     /// A mark behind all work enqueued so far.
     pub fn mark(self: &Arc<Self>) -> Result<Mark> {
+        self.mark_with(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// A mark that knows when the GPU came to it.
+    pub fn timed_mark(self: &Arc<Self>) -> Result<Mark> {
+        self.mark_with(sys::CUevent_flags_enum::CU_EVENT_DEFAULT)
+    }
+
+    fn mark_with(self: &Arc<Self>, flags: sys::CUevent_flags_enum) -> Result<Mark> {
         self.context.enter()?;
         let failed = |e| self.context.failed(e);
-        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
+        let event = result::event::create(flags).map_err(failed)?;
         let mark = Mark { stream: self.clone(), event };
         // SAFETY: both are alive.
         unsafe { result::event::record(event, self.raw) }.map_err(failed)?;
@@ -407,6 +417,14 @@ impl Mark {
         self.stream.context.enter()?;
         // SAFETY: the event is alive.
         unsafe { result::event::synchronize(self.event) }.map_err(|e| self.stream.context.failed(e))
+    }
+
+    /// The time from one timed mark to a later one, both passed.
+    pub fn until(&self, later: &Mark) -> Result<Duration> {
+        self.stream.context.enter()?;
+        // SAFETY: both events are alive.
+        let ms = unsafe { result::event::elapsed(self.event, later.event) };
+        ms.map(|ms| Duration::from_secs_f64(f64::from(ms) / 1e3)).map_err(|e| self.stream.context.failed(e))
     }
 }
 

@@ -23,6 +23,7 @@ use driver::{Context, Launch, Mark, Stream, lock};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tables::Tables;
 
 /// Blocks of the row kernels that a multiprocessor holds at once.
@@ -214,13 +215,25 @@ impl Recorder for CudaRecorder {
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
-        for prepared in &self.work {
-            match &prepared.work {
-                Work::Launch(launch) => self.gpu.stream.launch(launch)?,
-                Work::Copy { from, to, bytes } => self.gpu.stream.copy(*from, *to, *bytes)?,
-            }
-        }
+        self.enqueue()?;
         Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
+    }
+
+    fn submit_and_time(self: Box<Self>) -> Result<Duration> {
+        let start = self.gpu.stream.timed_mark()?;
+        self.enqueue()?;
+        let end = self.gpu.stream.timed_mark()?;
+        end.wait()?;
+        start.until(&end)
+    }
+}
+
+impl CudaRecorder {
+    fn enqueue(&self) -> Result<()> {
+        self.work.iter().try_for_each(|prepared| match &prepared.work {
+            Work::Launch(launch) => self.gpu.stream.launch(launch),
+            Work::Copy { from, to, bytes } => self.gpu.stream.copy(*from, *to, *bytes),
+        })
     }
 }
 

@@ -4,13 +4,10 @@ use super::attention::{Shape, Variant, plain_source};
 use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
 use super::tables::Cells;
-use crate::compute::{DType, Device, KernelSource};
+use crate::compute::{DType, Device};
 use crate::format::{Codec, RowFormat};
-use crate::ops::{
-    AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, Span, attention, dequantize, quantize,
-};
+use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;
-use std::time::Instant;
 
 /// Architectures, and the shared memory that a block can have there.
 const ARCHITECTURES: [(&str, usize); 6] = [
@@ -173,104 +170,6 @@ fn every_specialisation_compiles() {
         failures.extend(failed);
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-}
-
-/// Seconds of one of `repeats` operations that are submitted together, the best of five submissions.
-fn time(device: &Device, repeats: usize, record: impl Fn(&mut crate::CommandEncoder) -> crate::Result<()>) -> f64 {
-    let once = |n: usize| {
-        let mut encoder = device.encoder().unwrap();
-        (0..n).for_each(|_| record(&mut encoder).unwrap());
-        let start = Instant::now();
-        encoder.submit_and_wait().unwrap();
-        start.elapsed().as_secs_f64() / n as f64
-    };
-    once(2);
-    (0..5).map(|_| once(repeats)).fold(f64::INFINITY, f64::min)
-}
-
-/// Numbers for a developer, not a check: `cargo test --release -- --ignored --nocapture kernels_in_numbers`.
-#[test]
-#[ignore = "measures; needs a GPU"]
-fn kernels_in_numbers() {
-    let device = Device::open("cuda").unwrap();
-    println!("{:?}", device.info());
-    let read = r#"
-        extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* x, uint4* y, unsigned n) {
-            uint4 sum = make_uint4(0, 0, 0, 0);
-            unsigned step = gridDim.x * 512;
-            #pragma unroll 8
-            for (unsigned i = blockIdx.x * 512 + threadIdx.x; i < n; i += step) {
-                uint4 v = x[i];
-                sum.x ^= v.x, sum.y ^= v.y, sum.z ^= v.z, sum.w ^= v.w;
-            }
-            if (sum.x == 0x12345 && sum.y == 0x54321) y[0] = sum;
-        }"#;
-    device.kernels().register("read_all", KernelSource::Cuda(read.to_owned()));
-    let bytes = 1usize << 30;
-    let big = device.zeros(DType::U8, &[bytes]).unwrap();
-    let sink = device.zeros(DType::U8, &[16]).unwrap();
-    let n = (bytes / 16) as u32;
-    let t = time(&device, 10, |e| e.dispatch("read_all", [132 * 4, 1, 1], &[&big, &sink], &[n]));
-    let bandwidth = bytes as f64 / t;
-    println!("read: {:.2} TB/s", bandwidth / 1e12);
-    let report = |name: &str, bytes: usize, t: f64| {
-        let speed = bytes as f64 / t;
-        println!("{name}: {:.4} ms, {:.2} TB/s, {:.0} % of reading", t * 1e3, speed / 1e12, 100.0 * speed / bandwidth);
-    };
-
-    let (tokens, heads, d, page) = (32768usize, 8usize, 128usize, 64usize);
-    let pages: Vec<u32> = (0..(tokens / page) as u32).rev().collect();
-    let batch = Batch::new(&device, page, &[Span { first: 0, len: tokens, new: tokens, pages: &pages }]).unwrap();
-    // Some pattern that is no constant.
-    let noise: Vec<half::bf16> = (0..tokens * heads * d)
-        .map(|i| half::bf16::from_f32(((i * 2_654_435_761) % 1000) as f32 / 250.0 - 2.0))
-        .collect();
-    let (k, v) =
-        (device.upload(&noise, &[tokens, heads, d]).unwrap(), device.upload(&noise, &[tokens, heads, d]).unwrap());
-    for codec in [Codec::tq(4), Codec::tq(3), Codec::tq(8), Codec::seed(4)] {
-        let row = RowFormat::new(codec, d).unwrap();
-        let pools = [0, 1].map(|_| PagePool::new(&device, row, heads, page, tokens / page).unwrap());
-        let moved = 2 * tokens * heads * (2 * d + row.bytes());
-        let t = time(&device, 30, |e| quantize(e, &[(&k, &pools[0]), (&v, &pools[1])], &batch));
-        report(&format!("quantize {codec} K and V from bf16"), moved, t);
-        for dtype in [DType::F16, DType::F32] {
-            let out = device.zeros(dtype, &[tokens, heads, d]).unwrap();
-            let heads_first = out.reshape(&[heads, tokens, d]).unwrap();
-            for (domain, order) in [
-                (Domain::Rotated, RowOrder::TokenMajor),
-                (Domain::Original, RowOrder::TokenMajor),
-                (Domain::Original, RowOrder::HeadMajor),
-            ] {
-                let out = if order == RowOrder::TokenMajor { &out } else { &heads_first };
-                let t = time(&device, 30, |e| dequantize(e, &pools[0], &batch, 0, 0..tokens, domain, order, out));
-                let moved = tokens * heads * (row.bytes() + d * dtype.size());
-                report(&format!("dequantize {codec} to {dtype} {domain:?} {order:?}"), moved, t);
-            }
-        }
-    }
-    for (key, value) in [(4, 4), (3, 3), (8, 8)] {
-        let sequences = 8;
-        let pools = [key, value].map(|bits| {
-            let row = RowFormat::new(Codec::tq(bits), d).unwrap();
-            PagePool::new(&device, row, heads, page, sequences * tokens / page).unwrap()
-        });
-        let each = tokens / page;
-        let tables: Vec<Vec<u32>> =
-            (0..sequences).map(|s| (0..each).map(|i| (i * sequences + s) as u32).collect()).collect();
-        let spans: Vec<_> = tables.iter().map(|t| Span { first: 0, len: tokens, new: 1, pages: t }).collect();
-        let batch = Batch::new(&device, page, &spans).unwrap();
-        let q = device.upload(&vec![half::f16::ONE; sequences * 4 * heads * d], &[sequences, 4 * heads, d]).unwrap();
-        let out = device.zeros(DType::F16, &[sequences, 4 * heads, d]).unwrap();
-        let params = AttentionParams::for_head_dim(d);
-        let t = time(&device, 30, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out, None));
-        report(&format!("attention k{key}v{value}, 8 x 32768"), pools.iter().map(PagePool::bytes).sum(), t);
-        let t = time(&device, 30, |e| {
-            let spans = &spans[..1];
-            let batch = Batch::new(&device, page, spans)?;
-            attention(e, &q.slice(0..1)?, &pools[0], &pools[1], &batch, &params, &out.slice(0..1)?, None)
-        });
-        println!("  1 x 32768 with a new batch each: {:.4} ms", t * 1e3);
-    }
 }
 
 /// The judge of tensor cores: the CPU backend, over the same bytes. f32 queries, which the conformance suite has most of, go

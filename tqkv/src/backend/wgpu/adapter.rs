@@ -80,7 +80,7 @@ pub(crate) fn list() -> Vec<Result<DeviceInfo>> {
 }
 
 fn wanted() -> wgpu::Features {
-    wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP
+    wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | super::recorder::CLOCK
 }
 
 /// Makes a backend of a device: finds out what its arithmetic can do.

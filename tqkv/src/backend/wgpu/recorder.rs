@@ -7,6 +7,7 @@ use crate::backend::{Completion, Copy, Custom, Op, Recorder};
 use crate::compute::KernelSource;
 use crate::error::{Error, Result};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// What a kernel is specialised on.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -192,6 +193,54 @@ impl Recorder for WgpuRecorder {
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
+        Ok(Box::new(self.run(None)?))
+    }
+
+    fn submit_and_time(self: Box<Self>) -> Result<Duration> {
+        let context = self.context.clone();
+        if !context.device.features().contains(CLOCK) {
+            let started = Instant::now();
+            Box::new(self.run(None)?).wait()?;
+            return Ok(started.elapsed());
+        }
+        let clock = Clock::new(&context)?;
+        Box::new(self.run(Some(&clock))?).wait()?;
+        clock.read(&context)
+    }
+}
+
+/// What timestamps between the commands of an encoder need.
+pub(super) const CLOCK: wgpu::Features =
+    wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
+
+/// Two timestamps, before and after a submission's commands.
+struct Clock {
+    queries: wgpu::QuerySet,
+    ticks: wgpu::Buffer,
+}
+
+impl Clock {
+    fn new(context: &Context) -> Result<Self> {
+        let ty = wgpu::QueryType::Timestamp;
+        let queries = context
+            .guarded(|| context.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty, count: 2 }));
+        let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+        Ok(Clock {
+            queries: queries.map_err(|e| context.failed(e.to_string()))?,
+            ticks: context.create_buffer(16, usage)?,
+        })
+    }
+
+    fn read(&self, context: &Context) -> Result<Duration> {
+        let mut ticks = [0u64; 2];
+        context.read(&self.ticks, 0, bytemuck::cast_slice_mut(&mut ticks))?;
+        let nanoseconds = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(context.queue.get_timestamp_period());
+        Ok(Duration::from_secs_f64(nanoseconds / 1e9))
+    }
+}
+
+impl WgpuRecorder {
+    fn run(&self, clock: Option<&Clock>) -> Result<Submitted> {
         let context = self.context.clone();
         context.check()?;
         let mut shared = lock(&context.shared);
@@ -213,6 +262,9 @@ impl Recorder for WgpuRecorder {
                 context.queue.write_buffer(&arena, 0, bytemuck::cast_slice(&self.arena));
             }
             let mut encoder = context.device.create_command_encoder(&Default::default());
+            if let Some(clock) = clock {
+                encoder.write_timestamp(&clock.queries, 0);
+            }
             let mut pass = None;
             for step in &self.steps {
                 match step {
@@ -232,6 +284,10 @@ impl Recorder for WgpuRecorder {
                 }
             }
             drop(pass);
+            if let Some(clock) = clock {
+                encoder.write_timestamp(&clock.queries, 1);
+                encoder.resolve_query_set(&clock.queries, 0..2, &clock.ticks, 0);
+            }
             context.queue.submit([encoder.finish()])
         });
         drop(shared);
@@ -242,7 +298,7 @@ impl Recorder for WgpuRecorder {
             }
             e => context.failed(e.to_string()),
         })?;
-        Ok(Box::new(Submitted { context, index }))
+        Ok(Submitted { context, index })
     }
 }
 

@@ -1,0 +1,193 @@
+//! Times and rows of results.
+
+use super::bandwidth::{BYTES, Bandwidth};
+use super::is_gpu;
+use crate::output;
+use anyhow::{Result, bail};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+use tqkv::compute::DeviceKind;
+use tqkv::{CommandEncoder, Device};
+
+/// On a processor each operation runs for about so long, and at least so often.
+const TIME: Duration = Duration::from_millis(600);
+const RUNS: usize = 7;
+/// On a GPU so many bursts are timed, of about so long each, with pauses in which it cools down; then what is sustained.
+const BURSTS: usize = 31;
+const BURST: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(4);
+const SUSTAINED: Duration = Duration::from_millis(300);
+
+/// A device with what it is measured against.
+pub struct Meter {
+    pub device: Device,
+    /// Each run takes the next of several copies of its inputs. So many bytes together do not stay in any cache.
+    pub cold_bytes: usize,
+    json: bool,
+    bandwidth: Bandwidth,
+}
+
+/// How long one operation takes.
+#[derive(Clone, Copy)]
+pub struct Timing {
+    /// The median.
+    pub seconds: f64,
+    /// The mean of many without a pause, on GPUs.
+    pub sustained: Option<f64>,
+}
+
+/// What bounds an operation.
+#[derive(Clone, Copy)]
+pub enum Limit {
+    Read,
+    Copy,
+}
+
+/// One result.
+pub struct Measurement {
+    pub op: &'static str,
+    pub shape: String,
+    pub codec: String,
+    pub timing: Timing,
+    pub bytes: usize,
+    pub limit: Limit,
+    pub error: f64,
+    /// What is further off is not worth timing.
+    pub tolerance: f64,
+}
+
+#[derive(Serialize)]
+struct Row {
+    op: &'static str,
+    shape: String,
+    codec: String,
+    device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+    ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ms_sustained: Option<f64>,
+    bytes: usize,
+    gb_per_s: f64,
+    share_of_bandwidth: f64,
+    max_rel_error: f64,
+}
+
+impl Meter {
+    pub fn new(device: Device, cold_bytes: usize, json: bool) -> Result<Self> {
+        let mut meter = Meter { device, cold_bytes, json, bandwidth: Bandwidth { read: f64::NAN, copy: f64::NAN } };
+        meter.bandwidth = Bandwidth::measure(&meter)?;
+        let Bandwidth { read, copy } = meter.bandwidth;
+        for (op, speed, limit) in [("read", read, Limit::Read), ("copy", copy, Limit::Copy)] {
+            let timing = Timing { seconds: BYTES as f64 / speed, sustained: None };
+            let (shape, codec, bytes) = ("256 MiB".to_owned(), "-".to_owned(), BYTES);
+            meter.report(Measurement { op, shape, codec, timing, bytes, limit, error: 0.0, tolerance: 0.0 })?;
+        }
+        Ok(meter)
+    }
+
+    /// How many threads a CPU device has.
+    pub fn threads(&self) -> Result<usize> {
+        let info = self.device.info();
+        let threads = info.details.iter().find(|(name, _)| *name == "threads");
+        Ok(threads.map_or(Ok(1), |(_, n)| n.parse())?)
+    }
+
+    /// Times what `record` records, again and again, with the number of the run.
+    pub fn time(&self, record: impl Fn(usize, &mut CommandEncoder) -> tqkv::Result<()>) -> Result<Timing> {
+        let several = |first: usize, n: usize| -> Result<f64> {
+            let mut encoder = self.device.encoder()?;
+            (first..first + n).try_for_each(|run| record(run, &mut encoder))?;
+            Ok(encoder.submit_and_time()?.as_secs_f64())
+        };
+        if self.device.info().kind == DeviceKind::Cpu {
+            return median(&mut |run| several(run, 1));
+        }
+        // Compiles, allocates and warms up.
+        several(0, 1)?;
+        let one = (several(1, 2)? / 2.0).max(1e-6);
+        let n = ((BURST.as_secs_f64() / one) as usize).clamp(1, 256);
+        let mut bursts = Vec::with_capacity(BURSTS);
+        // A driver that runs on the processor does not cool down, and takes its time.
+        let (bursts_wanted, sustained) =
+            if is_gpu(&self.device) { (BURSTS, SUSTAINED) } else { (RUNS, Duration::ZERO) };
+        for burst in 0..bursts_wanted {
+            std::thread::sleep(PAUSE);
+            bursts.push(several(burst * n, n)? / n as f64);
+        }
+        bursts.sort_by(f64::total_cmp);
+        let (mut spent, mut runs) = (0.0, 0);
+        while spent < sustained.as_secs_f64() {
+            spent += several(runs, n)?;
+            runs += n;
+        }
+        Ok(Timing { seconds: bursts[bursts.len() / 2], sustained: (runs > 0).then(|| spent / runs as f64) })
+    }
+
+    /// Times work of the host.
+    pub fn time_host(&self, mut run: impl FnMut(usize) -> Result<()>) -> Result<Timing> {
+        median(&mut |i| {
+            let started = Instant::now();
+            run(i)?;
+            Ok(started.elapsed().as_secs_f64())
+        })
+    }
+
+    pub fn once(&self, record: impl FnOnce(&mut CommandEncoder) -> tqkv::Result<()>) -> Result<()> {
+        let mut encoder = self.device.encoder()?;
+        record(&mut encoder)?;
+        Ok(encoder.submit_and_wait()?)
+    }
+
+    pub fn report(&self, measurement: Measurement) -> Result<()> {
+        let Measurement { op, shape, codec, timing, bytes, limit, error, tolerance } = measurement;
+        if error.is_nan() || error > tolerance {
+            bail!("{op} {codec} ({shape}) is off by {error:e}, expected at most {tolerance:e}");
+        }
+        let speed = bytes as f64 / timing.seconds;
+        let bandwidth = match limit {
+            Limit::Read => self.bandwidth.read,
+            Limit::Copy => self.bandwidth.copy,
+        };
+        let info = self.device.info();
+        let row = Row {
+            op,
+            shape,
+            codec,
+            device: info.id,
+            threads: (info.kind == DeviceKind::Cpu).then(|| self.threads()).transpose()?,
+            ms: timing.seconds * 1e3,
+            ms_sustained: timing.sustained.map(|s| s * 1e3),
+            bytes,
+            gb_per_s: speed / 1e9,
+            share_of_bandwidth: speed / bandwidth,
+            max_rel_error: error,
+        };
+        if self.json {
+            return output::print_json(&row);
+        }
+        let sustained = row.ms_sustained.map_or(String::new(), |ms| format!(" ({ms:.4} sustained)"));
+        output::print(&format!(
+            "{:<14} {:<26} {:<6} {:>9.4} ms{sustained} {:>7.1} GB/s {:>5.1} %   error {:.1e}\n",
+            row.op,
+            row.shape,
+            row.codec,
+            row.ms,
+            row.gb_per_s,
+            row.share_of_bandwidth * 100.0,
+            row.max_rel_error
+        ))
+    }
+}
+
+/// The median of what `run` returns, called again and again on a processor.
+fn median(run: &mut dyn FnMut(usize) -> Result<f64>) -> Result<Timing> {
+    // The first run is slower: pages are mapped, threads start.
+    run(0)?;
+    let (started, mut times) = (Instant::now(), Vec::new());
+    while times.len() < RUNS || started.elapsed() < TIME {
+        times.push(run(times.len() + 1)?);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(Timing { seconds: times[times.len() / 2], sustained: None })
+}

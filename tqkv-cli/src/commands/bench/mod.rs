@@ -1,0 +1,141 @@
+//! `tqkv bench`
+
+mod bandwidth;
+mod check;
+mod meter;
+mod operations;
+mod shape;
+
+use crate::codecs;
+use anyhow::{Result, ensure};
+use clap::ValueEnum;
+use meter::Meter;
+use shape::Shape;
+use std::process::ExitCode;
+use tqkv::Device;
+use tqkv::compute::DeviceKind;
+use tqkv::format::CodecPair;
+
+/// Times each operation with inputs that are in no cache, and checks what it computed.
+///
+/// Bytes are those of stored vectors, inputs and outputs that an operation must move; their share is of the bandwidth
+/// that plain reading (attention) or copying (all else) reaches on the device in the same process. On a GPU times are by its own clock:
+/// the median of bursts of many operations, and beside it the mean of 0.3 seconds without a pause. f16 is the cache that is not
+/// compressed.
+#[derive(clap::Args)]
+pub struct Bench {
+    /// Device: cpu, wgpu, wgpu:N, cuda, cuda:N
+    #[arg(long, value_name = "D", default_value = "cpu")]
+    device: String,
+    /// Operations, separated by commas
+    #[arg(long, value_name = "OPS", value_delimiter = ',', value_enum, default_values_t = Op::value_variants().to_vec())]
+    op: Vec<Op>,
+    #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse, help = codecs::HELP,
+          default_values = ["f16", "seed4", "seed8", "k8v8", "k6v6", "k5v4", "k4v4", "k4v3", "k3v3", "k2v2"])]
+    codec: Vec<CodecPair>,
+    /// What attention runs over, separated by commas: BATCHxHEADS/KV_HEADSxHEAD_DIMxCONTEXT, as 8x32/8x128x32768. A context of
+    /// 128-16384 means lengths between these, log-uniform [default: several, by device]
+    #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = str::parse::<Shape>)]
+    shape: Vec<Shape>,
+    /// Positions that are encoded, decoded or rotated at a time [default: 4096 on a processor, 32768 on a GPU]
+    #[arg(long, value_name = "N")]
+    positions: Option<usize>,
+    /// MiB of inputs that are used in turn: more than the device's caches hold
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    cold: u16,
+    /// Threads, on the CPU [default: one a logical core]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Print one JSON object a measurement
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Op {
+    /// Vectors into the cache, K and V
+    Quantize,
+    /// One new token a sequence into the cache, K and V
+    Append,
+    /// The cache into f32 and f16, still rotated
+    Dequantize,
+    /// The cache into f32 and f16, as the model's own vectors
+    Restore,
+    /// Signs and transform of f32 vectors
+    Rotate,
+    /// One query a sequence over the cache
+    Attention,
+    /// 2048 new tokens with a causal mask; on the CPU also candle's dense f32
+    Prefill,
+}
+
+impl Bench {
+    pub fn run(self) -> Result<ExitCode> {
+        let device = match (self.device.as_str(), self.threads) {
+            ("cpu", Some(threads)) => Device::cpu_with_threads(threads)?,
+            (name, None) => Device::open(name)?,
+            (name, Some(_)) => anyhow::bail!("--threads is for the cpu, got --device {name}"),
+        };
+        let gpu = is_gpu(&device);
+        let positions = self.positions.unwrap_or(if gpu { 32_768 } else { 4096 });
+        ensure!(positions > 0, "--positions is 0, expected at least 1");
+        let shapes = if self.shape.is_empty() { default_shapes(&device, gpu) } else { self.shape };
+        let meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
+        for &op in &self.op {
+            match op {
+                Op::Quantize => self.codec.iter().try_for_each(|&codec| meter.quantize(codec, positions))?,
+                Op::Append => self.codec.iter().try_for_each(|&codec| meter.append(codec))?,
+                Op::Dequantize => self.codec.iter().try_for_each(|&codec| meter.dequantize(codec, positions))?,
+                Op::Restore => self.codec.iter().try_for_each(|&codec| meter.restore(codec, positions))?,
+                Op::Rotate => meter.rotate(positions)?,
+                Op::Attention => {
+                    for shape in &shapes {
+                        self.codec.iter().try_for_each(|&codec| meter.attention(codec, shape))?;
+                    }
+                }
+                Op::Prefill => {
+                    self.codec.iter().try_for_each(|&codec| meter.prefill(codec))?;
+                    if meter.device.info().kind == DeviceKind::Cpu {
+                        meter.candle_prefill()?;
+                    }
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Whether it is one in fact: wgpu also finds drivers that run on the processor.
+fn is_gpu(device: &Device) -> bool {
+    let info = device.info();
+    info.kind != DeviceKind::Cpu && !info.details.contains(&("type", "Cpu".to_owned()))
+}
+
+fn default_shapes(device: &Device, gpu: bool) -> Vec<Shape> {
+    let names: &[&str] = match device.info().kind {
+        _ if !gpu => &["1x32/8x128x4096", "1x32/8x128x32768"],
+        DeviceKind::Cuda => &[
+            "8x32/8x128x32768",
+            "1x32/8x128x131072",
+            "32x32/8x128x8192",
+            "8x64/8x128x32768",
+            "8x16/8x256x16384",
+            "1x32/8x128x8192",
+            "64x32/8x128x128-16384",
+        ],
+        _ => &["1x32/8x128x8192", "1x32/8x128x131072", "8x32/8x128x8192"],
+    };
+    names.iter().map(|name| name.parse().expect("a shape that a test parses")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_shapes_parse() {
+        for gpu in [false, true] {
+            assert!(default_shapes(&Device::cpu(), gpu).len() > 1);
+        }
+    }
+}
