@@ -35,18 +35,22 @@ pub fn stage(root: &Path, name: &str) -> Result<PathBuf> {
     }
     let script = format!(
         "#!/usr/bin/env bash\n\
-         # Runs the tests on this machine's NVIDIA GPU, then the benchmark. Needs the driver and NVRTC (CUDA 12 or 13).\n\
+         # run.sh [DEVICE...]: the tests on these devices, then the benchmark. cuda needs the driver and NVRTC (CUDA 12 or 13), wgpu\n\
+         # a Vulkan loader.\n\
          set -u\n\
          here=$(cd \"$(dirname \"$0\")\" && pwd)\n\
          built={built:?}\n\
          [ -e \"$built\" ] || {{ mkdir -p \"$built/tqkv\" && ln -s \"$here/testdata\" \"$built/testdata\"; }}\n\
-         export TQKV_REQUIRE=cuda,nvrtc TQKV_CACHE_DIR=\"$here/kernels\"\n\
+         export TQKV_CACHE_DIR=\"$here/kernels\"\n\
          failed=0\n\
-         for test in {tests}; do\n    \
-             echo \"== $test\"\n    \
-             \"$here/$test\" --nocapture cuda || failed=1\n\
+         for device in \"${{@:-cuda}}\"; do\n    \
+             export TQKV_REQUIRE=$device\n    \
+             for test in {tests}; do\n        \
+                 echo \"== $test $device\"\n        \
+                 \"$here/$test\" --nocapture $device || failed=1\n    \
+             done\n    \
+             \"$here/tqkv\" bench --device $device || failed=1\n\
          done\n\
-         \"$here/tqkv\" bench --device cuda || failed=1\n\
          exit $failed\n",
         built = root,
         tests = names.join(" "),

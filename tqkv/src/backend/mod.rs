@@ -33,6 +33,8 @@ pub(crate) trait Backend: Send + Sync {
     /// Copies from the host, after all submitted work.
     fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()>;
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
+    /// Bytes kept for partial results.
+    fn workspace_bytes(&self) -> usize;
     /// The CUDA backend, if it is this.
     #[cfg(feature = "cuda")]
     fn as_cuda(&self) -> Option<&cuda::Cuda> {

@@ -140,6 +140,12 @@ impl Device {
         self.0.backend.info()
     }
 
+    /// Bytes that the device keeps beside buffers, for partial results of operations. They grow when a recorded operation needs
+    /// more than any before: record what is largest once to know them, and to have nothing allocated later. A CPU keeps none.
+    pub fn workspace_bytes(&self) -> usize {
+        self.0.backend.workspace_bytes()
+    }
+
     /// A buffer of zeros.
     ///
     /// # Errors

@@ -89,6 +89,10 @@ impl Backend for Cpu {
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
         Ok(Box::new(CpuRecorder { threads: self.threads.clone(), kernels: self.kernels.clone()?, ops: Vec::new() }))
     }
+
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
 }
 
 /// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.

@@ -23,6 +23,10 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
+    pub fn bytes(&self) -> usize {
+        [&self.partial, &self.counters].into_iter().flatten().chain(&self.outgrown).map(|m| m.bytes).sum()
+    }
+
     fn get(&mut self, stream: &Arc<Stream>, partial: usize, counters: usize) -> Result<[Arc<Memory>; 2]> {
         let Workspace { partial: p, counters: c, outgrown } = self;
         let mut grown = |slot: &mut Option<Arc<Memory>>, bytes: usize| -> Result<Arc<Memory>> {

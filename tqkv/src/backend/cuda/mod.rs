@@ -6,6 +6,8 @@
 mod attention;
 mod cache;
 mod driver;
+#[cfg(test)]
+mod interop_tests;
 mod nvrtc;
 mod plan;
 mod rows;
@@ -113,6 +115,10 @@ impl Backend for Cuda {
 
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), work: Vec::new() }))
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        lock(&self.0.workspace).bytes()
     }
 
     fn as_cuda(&self) -> Option<&Cuda> {

@@ -78,6 +78,10 @@ impl Backend for Wgpu {
         self.0.check()?;
         Ok(Box::new(recorder::WgpuRecorder::new(&self.0)))
     }
+
+    fn workspace_bytes(&self) -> usize {
+        context::lock(&self.0.shared).scratch.iter().flatten().map(|buffer| buffer.size() as usize).sum()
+    }
 }
 
 fn buffer_of(storage: &Storage) -> Result<&wgpu::Buffer> {
