@@ -4,6 +4,7 @@ use super::shape::{Caches, Shape};
 use anyhow::Result;
 use half::f16;
 use rayon::prelude::*;
+use std::collections::BTreeSet;
 use tqkv::format::{Codec, RowFormat};
 use tqkv::ops::{AttentionParams, PagePool};
 use tqkv::{Buffer, DType, reference};
@@ -56,21 +57,24 @@ pub fn attention_error(
     for (sequence, heads) in [(0, [0, shape.heads / 3]), (shape.batch - 1, [shape.heads * 2 / 3, shape.heads - 1])] {
         let pages = &caches.tables[0][sequence];
         let (keys, values) = (Rows::new(&caches.key, pages)?, Rows::new(&caches.value, pages)?);
-        for head in heads {
+        let of_head = |head: usize| {
             let kv_head = head / (shape.heads / shape.kv_heads);
             let decode = |rows: &Rows| -> Vec<Vec<f32>> {
                 (0..lens[sequence]).into_par_iter().map(|p| rows.decode(kv_head, p)).collect()
             };
             let (k, v) = (decode(&keys), decode(&values));
-            for token in [0, new / 2, new - 1] {
+            let tokens = BTreeSet::from([0, new / 2, new - 1]);
+            largest(tokens.into_iter().map(|token| {
                 let at = ((sequence * new + token) * shape.heads + head) * d;
                 let rotated: Vec<f32> = reference::rotate(&key, &q[at..at + d]).into_iter().map(|v| v as f32).collect();
                 let query = reference::Query { q: &rotated, scale: f64::from(params.scale), softcap: None, sink: None };
                 let seen = lens[sequence] - new + token + 1;
                 let (expected, _) = reference::attention(&query, &views(&k[..seen]), &views(&v[..seen]));
-                error = largest([error, relative(&out[at..at + d], reference::restore(&value, &expected))]);
-            }
-        }
+                relative(&out[at..at + d], reference::restore(&value, &expected))
+            }))
+        };
+        let errors: Vec<f64> = heads.into_par_iter().map(of_head).collect();
+        error = largest(errors.into_iter().chain([error]));
     }
     Ok(error)
 }

@@ -316,16 +316,19 @@ fn sampled(positions: usize) -> impl Iterator<Item = (usize, usize)> {
         .flat_map(|position| (0..KV_HEADS).map(move |head| (position, head)))
 }
 
+/// So many normal variates are different; then they repeat, with a period that no shape divides.
+const DISTINCT: usize = (1 << 20) - 3;
+
 /// Normal variates by Box and Muller.
 fn gaussian(seed: u64, n: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut x = Vec::with_capacity(n + 1);
-    while x.len() < n {
+    while x.len() < n.min(DISTINCT) {
         let (u, v): (f32, f32) = (rng.random(), rng.random());
         let radius = (-2.0 * (1.0 - u).ln()).sqrt();
         let (sin, cos) = (std::f32::consts::TAU * v).sin_cos();
         x.extend([radius * cos, radius * sin]);
     }
-    x.truncate(n);
-    x
+    x.truncate(n.min(DISTINCT));
+    x.into_iter().cycle().take(n).collect()
 }
