@@ -239,6 +239,16 @@ pub enum Error {
         /// The layer that it reads.
         source_layer: usize,
     },
+    /// Queries and output of [`Domain::Rotated`](crate::ops::Domain) in a layer whose sinks are rotated otherwise.
+    #[error("layer {layer} holds sinks as {got} and the rest as {expected}: expected codecs of one rotation")]
+    RotatedSinks {
+        /// The layer.
+        layer: usize,
+        /// The codec of its sinks.
+        got: Codec,
+        /// The codec of its other positions.
+        expected: Codec,
+    },
     /// Layers of a sequence hold different lengths where one length is needed: a step was left half done.
     #[error("layer {layer} of sequence {sequence} holds {got} positions: expected {expected} as in layer 0")]
     UnevenLayers {

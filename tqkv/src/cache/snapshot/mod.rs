@@ -4,12 +4,11 @@ mod geometry;
 mod header;
 mod transfer;
 
-pub use geometry::{Geometry, LayerGeometry};
+pub use geometry::{Geometry, LayerGeometry, SinkGeometry};
 pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 
-use super::{Held, KvCache, Sequence, SequenceId};
+use super::{Extent, Held, KvCache, LayerKind, Sequence, SequenceId};
 use crate::error::{Error, Result, SnapshotPart};
-#[cfg(feature = "prefix-store")]
 pub(super) use geometry::GroupGeometry;
 use header::Saved;
 #[cfg(feature = "prefix-store")]
@@ -125,7 +124,7 @@ impl KvCache {
     /// What a snapshot of these prefixes says, and the pool's number of each of its pages.
     fn snapshot(&self, prefixes: &[(SequenceId, usize)], label: Label) -> Result<(Snapshot, Vec<u32>)> {
         let geometry = Geometry::of(self)?;
-        let page_size = geometry.page_size;
+        let groups = geometry.groups();
         let (mut index, mut numbers, mut pages) = (HashMap::new(), vec![], vec![]);
         let mut saved: Vec<Saved> = Vec::with_capacity(prefixes.len());
         let mut seen = std::collections::HashSet::new();
@@ -137,7 +136,7 @@ impl KvCache {
             self.expect_prefix(id, len)?;
             let mut held = vec![];
             for (g, Held { base, pages: own }) in self.sequence(id)?.held.iter().enumerate() {
-                let own = &own[..len.div_ceil(page_size) - base];
+                let own = &own[..groups[g].pages(len) - base];
                 let mut stored = Vec::with_capacity(own.len());
                 for (i, &page) in own.iter().enumerate() {
                     let next = pages.len();
@@ -146,8 +145,7 @@ impl KvCache {
                         pages.push((g as u32, 0));
                         numbers.push(page);
                     }
-                    let positions = (len - (base + i) * page_size).min(page_size) as u32;
-                    pages[at].1 = positions.max(pages[at].1);
+                    pages[at].1 = (groups[g].positions(len, base + i) as u32).max(pages[at].1);
                     stored.push(at as u32);
                 }
                 held.push(Held { base: *base, pages: stored });
@@ -309,14 +307,15 @@ impl Snapshot {
         self.sequences.iter().map(|s| s.len)
     }
 
-    /// The oldest position of a sequence that a layer holds; `None` for a sequence or layer that is not there.
+    /// The oldest position of a sequence that a layer holds, sinks apart; `None` for a sequence or layer that is not there.
     pub fn first(&self, sequence: usize, layer: usize) -> Option<usize> {
         let layers = &self.geometry.layers;
         let source = match layers.get(layer)?.kind {
-            crate::cache::LayerKind::Shared(source) => source,
+            LayerKind::Shared(source) => source,
             _ => layer,
         };
-        let group = self.geometry.groups().iter().position(|g| g.layers.contains(&source))?;
+        let own = |g: &GroupGeometry| !matches!(g.extent, Extent::First(_)) && g.layers.contains(&source);
+        let group = self.geometry.groups().iter().position(own)?;
         Some(self.sequences.get(sequence)?.held.get(group)?.base * self.geometry.page_size)
     }
 
