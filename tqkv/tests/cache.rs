@@ -8,7 +8,7 @@ use support::*;
 use tqkv::cache::{LayerKind, Side, Sinks};
 use tqkv::format::RowFormat;
 use tqkv::ops::*;
-use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
+use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
 
 const KV_HEADS: usize = 2;
 const HEADS: usize = 4;
@@ -430,6 +430,97 @@ fn running_out_changes_nothing() {
     assert_eq!(cache.append(&mut encoder, 0, &[(twin, 1)], &one, &one), full);
     assert_eq!((cache.len(a), cache.len(b), cache.len(twin)), (Ok(PAGE + 1), Ok(0), Ok(PAGE + 1)));
     assert_eq!(cache.usage(), before);
+}
+
+/// Not even pages that a window would drop are gone.
+#[test]
+fn a_failing_append_changes_nothing() {
+    let device = Device::cpu();
+    let sinks = Sinks { positions: 5, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(2, KV_HEADS, D).page_size(PAGE).capacity(8 * PAGE).sink_sequences(1);
+    let config = config.kind_at(0, LayerKind::Window(WINDOW)).kind_at(1, LayerKind::Window(WINDOW)).sinks_at(1, sinks);
+    let mut cache = KvCache::new(&device, config).unwrap();
+    let (a, b) = (cache.add_sequence(), cache.add_sequence());
+    let x = device.upload(&Rng(1).normals(60 * KV_HEADS * D), &[60, KV_HEADS, D]).unwrap();
+    let rows = |n| x.slice(0..n).unwrap();
+    let append = |cache: &mut KvCache, layer, tokens: &[_], x: &Buffer| {
+        let mut encoder = device.encoder().unwrap();
+        let result = cache.append(&mut encoder, layer, tokens, x, x);
+        encoder.submit_and_wait().unwrap();
+        result
+    };
+    for layer in 0..2 {
+        append(&mut cache, layer, &[(a, 30)], &rows(30)).unwrap();
+    }
+    let twin = cache.fork(a).unwrap();
+    let state = |cache: &mut KvCache| {
+        let mut all = vec![];
+        for (id, range) in [a, twin].into_iter().flat_map(|id| [(id, 5..30), (id, 0..5)]) {
+            let out = device.zeros(DType::F32, &[range.len(), KV_HEADS, D]).unwrap();
+            let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+            run(&device, |e| cache.dequantize(e, 1, Side::Key, id, range, domain, order, &out));
+            all.push(out.read::<f32>().unwrap());
+        }
+        (cache.usage(), cache.free_pages(), all)
+    };
+    let before = state(&mut cache);
+    // 4 pages are free; the window of `a` and of its fork leaves two each, which both hold.
+    let full = append(&mut cache, 0, &[(a, 60)], &rows(60));
+    assert!(matches!(full, Err(Error::OutOfPages { .. })), "{full:?}");
+    assert_eq!(state(&mut cache), before);
+    let both = append(&mut cache, 0, &[(a, 2), (twin, 40)], &rows(42));
+    assert!(matches!(both, Err(Error::OutOfPages { .. })), "{both:?}");
+    assert_eq!(state(&mut cache), before);
+    // Pages were dropped and taken by then, a shared one would have been copied.
+    let wrong = append(&mut cache, 0, &[(a, 2), (twin, 3)], &rows(4));
+    assert!(matches!(wrong, Err(Error::Shape { .. })), "{wrong:?}");
+    assert_eq!(state(&mut cache), before);
+    // Room in the window's pages, but none for other sinks.
+    let sinks = append(&mut cache, 1, &[(b, 3)], &rows(3));
+    assert_eq!(sinks, Err(Error::OutOfPages { needed: 1, free: 0, pages: 1 }));
+    assert_eq!(state(&mut cache), before);
+    // What failed goes well where there is room.
+    for layer in 0..2 {
+        append(&mut cache, layer, &[(a, 2), (twin, 3)], &rows(5)).unwrap();
+    }
+    assert_eq!((cache.len(a), cache.len(twin)), (Ok(32), Ok(33)));
+}
+
+/// StreamingLLM: the first tokens and the newest ones, nothing between.
+#[test]
+fn sinks_stay_where_a_window_moves_on() {
+    let device = Device::cpu();
+    let sinks = Sinks { positions: 4, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(1, KV_HEADS, D).kind_at(0, LayerKind::Window(WINDOW)).sinks(sinks).sink_sequences(1);
+    let config = config.page_size(PAGE).capacity(4 * PAGE);
+    // A page of two sides of f16 for four positions beside four pages of 4 bits and a scale.
+    assert_eq!(config.bytes(), Ok(KV_HEADS * 2 * (4 * D * 2 + 4 * PAGE * (D / 2 + 2))));
+    let mut cache = KvCache::new(&device, config).unwrap();
+    let seq = cache.add_sequence();
+    let x = device.upload(&Rng(1).normals(KV_HEADS * D), &[1, KV_HEADS, D]).unwrap();
+    for _ in 0..200 {
+        run(&device, |e| cache.append(e, 0, &[(seq, 1)], &x, &x));
+    }
+    let out = device.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+    let mut decode = |position: usize| {
+        let mut encoder = device.encoder().unwrap();
+        let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+        cache.dequantize(&mut encoder, 0, Side::Key, seq, position, domain, order, &out)?;
+        encoder.submit_and_wait()
+    };
+    for position in 0..200 {
+        match decode(position) {
+            Ok(()) => assert!(position < 4 || position > 200 - WINDOW - PAGE, "{position}"),
+            Err(error) => {
+                assert_eq!(error, Error::Positions { start: position, end: position + 1, first: 184, len: 200 });
+                assert!(position >= 4 && position <= 200 - WINDOW, "{position}");
+            }
+        }
+    }
+    // In f16, not in 4 bits.
+    decode(3).unwrap();
+    let given = x.read::<f32>().unwrap();
+    assert!(out.read::<f32>().unwrap().iter().zip(given).all(|(got, x)| *got == rounded(DType::F16, x)));
 }
 
 #[test]

@@ -71,6 +71,11 @@ impl std::fmt::Debug for Plans {
 /// A list of operations that is being built.
 pub(crate) trait Recorder: Send {
     fn record(&mut self, op: Op) -> Result<()>;
+    /// Kernel launches recorded so far, where they are counted.
+    #[cfg(test)]
+    fn dispatches(&self) -> usize {
+        0
+    }
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
 }
 
