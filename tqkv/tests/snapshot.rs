@@ -356,6 +356,23 @@ fn every_truncation_is_found() {
     assert_eq!(Snapshot::verify(&path), Err(Error::TrailingBytes { got, expected }));
 }
 
+/// Pages of several groups are several chunks: an error in any of them ends both threads.
+#[test]
+fn streams_that_fail_midway_are_errors() {
+    let (cache, sequence) = filled(&Device::cpu(), config(), &[44]);
+    let saved = bytes(&cache, &[sequence]);
+    let mut other = KvCache::new(&Device::cpu(), config()).unwrap();
+    for len in (0..saved.len()).step_by(509) {
+        let error = cache.write_snapshot(&[(sequence, 44)], &mut vec![0; len][..], LABEL);
+        assert!(matches!(error, Err(Error::Io { kind: std::io::ErrorKind::WriteZero, .. })), "{len}: {error:?}");
+        let error = expect_refused(&mut other, &saved[..len], "a truncated stream");
+        assert!(matches!(error, Error::Truncated { got, .. } if got == len as u64), "{len}: {error}");
+        let mut damaged = saved.clone();
+        damaged[len] ^= 4;
+        expect_refused(&mut other, &damaged, "a flipped bit");
+    }
+}
+
 #[test]
 fn garbage_neither_panics_nor_asks_for_much() {
     let (cache, sequence) = filled(&Device::cpu(), tiny(), &[11]);
