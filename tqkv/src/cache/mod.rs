@@ -484,9 +484,13 @@ impl KvCache {
     /// tokens just appended). `q` and `out` are \[queries, heads, head_dim\] (f32, f16 or bf16), `lse` f32
     /// \[queries, heads\]; see [`ops::attention`]. A windowed layer's window applies on top of `params`.
     ///
+    /// A layer with sinks attends to them and to the rest by themselves and merges both, over memory that all its calls share:
+    /// encoders of one cache are submitted one after the other. No window hides sinks.
+    ///
     /// # Errors
     /// [`Error::Layer`], [`Error::UnknownSequence`], [`Error::RepeatedSequence`], [`Error::Positions`] for more queries than
-    /// positions or queries that would see dropped ones, and those of [`ops::attention`].
+    /// positions, queries that would see dropped ones, or queries among sinks that are not causal and would see more than
+    /// sinks, [`Error::RotatedSinks`], and those of [`ops::attention`].
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
     pub fn attend(
         &mut self,
