@@ -44,6 +44,9 @@ fn likeliest(logits: &[f32]) -> u32 {
 struct Speculated {
     tokens: Vec<u32>,
     rounds: usize,
+    /// Tokens that the small model proposed, and those of them that the large one would have chosen.
+    drafted: usize,
+    agreed: usize,
     time: Duration,
 }
 
@@ -59,7 +62,7 @@ fn speculate(
     tokens.extend(large.next(prompt, 1)?);
     small.next(prompt, 1)?;
     let started = Instant::now();
-    let mut rounds = 0;
+    let (mut rounds, mut drafted, mut all_agreed) = (0, 0, 0);
     while tokens.len() < prompt.len() + count {
         let known = tokens.len();
         let drafts = drafts.min(prompt.len() + count - known);
@@ -74,11 +77,11 @@ fn speculate(
         large.cache.truncate(tokens.len())?;
         small.cache.truncate(tokens.len().min(small.cache.tokens()?))?;
         tokens.push(own[agreed]);
-        rounds += 1;
+        (rounds, drafted, all_agreed) = (rounds + 1, drafted + drafts, all_agreed + agreed);
     }
     let time = started.elapsed();
     tokens.truncate(prompt.len() + count);
-    Ok(Speculated { tokens: tokens.split_off(prompt.len()), rounds, time })
+    Ok(Speculated { tokens: tokens.split_off(prompt.len()), rounds, drafted, agreed: all_agreed, time })
 }
 
 fn main() -> Result<()> {
@@ -115,9 +118,10 @@ fn main() -> Result<()> {
     let rate = |time: Duration| n.saturating_sub(1) as f64 / time.as_secs_f64();
     println!("greedy:      {n} tokens, {:.0} tokens/s", rate(greedy.decode_time));
     println!(
-        "speculative: {n} tokens, {:.0} tokens/s, {:.2} tokens a run of the large model ({drafts} drafts)",
+        "speculative: {n} tokens, {:.0} tokens/s, {:.2} tokens a run of the large model ({drafts} drafts, {:.0} % accepted)",
         rate(speculated.time),
-        n.saturating_sub(1) as f64 / speculated.rounds.max(1) as f64
+        n.saturating_sub(1) as f64 / speculated.rounds.max(1) as f64,
+        100.0 * speculated.agreed as f64 / speculated.drafted.max(1) as f64
     );
     if speculated.tokens != greedy.tokens {
         return Err("speculative decoding gave another text than greedy decoding".into());

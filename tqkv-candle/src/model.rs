@@ -32,6 +32,7 @@ struct Layer {
 }
 
 struct Linear {
+    /// [inputs, outputs]: the files have them the other way round, which the product of a few tokens would turn each time.
     weight: Tensor,
     bias: Option<Tensor>,
 }
@@ -71,7 +72,7 @@ impl Llama {
         }
         let norm = weights.take("model.norm.weight", &[hidden])?;
         let output = match config.tie_word_embeddings {
-            true => Linear { weight: embedding.clone(), bias: None },
+            true => Linear { weight: embedding.t()?, bias: None },
             false => Linear::take(&mut weights, "lm_head", config.vocab_size, hidden, false)?,
         };
         weights.finish(config.tie_word_embeddings)?;
@@ -143,13 +144,13 @@ impl Llama {
 
 impl Linear {
     fn take(weights: &mut Weights, name: &str, outputs: usize, inputs: usize, bias: bool) -> Result<Self> {
-        let weight = weights.take(&format!("{name}.weight"), &[outputs, inputs])?;
+        let weight = weights.take(&format!("{name}.weight"), &[outputs, inputs])?.t()?.contiguous()?;
         let bias = bias.then(|| weights.take(&format!("{name}.bias"), &[outputs])).transpose()?;
         Ok(Self { weight, bias })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = x.matmul(&self.weight)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,

@@ -4,6 +4,7 @@ mod codecs;
 mod commands;
 mod output;
 mod plot;
+mod stream;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

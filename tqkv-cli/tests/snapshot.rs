@@ -51,6 +51,32 @@ fn a_saved_generation_goes_on_as_if_it_had_never_stopped() {
     }
 }
 
+/// Greedy, on the CPU and on wgpu in turns, against each of them alone.
+#[test]
+fn a_saved_generation_goes_on_on_another_device() {
+    if let Err(e) = tqkv::Device::open("wgpu") {
+        assert!(!std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")), "TQKV_REQUIRE: {e}");
+        eprintln!("SKIPPED: {e}");
+        return;
+    }
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("chat.tqkv");
+    let file = path.to_str().unwrap();
+    let prompt = ["--prompt", "## Motivation\n\nThe"];
+    let text = |device: &str, arguments: &[&str]| {
+        let report = generate(&[arguments, &["--device", device]].concat());
+        assert!(report["device"].as_str().unwrap().starts_with(device));
+        report["text"].as_str().unwrap().to_owned()
+    };
+    for (first, second) in [("cpu", "wgpu"), ("wgpu", "cpu")] {
+        let whole = text(first, &[&prompt[..], &["--max-tokens", "120"]].concat());
+        let mut parts = text(first, &[&prompt[..], &["--max-tokens", "41", "--save", file]].concat());
+        parts += &text(second, &["--max-tokens", "39", "--load", file, "--save", file]);
+        parts += &text(first, &["--max-tokens", "40", "--load", file]);
+        assert_eq!(parts, whole, "{first}, {second}, {first}");
+    }
+}
+
 #[test]
 fn saved_caches_are_described_and_checked() {
     let dir = tempdir().unwrap();

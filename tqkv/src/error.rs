@@ -1,6 +1,6 @@
 //! One error type: every violated rule has a variant of its own, with what was got and what was expected.
 
-use crate::compute::DType;
+use crate::compute::{DType, Device};
 use crate::format::Codec;
 
 /// The result of every fallible call.
@@ -123,9 +123,9 @@ pub enum Error {
     WrongDevice {
         /// The argument.
         what: &'static str,
-        /// Its device.
+        /// Its device; "another device" where the names are the same.
         got: String,
-        /// The encoder's device.
+        /// The device that it must be on, usually the encoder's.
         expected: String,
     },
     /// The same memory is read and written by one operation.
@@ -238,6 +238,16 @@ pub enum Error {
         layer: usize,
         /// The layer that it reads.
         source_layer: usize,
+    },
+    /// Queries and output of [`Domain::Rotated`](crate::ops::Domain) in a layer whose sinks are rotated otherwise.
+    #[error("layer {layer} holds sinks as {got} and the rest as {expected}: expected codecs of one rotation")]
+    RotatedSinks {
+        /// The layer.
+        layer: usize,
+        /// The codec of its sinks.
+        got: Codec,
+        /// The codec of its other positions.
+        expected: Codec,
     },
     /// Layers of a sequence hold different lengths where one length is needed: a step was left half done.
     #[error("layer {layer} of sequence {sequence} holds {got} positions: expected {expected} as in layer 0")]
@@ -357,6 +367,12 @@ impl std::fmt::Display for SnapshotPart {
 impl Error {
     pub(crate) fn io(path: impl Into<String>, error: &std::io::Error) -> Self {
         Error::Io { path: path.into(), kind: error.kind(), message: error.to_string() }
+    }
+
+    pub(crate) fn wrong_device(what: &'static str, got: &Device, expected: &Device) -> Self {
+        let (got, expected) = (got.to_string(), expected.to_string());
+        let got = if got == expected { format!("another device ({got})") } else { got };
+        Error::WrongDevice { what, got, expected }
     }
 
     pub(crate) fn shape(what: &'static str, got: &[usize], expected: impl Into<String>) -> Self {

@@ -5,28 +5,60 @@ mod support;
 use proptest::prelude::*;
 use std::collections::HashMap;
 use support::*;
-use tqkv::cache::{LayerKind, Side};
+use tqkv::cache::{LayerKind, Side, Sinks};
 use tqkv::format::RowFormat;
 use tqkv::ops::*;
-use tqkv::{CacheConfig, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
+use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
 
 const KV_HEADS: usize = 2;
 const HEADS: usize = 4;
 const D: usize = 32;
 const PAGE: usize = 8;
 const WINDOW: usize = 12;
-const LAYERS: usize = 4;
+const LAYERS: usize = 7;
 const CAPACITY: usize = 40 * PAGE;
+const SINK_SEQUENCES: usize = 6;
 
-/// Full layers of two codecs, a windowed one, and one that shares with the first.
+/// Full layers of two codecs, a windowed one, one that shares with the first; a windowed and a full layer with sinks, less
+/// than a page of them and more, and one that shares with the former.
 fn config() -> CacheConfig {
     CacheConfig::new(LAYERS, KV_HEADS, D)
         .codec("k5v4".parse().unwrap())
         .codec_at(1, "k3v8".parse().unwrap())
         .kind_at(2, LayerKind::Window(WINDOW))
         .kind_at(3, LayerKind::Shared(0))
+        .kind_at(4, LayerKind::Window(WINDOW))
+        .sinks_at(4, Sinks { positions: 5, codec: CodecPair::both(Codec::F16) })
+        .sinks_at(5, Sinks { positions: 11, codec: "k8v8".parse().unwrap() })
+        .kind_at(6, LayerKind::Shared(4))
+        .sink_sequences(SINK_SEQUENCES)
         .page_size(PAGE)
         .capacity(CAPACITY)
+}
+
+/// The layer whose positions a layer reads.
+fn source(layer: usize) -> usize {
+    if let LayerKind::Shared(source) = config().layer_kind(layer) { source } else { layer }
+}
+
+/// The oldest position, sinks apart, that a layer's query at `position` sees.
+fn window_start(layer: usize, position: usize) -> usize {
+    match config().layer_kind(source(layer)) {
+        LayerKind::Window(window) => (position + 1).saturating_sub(window),
+        _ => 0,
+    }
+}
+
+/// How many first positions a layer keeps apart.
+fn sinks(layer: usize) -> usize {
+    config().layer_sinks(source(layer)).map_or(0, |s| s.positions)
+}
+
+/// How a layer stores one side of a position.
+fn row(layer: usize, side: Side, position: usize) -> RowFormat {
+    let sinks = config().layer_sinks(layer).filter(|s| position < s.positions);
+    let pair = sinks.map_or(config().layer_codec(layer), |s| s.codec);
+    RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap()
 }
 
 #[derive(Clone, Debug)]
@@ -66,19 +98,21 @@ fn vectors(token: u64, layer: usize, side: Side) -> Vec<f32> {
 }
 
 /// What a token's vectors decode to: encoded alone on the CPU, in a pool of one position.
-fn decoded(token: u64, layer: usize, side: Side) -> Vec<f32> {
-    let (cpu, pair) = (Device::cpu(), config().layer_codec(layer));
-    let row = RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap();
-    let pool = PagePool::new(&cpu, row, KV_HEADS, 1, 1).unwrap();
+fn decode_alone(token: u64, layer: usize, side: Side, position: usize, domain: Domain) -> Vec<f32> {
+    let cpu = Device::cpu();
+    let pool = PagePool::new(&cpu, row(layer, side, position), KV_HEADS, 1, 1).unwrap();
     let batch = Batch::contiguous(&cpu, 1, 0, 1, 1).unwrap();
     let x = cpu.upload(&vectors(token, layer, side), &[1, KV_HEADS, D]).unwrap();
     let out = cpu.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
     run(&cpu, |e| {
         quantize(e, &[(&x, &pool)], &batch)?;
-        dequantize(e, &pool, &batch, 0, 0, Domain::Rotated, RowOrder::TokenMajor, &out)
+        dequantize(e, &pool, &batch, 0, 0, domain, RowOrder::TokenMajor, &out)
     });
     out.read().unwrap()
 }
+
+/// Token, layer, side, whether it is a sink, and the domain.
+type Decoded = (u64, usize, Side, bool, Domain);
 
 struct Model {
     cache: KvCache,
@@ -87,7 +121,7 @@ struct Model {
     next_token: u64,
     /// The last snapshot, and the tokens of its sequences.
     saved: Option<(Vec<u8>, Vec<Vec<u64>>)>,
-    decoded: HashMap<(u64, usize, bool), Vec<f32>>,
+    decoded: HashMap<Decoded, Vec<f32>>,
 }
 
 impl Model {
@@ -96,9 +130,9 @@ impl Model {
         Model { cache, sequences: vec![], next_token: 0, saved: None, decoded: HashMap::new() }
     }
 
-    fn decoded(&mut self, token: u64, layer: usize, side: Side) -> &[f32] {
-        let key = (token, layer, side == Side::Value);
-        self.decoded.entry(key).or_insert_with(|| decoded(token, layer, side))
+    fn decoded(&mut self, token: u64, layer: usize, side: Side, position: usize, domain: Domain) -> &[f32] {
+        let key = (token, layer, side, position < sinks(layer), domain);
+        self.decoded.entry(key).or_insert_with(|| decode_alone(token, layer, side, position, domain))
     }
 
     fn pick(&self, n: usize) -> Option<usize> {
@@ -210,7 +244,7 @@ impl Model {
         let tokens: Vec<_> = chosen.iter().map(|&(s, n)| (self.sequences[s].0, n)).collect();
         let device = self.cache.device().clone();
         let mut encoder = device.encoder().unwrap();
-        for layer in 0..LAYERS - 1 {
+        for layer in (0..LAYERS).filter(|&l| source(l) == l) {
             let input = |side| {
                 let all: Vec<f32> = new.iter().flat_map(|&t| vectors(t, layer, side)).collect();
                 device.upload(&all, &[n, KV_HEADS, D]).unwrap()
@@ -224,7 +258,6 @@ impl Model {
                     encoder.submit_and_wait().unwrap();
                     for &(s, _) in &chosen {
                         let (id, held) = &self.sequences[s];
-                        // Windowed layers come last, so the full ones hold at least the old length.
                         self.cache.truncate(*id, held.len()).unwrap();
                     }
                     return;
@@ -248,37 +281,36 @@ impl Model {
         let input = device.upload(&q, &[n, HEADS, D]).unwrap();
         let params = AttentionParams::for_head_dim(D);
         for layer in 0..LAYERS {
-            let source = if layer == LAYERS - 1 { 0 } else { layer };
-            let row = |side| {
-                let pair = config().layer_codec(source);
-                RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap()
-            };
             let out = Guarded::new(&device, DType::F32, &[n, HEADS, D]);
             let mut encoder = device.encoder().unwrap();
             match self.cache.attend(&mut encoder, layer, &[(id, n)], &input, &out.buffer, None, &params) {
                 Ok(()) => encoder.submit_and_wait().unwrap(),
                 // Queries from before the last step may look at what the window has dropped.
-                Err(Error::Positions { start, first, .. }) if layer == 2 && start < first => continue,
+                Err(Error::Positions { start, first, .. }) if window_start(layer, 1000) > 0 && start < first => {
+                    continue;
+                }
                 Err(e) => panic!("{e}"),
             }
             let out = out.take();
             for i in 0..n {
                 let own = tokens.len() - n + i;
-                let start = if layer == 2 { (own + 1).saturating_sub(WINDOW) } else { 0 };
+                let start = window_start(layer, own);
+                let seen: Vec<usize> = (0..=own).filter(|&p| p >= start || p < sinks(layer)).collect();
                 for head in 0..HEADS {
                     let at = head * KV_HEADS / HEADS * D;
                     let mut rows = |side| -> Vec<Vec<f32>> {
-                        let of = |&t: &u64| self.decoded(t, source, side)[at..at + D].to_vec();
-                        tokens[start..=own].iter().map(of).collect()
+                        let of = |&p: &usize| {
+                            self.decoded(tokens[p], source(layer), side, p, Domain::Original)[at..at + D].to_vec()
+                        };
+                        seen.iter().map(of).collect()
                     };
                     let (keys, values) = (rows(Side::Key), rows(Side::Value));
                     let r = (i * HEADS + head) * D;
-                    let rotated: Vec<f32> =
-                        reference::rotate(&row(Side::Key), &q[r..r + D]).iter().map(|&x| x as f32).collect();
-                    let query = reference::Query { q: &rotated, scale: params.scale as f64, softcap: None, sink: None };
+                    let scale = params.scale as f64;
+                    let query = reference::Query { q: &q[r..r + D], scale, softcap: None, sink: None };
                     let keys: Vec<&[f32]> = keys.iter().map(Vec::as_slice).collect();
                     let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
-                    let want = reference::restore(&row(Side::Value), &reference::attention(&query, &keys, &values).0);
+                    let want = reference::attention(&query, &keys, &values).0;
                     let error = relative_error(&out[r..r + D], &want);
                     assert!(error <= attention_tolerance(&device, DType::F32, DType::F32), "layer {layer}: {error:e}");
                 }
@@ -294,12 +326,12 @@ impl Model {
         // What a GPU's encoder may round otherwise is another test's matter.
         let exact = device.info().kind != tqkv::compute::DeviceKind::Wgpu;
         for layer in 0..LAYERS {
-            let source = if layer == LAYERS - 1 { 0 } else { layer };
-            let start = if layer == 2 { (tokens.len() + 1).saturating_sub(WINDOW) } else { 0 };
-            for side in [Side::Key, Side::Value] {
-                let n = tokens.len() - start.min(tokens.len());
-                let range = tokens.len() - n..tokens.len();
-                let out = device.zeros(DType::F32, &[n, KV_HEADS, D]).unwrap();
+            let (len, sinks) = (tokens.len(), sinks(layer));
+            let start = window_start(layer, len).max(sinks).min(len);
+            for (side, range) in
+                [Side::Key, Side::Value].into_iter().flat_map(|s| [(s, 0..sinks.min(len)), (s, start..len)])
+            {
+                let out = device.zeros(DType::F32, &[range.len(), KV_HEADS, D]).unwrap();
                 let mut decode = |range: std::ops::Range<usize>| {
                     let mut encoder = device.encoder().unwrap();
                     let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
@@ -307,13 +339,18 @@ impl Model {
                     encoder.submit_and_wait()
                 };
                 decode(range.clone()).unwrap();
-                let past = tokens.len()..tokens.len() + 1;
-                assert!(matches!(decode(past), Err(Error::Positions { .. })));
+                assert!(matches!(decode(len..len + 1), Err(Error::Positions { .. })));
+                if 0 < sinks && sinks < len {
+                    assert!(matches!(decode(sinks - 1..sinks + 1), Err(Error::Positions { .. })));
+                }
                 let got = out.read::<f32>().unwrap();
-                for (got, &token) in got.chunks(KV_HEADS * D).zip(&tokens[range]) {
-                    let want = self.decoded(token, source, side);
+                for (got, position) in got.chunks(KV_HEADS * D).zip(range) {
+                    let want = self.decoded(tokens[position], source(layer), side, position, Domain::Rotated);
                     let differ = got.iter().zip(want).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                    assert!(if exact { differ == 0 } else { differ <= 1 }, "layer {layer} {side:?} token {token}");
+                    assert!(
+                        if exact { differ == 0 } else { differ <= 1 },
+                        "layer {layer} {side:?} position {position}"
+                    );
                 }
             }
         }
@@ -373,11 +410,13 @@ fn random_schedules_on_cuda() {
 #[test]
 fn running_out_changes_nothing() {
     let device = Device::cpu();
-    let mut cache = KvCache::new(&device, config().capacity(2 * PAGE)).unwrap();
+    let no_sinks = Sinks { positions: 0, codec: CodecPair::both(Codec::F16) };
+    let config = config().capacity(2 * PAGE).sinks_at(4, no_sinks).sinks_at(5, no_sinks);
+    let mut cache = KvCache::new(&device, config).unwrap();
     let (a, b) = (cache.add_sequence(), cache.add_sequence());
     let x = device.zeros(DType::F32, &[PAGE + 1, KV_HEADS, D]).unwrap();
     let mut encoder = device.encoder().unwrap();
-    for layer in 0..3 {
+    for layer in [0, 1, 2, 4, 5] {
         cache.append(&mut encoder, layer, &[(a, PAGE + 1)], &x, &x).unwrap();
     }
     let before = cache.usage();
@@ -393,6 +432,97 @@ fn running_out_changes_nothing() {
     assert_eq!(cache.usage(), before);
 }
 
+/// Not even pages that a window would drop are gone.
+#[test]
+fn a_failing_append_changes_nothing() {
+    let device = Device::cpu();
+    let sinks = Sinks { positions: 5, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(2, KV_HEADS, D).page_size(PAGE).capacity(8 * PAGE).sink_sequences(1);
+    let config = config.kind_at(0, LayerKind::Window(WINDOW)).kind_at(1, LayerKind::Window(WINDOW)).sinks_at(1, sinks);
+    let mut cache = KvCache::new(&device, config).unwrap();
+    let (a, b) = (cache.add_sequence(), cache.add_sequence());
+    let x = device.upload(&Rng(1).normals(60 * KV_HEADS * D), &[60, KV_HEADS, D]).unwrap();
+    let rows = |n| x.slice(0..n).unwrap();
+    let append = |cache: &mut KvCache, layer, tokens: &[_], x: &Buffer| {
+        let mut encoder = device.encoder().unwrap();
+        let result = cache.append(&mut encoder, layer, tokens, x, x);
+        encoder.submit_and_wait().unwrap();
+        result
+    };
+    for layer in 0..2 {
+        append(&mut cache, layer, &[(a, 30)], &rows(30)).unwrap();
+    }
+    let twin = cache.fork(a).unwrap();
+    let state = |cache: &mut KvCache| {
+        let mut all = vec![];
+        for (id, range) in [a, twin].into_iter().flat_map(|id| [(id, 5..30), (id, 0..5)]) {
+            let out = device.zeros(DType::F32, &[range.len(), KV_HEADS, D]).unwrap();
+            let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+            run(&device, |e| cache.dequantize(e, 1, Side::Key, id, range, domain, order, &out));
+            all.push(out.read::<f32>().unwrap());
+        }
+        (cache.usage(), cache.free_pages(), all)
+    };
+    let before = state(&mut cache);
+    // 4 pages are free; the window of `a` and of its fork leaves two each, which both hold.
+    let full = append(&mut cache, 0, &[(a, 60)], &rows(60));
+    assert!(matches!(full, Err(Error::OutOfPages { .. })), "{full:?}");
+    assert_eq!(state(&mut cache), before);
+    let both = append(&mut cache, 0, &[(a, 2), (twin, 40)], &rows(42));
+    assert!(matches!(both, Err(Error::OutOfPages { .. })), "{both:?}");
+    assert_eq!(state(&mut cache), before);
+    // Pages were dropped and taken by then, a shared one would have been copied.
+    let wrong = append(&mut cache, 0, &[(a, 2), (twin, 3)], &rows(4));
+    assert!(matches!(wrong, Err(Error::Shape { .. })), "{wrong:?}");
+    assert_eq!(state(&mut cache), before);
+    // Room in the window's pages, but none for other sinks.
+    let sinks = append(&mut cache, 1, &[(b, 3)], &rows(3));
+    assert_eq!(sinks, Err(Error::OutOfPages { needed: 1, free: 0, pages: 1 }));
+    assert_eq!(state(&mut cache), before);
+    // What failed goes well where there is room.
+    for layer in 0..2 {
+        append(&mut cache, layer, &[(a, 2), (twin, 3)], &rows(5)).unwrap();
+    }
+    assert_eq!((cache.len(a), cache.len(twin)), (Ok(32), Ok(33)));
+}
+
+/// StreamingLLM: the first tokens and the newest ones, nothing between.
+#[test]
+fn sinks_stay_where_a_window_moves_on() {
+    let device = Device::cpu();
+    let sinks = Sinks { positions: 4, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(1, KV_HEADS, D).kind_at(0, LayerKind::Window(WINDOW)).sinks(sinks).sink_sequences(1);
+    let config = config.page_size(PAGE).capacity(4 * PAGE);
+    // A page of two sides of f16 for four positions beside four pages of 4 bits and a scale.
+    assert_eq!(config.bytes(), Ok(KV_HEADS * 2 * (4 * D * 2 + 4 * PAGE * (D / 2 + 2))));
+    let mut cache = KvCache::new(&device, config).unwrap();
+    let seq = cache.add_sequence();
+    let x = device.upload(&Rng(1).normals(KV_HEADS * D), &[1, KV_HEADS, D]).unwrap();
+    for _ in 0..200 {
+        run(&device, |e| cache.append(e, 0, &[(seq, 1)], &x, &x));
+    }
+    let out = device.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+    let mut decode = |position: usize| {
+        let mut encoder = device.encoder().unwrap();
+        let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+        cache.dequantize(&mut encoder, 0, Side::Key, seq, position, domain, order, &out)?;
+        encoder.submit_and_wait()
+    };
+    for position in 0..200 {
+        match decode(position) {
+            Ok(()) => assert!(!(4..=200 - WINDOW - PAGE).contains(&position), "{position}"),
+            Err(error) => {
+                assert_eq!(error, Error::Positions { start: position, end: position + 1, first: 184, len: 200 });
+                assert!((4..=200 - WINDOW).contains(&position), "{position}");
+            }
+        }
+    }
+    // In f16, not in 4 bits.
+    decode(3).unwrap();
+    let given = x.read::<f32>().unwrap();
+    assert!(out.read::<f32>().unwrap().iter().zip(given).all(|(got, x)| *got == rounded(DType::F16, x)));
+}
+
 #[test]
 fn shared_and_unknown_layers_are_named() {
     let device = Device::cpu();
@@ -402,7 +532,7 @@ fn shared_and_unknown_layers_are_named() {
     let mut encoder = device.encoder().unwrap();
     let shared = Err(Error::SharedLayer { layer: 3, source_layer: 0 });
     assert_eq!(cache.append(&mut encoder, 3, &[(seq, 1)], &x, &x), shared);
-    assert_eq!(cache.append(&mut encoder, 4, &[(seq, 1)], &x, &x), Err(Error::Layer { got: 4, layers: 4 }));
+    assert_eq!(cache.append(&mut encoder, 7, &[(seq, 1)], &x, &x), Err(Error::Layer { got: 7, layers: 7 }));
     let twice = [(seq, 1), (seq, 1)];
     assert_eq!(cache.append(&mut encoder, 0, &twice, &x, &x), Err(Error::RepeatedSequence { got: number(seq) }));
     for (kind, layer) in [(LayerKind::Shared(2), 2), (LayerKind::Shared(3), 2), (LayerKind::Window(0), 1)] {

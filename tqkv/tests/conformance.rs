@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::HashMap;
 use support::*;
+use tqkv::cache::{LayerKind, Sinks};
 use tqkv::compute::DeviceKind;
 use tqkv::format::{MAX_HEAD_DIM, RowFormat};
 use tqkv::ops::*;
@@ -661,34 +662,44 @@ fn a_truncated_cache_forgets(device: &Device) {
     assert_eq!(rolled.free_pages(), 12);
 }
 
+/// 64 sequences of 1 to 4096 positions, in a full layer and in one with a window and sinks.
 fn a_batch_equals_its_sequences(device: &Device) {
-    let (kv_heads, heads, d) = (2, 8, 128);
+    let (kv_heads, heads, d) = (1, 2, 64);
     let mut rng = Rng(8);
-    let lens: Vec<usize> = (0..9).map(|i| if i == 4 { 300 } else { 1 + rng.below(80) }).collect();
-    let capacity = lens.iter().map(|n| n.next_multiple_of(16)).sum();
-    let config = CacheConfig::new(1, kv_heads, d).page_size(16).capacity(capacity);
-    let mut cache = KvCache::new(device, config).unwrap();
+    let mut lens: Vec<usize> = (0..64).map(|_| 1 + rng.below(4096)).collect();
+    (lens[17], lens[40]) = (1, 4096);
+    let sinks = Sinks { positions: 4, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(2, kv_heads, d).kind_at(1, LayerKind::Window(300)).sinks_at(1, sinks);
+    let capacity = lens.iter().map(|n| n.next_multiple_of(64)).sum();
+    let mut cache = KvCache::new(device, config.capacity(capacity)).unwrap();
     let tokens: Vec<_> = lens.iter().map(|&n| (cache.add_sequence(), n)).collect();
     let n: usize = lens.iter().sum();
     let (k, v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * d));
     let (k, v) = (device.upload(&k, &[n, kv_heads, d]).unwrap(), device.upload(&v, &[n, kv_heads, d]).unwrap());
-    let q = rng.normals(tokens.len() * heads * d);
-    let input = device.upload(&q, &[tokens.len(), heads, d]).unwrap();
+    let q = device.upload(&rng.normals(tokens.len() * heads * d), &[tokens.len(), heads, d]).unwrap();
     let params = AttentionParams::for_head_dim(d);
-    let out = Guarded::new(device, DType::F32, &[tokens.len(), heads, d]);
     let one_each: Vec<_> = tokens.iter().map(|t| (t.0, 1)).collect();
-    run(device, |e| {
-        cache.append(e, 0, &tokens, &k, &v)?;
-        cache.attend(e, 0, &one_each, &input, &out.buffer, None, &params)
-    });
-    let out = out.take();
-    for (i, &(seq, _)) in tokens.iter().enumerate() {
-        let single = Guarded::new(device, DType::F32, &[1, heads, d]);
-        let input = input.slice(i..i + 1).unwrap();
-        run(device, |e| cache.attend(e, 0, &[(seq, 1)], &input, &single.buffer, None, &params));
-        let want: Vec<f64> = single.take().iter().map(|&x| x as f64).collect();
-        let tolerance = 2.0 * attention_tolerance(device, DType::F32, DType::F32);
-        assert!(relative_error(&out[i * heads * d..][..heads * d], &want) <= tolerance, "sequence {i}");
+    for layer in 0..2 {
+        let out = Guarded::new(device, DType::F32, &[tokens.len(), heads, d]);
+        let lse = Guarded::new(device, DType::F32, &[tokens.len(), heads]);
+        run(device, |e| {
+            cache.append(e, layer, &tokens, &k, &v)?;
+            cache.attend(e, layer, &one_each, &q, &out.buffer, Some(&lse.buffer), &params)
+        });
+        let (out, lse) = (out.take(), lse.take());
+        for (i, &one) in one_each.iter().enumerate() {
+            let single = Guarded::new(device, DType::F32, &[1, heads, d]);
+            let single_lse = Guarded::new(device, DType::F32, &[1, heads]);
+            let q = q.slice(i..i + 1).unwrap();
+            run(device, |e| cache.attend(e, layer, &[one], &q, &single.buffer, Some(&single_lse.buffer), &params));
+            let want: Vec<f64> = single.take().iter().map(|&x| x as f64).collect();
+            let tolerance = 2.0 * attention_tolerance(device, DType::F32, DType::F32);
+            let error = relative_error(&out[i * heads * d..][..heads * d], &want);
+            assert!(error <= tolerance, "layer {layer}, sequence {i}: {error:e}");
+            for (got, want) in lse[i * heads..].iter().zip(single_lse.take()) {
+                assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "layer {layer}, sequence {i}");
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ mod support;
 
 use half::f16;
 use support::*;
-use tqkv::cache::{LayerKind, Side};
+use tqkv::cache::{LayerKind, Side, Sinks};
 use tqkv::compute::KernelSource;
 use tqkv::format::RowFormat;
 use tqkv::ops::*;
@@ -212,7 +212,8 @@ fn pools() {
     let want = Error::DType { what: "scales", got: DType::F16, expected: "f32" };
     assert_eq!(from(seed, &codes, Some(&scales)), Err(want));
     let far = Device::cpu_with_threads(1).unwrap().zeros(DType::F16, &[1, 2, 8, 1]).unwrap();
-    let want = Error::WrongDevice { what: "scales", got: "cpu".to_owned(), expected: "cpu".to_owned() };
+    let want =
+        Error::WrongDevice { what: "scales", got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
     assert_eq!(from(row(), &codes, Some(&far)), Err(want));
 
     let dense = RowFormat::new(Codec::F16, 16).unwrap();
@@ -285,7 +286,7 @@ fn quantizing() {
     s.fails(want, |e| quantize(e, &[(&codes, &s.key)], &batch));
 
     let other = Device::cpu_with_threads(1).unwrap();
-    let wrong = |what| Error::WrongDevice { what, got: "cpu".to_owned(), expected: "cpu".to_owned() };
+    let wrong = |what| Error::WrongDevice { what, got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
     let far = other.zeros(DType::F32, &[3, KV_HEADS, D]).unwrap();
     s.fails(wrong("x"), |e| quantize(e, &[(&far, &s.key)], &batch));
     let far = PagePool::new(&other, row(), KV_HEADS, PAGE, PAGES).unwrap();
@@ -341,7 +342,7 @@ fn dequantizing() {
     let bytes = s.device.zeros(DType::U8, &[1, KV_HEADS, D]).unwrap();
     at(Positions::from(3), &bytes, Error::DType { what: "out", got: DType::U8, expected: "f32, f16 or bf16" });
     let far = Device::cpu_with_threads(1).unwrap().zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
-    let wrong = Error::WrongDevice { what: "out", got: "cpu".to_owned(), expected: "cpu".to_owned() };
+    let wrong = Error::WrongDevice { what: "out", got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
     at(Positions::from(3), &far, wrong);
     s.fails(mismatch("sequence", 1, "less than the batch's 1"), |e| {
         dequantize(e, &s.key, &batch, 1, 3, domain, order, &out)
@@ -395,7 +396,7 @@ fn attending() {
     let within = q.reshape(&[3 * HEADS * D]).unwrap().slice(0..3 * HEADS).unwrap().reshape(&[3, HEADS]).unwrap();
     fails(Error::Aliased { what: "lse" }, &q, &out, Some(&within), &params);
     let far = Device::cpu_with_threads(1).unwrap();
-    let wrong = |what| Error::WrongDevice { what, got: "cpu".to_owned(), expected: "cpu".to_owned() };
+    let wrong = |what| Error::WrongDevice { what, got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
     let far_q = far.zeros(DType::F32, &[3, HEADS, D]).unwrap();
     fails(wrong("q"), &far_q, &out, None, &params);
     fails(wrong("out"), &q, &far_q, None, &params);
@@ -487,7 +488,8 @@ fn kernels() {
     let want = Error::Unsupported { device: "cpu".to_owned(), what };
     assert_eq!(device.encoder().unwrap().dispatch("foreign", [1, 1, 1], &[], &[]), Err(want));
     let far = s.zeros(&[1]);
-    let want = Error::WrongDevice { what: "binding", got: "cpu".to_owned(), expected: "cpu".to_owned() };
+    let want =
+        Error::WrongDevice { what: "binding", got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
     assert_eq!(device.encoder().unwrap().dispatch("foreign", [1, 1, 1], &[&far], &[]), Err(want));
 }
 
@@ -566,7 +568,12 @@ fn configurations() {
     assert_eq!(ok().window_capacity(0).bytes(), Err(zero("window_capacity")));
     assert_eq!(ok().kind_at(1, LayerKind::Window(0)).bytes(), Err(zero("window")));
     assert_eq!(ok().page_size(12).bytes(), Err(mismatch("page_size", 12, "a multiple of 8")));
+    let sinks = |positions, codec| Sinks { positions, codec: CodecPair::both(codec) };
+    assert_eq!(ok().sinks(sinks(4, Codec::F16)).sink_sequences(0).bytes(), Err(zero("sink_sequences")));
+    let want = Error::Bits { codec: "native", got: 9, expected: "2 to 8" };
+    assert_eq!(ok().sinks_at(1, sinks(4, Codec::tq(9))).bytes(), Err(want));
     let layer = Error::Layer { got: 2, layers: 2 };
+    assert_eq!(ok().sinks_at(2, sinks(4, Codec::F16)).bytes(), Err(layer.clone()));
     assert_eq!(ok().codec_at(2, CodecPair::both(Codec::F16)).bytes(), Err(layer.clone()));
     assert_eq!(ok().kind_at(2, LayerKind::Full).bytes(), Err(layer));
     for source in [1, 2, usize::MAX] {
@@ -588,6 +595,7 @@ fn configurations() {
         CacheConfig::new(max, 2, D),
         CacheConfig::new(2, max, D),
         ok().page_size(max - 7),
+        ok().page_size(max - 7).sinks(sinks(max, Codec::F16)),
         CacheConfig::new(max, max, D).capacity(max).page_size(max - 7),
         CacheConfig::new(1 << 40, 1 << 10, D),
     ];
@@ -596,6 +604,8 @@ fn configurations() {
         assert_eq!(KvCache::new(&Device::cpu(), config).map(|_| ()), Err(overflow("cache size", "isize")));
     }
     assert_eq!(ok().capacity(max).bytes(), Err(overflow("pages", "u32")));
+    assert_eq!(ok().sinks(sinks(max, Codec::F16)).bytes(), Err(overflow("pages", "u32")));
+    assert_eq!(ok().sinks(sinks(2, Codec::F16)).sink_sequences(max).bytes(), Err(overflow("pages", "u32")));
     let page = ok().page_size(1 << 27).capacity(1 << 27);
     assert_eq!(page.bytes(), Err(overflow("bytes of a page", "u32")));
     assert_eq!(ok().capacity(1 << 32).bytes(), Err(overflow("rows of a pool", "u32")));
@@ -675,4 +685,49 @@ fn caches() {
     assert_eq!(cache.fork(gone), Err(unknown()));
     assert_eq!(cache.len(gone), Err(unknown()));
     assert_eq!(cache.len(a), Ok(3));
+}
+
+#[test]
+fn sinks() {
+    let s = Scene::new();
+    let sinks = |codec| Sinks { positions: 4, codec: CodecPair::both(codec) };
+    let config = CacheConfig::new(2, KV_HEADS, D).page_size(PAGE).capacity(4 * PAGE).sinks(sinks(Codec::F16));
+    let mut cache = KvCache::new(&s.device, config.sinks_at(1, sinks(Codec::tq(8)))).unwrap();
+    let a = cache.add_sequence();
+    let x = s.zeros(&[6, KV_HEADS, D]);
+    run(&s.device, |e| (0..2).try_for_each(|layer| cache.append(e, layer, &[(a, 6)], &x, &x)));
+    let (q, out, lse) = (s.zeros(&[6, HEADS, D]), s.zeros(&[6, HEADS, D]), s.zeros(&[6, HEADS]));
+    let params = AttentionParams::for_head_dim(D);
+    let mut attend = |layer, q: &Buffer, out: &Buffer, lse: &Buffer, params: &AttentionParams, want| {
+        s.fails(want, |e| cache.attend(e, layer, &[(a, 6)], q, out, Some(lse), params));
+    };
+    // Sinks and the rest in different bases, where the caller has rotated.
+    let rotated = AttentionParams { domain: Domain::Rotated, ..params.clone() };
+    let want = Error::RotatedSinks { layer: 0, got: Codec::F16, expected: Codec::tq(4) };
+    attend(0, &q, &out, &lse, &rotated, want);
+    // Queries among the sinks that would see beyond them.
+    let open = AttentionParams { causal: false, ..params.clone() };
+    attend(0, &q, &out, &lse, &open, Error::Positions { start: 0, end: 6, first: 4, len: 6 });
+    attend(0, &s.zeros(&[5, HEADS, D]), &out, &lse, &params, shape("q", &[5, 4, 64], "[6, 4, 64]"));
+    attend(0, &s.zeros(&[6, D]), &out, &lse, &params, shape("q", &[6, 64], "[6, heads, 64]"));
+    attend(0, &q, &s.zeros(&[6, HEADS, 32]), &lse, &params, shape("out", &[6, 4, 32], "[6, 4, 64]"));
+    attend(0, &q, &out, &s.zeros(&[6]), &params, shape("lse", &[6], "[6, 4]"));
+    attend(0, &q, &q, &lse, &params, Error::Aliased { what: "out" });
+    let whole = s.zeros(&[7, HEADS, D]);
+    let (view, inside) = (whole.slice(0..6).unwrap(), whole.slice(6..7).unwrap().reshape(&[256]).unwrap());
+    let inside = inside.slice(0..24).unwrap().reshape(&[6, HEADS]).unwrap();
+    attend(0, &q, &view, &inside, &params, Error::Aliased { what: "lse" });
+    let zero_window = AttentionParams { window: Some(0), ..params.clone() };
+    attend(0, &q, &out, &lse, &zero_window, zero("window"));
+    s.fails(zero("sequences of a batch"), |e| cache.attend(e, 0, &[], &q, &out, None, &params));
+    // In one basis all is well.
+    run(&s.device, |e| cache.attend(e, 1, &[(a, 6)], &q, &out, Some(&lse), &rotated));
+    let mut decode = |at: Positions, want| {
+        let one = s.zeros(&[1, KV_HEADS, D]);
+        let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+        s.fails(want, |e| cache.dequantize(e, 0, Side::Value, a, at, domain, order, &one));
+    };
+    decode((3..5).into(), Error::Positions { start: 3, end: 5, first: 4, len: 6 });
+    decode(Positions::List(vec![4, 3]), Error::Positions { start: 3, end: 4, first: 4, len: 6 });
+    decode(6.into(), Error::Positions { start: 6, end: 7, first: 4, len: 6 });
 }

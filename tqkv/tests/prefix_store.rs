@@ -7,8 +7,8 @@ use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
 use std::sync::Arc;
 use support::*;
-use tqkv::cache::{LayerKind, Side};
-use tqkv::ops::{Domain, RowOrder};
+use tqkv::cache::{LayerKind, Side, Sinks};
+use tqkv::ops::{AttentionParams, Domain, RowOrder};
 use tqkv::{CacheConfig, DType, Device, Error, KvCache, PrefixStore, SequenceId};
 
 const PAGE: usize = 8;
@@ -69,6 +69,19 @@ fn decoded(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
         }
     }
     all
+}
+
+/// What the newest token's query sees, by layer.
+fn attended(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<f32>> {
+    let device = cache.device().clone();
+    let q = device.upload(&Rng(1).normals(4 * 32), &[1, 4, 32]).unwrap();
+    let layer = |layer| {
+        let out = device.zeros(DType::F32, &[1, 4, 32]).unwrap();
+        let params = AttentionParams::for_head_dim(32);
+        run(&device, |e| cache.attend(e, layer, &[(sequence, 1)], &q, &out, None, &params));
+        out.read().unwrap()
+    };
+    (0..4).map(layer).collect()
 }
 
 fn tokens(seed: u32, n: usize) -> Vec<u32> {
@@ -167,6 +180,36 @@ fn a_prompt_past_its_window_is_found_at_its_end() {
     assert_eq!(found(&store, &[&long[..], &[1, 2, 3]].concat()), 96);
     // The windowed layer's pages for this one were dropped before they could be stored.
     assert_eq!(found(&store, &long[..50]), 0);
+}
+
+#[test]
+fn sinks_are_found_with_their_prefix() {
+    for positions in [3, 8, 20] {
+        let sinks = Sinks { positions, codec: "k8v8".parse().unwrap() };
+        let config = || config().sinks_at(1, sinks).sinks_at(2, sinks);
+        let store = PrefixStore::new(Arc::new(InMemory::new()), "").unwrap();
+        let long = tokens(12, 44);
+        let mut writer = cache(config());
+        let sequence = writer.add_sequence();
+        for (i, chunk) in long.chunks(PAGE).enumerate() {
+            append(&mut writer, sequence, chunk);
+            store.put(&writer, sequence, &long[..i * PAGE + chunk.len()], b"model").unwrap();
+        }
+        for len in [0, 8, 16, 24, 40] {
+            let mut reader = cache(config());
+            let found = store.get(&mut reader, &long[..len + 3], b"model").unwrap();
+            assert_eq!(found.map_or(0, |f| f.len), len);
+            let Some(found) = found else { continue };
+            // Attention sees sinks and the rest alike.
+            let fresh = prefill(&mut reader, &long[..len]);
+            [found.sequence, fresh].iter().for_each(|&s| append(&mut reader, s, &long[len..len + 3]));
+            assert_eq!(attended(&mut reader, found.sequence), attended(&mut reader, fresh), "{positions} sinks, {len}");
+        }
+        assert!(
+            store.get(&mut cache(self::config()), &long, b"model").unwrap().is_none(),
+            "without sinks: another name"
+        );
+    }
 }
 
 #[test]

@@ -3,10 +3,11 @@
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::*;
-use tqkv::cache::{Label, LayerKind, SNAPSHOT_VERSION, Side};
+use tqkv::cache::{Label, LayerKind, SNAPSHOT_VERSION, Side, Sinks};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, Snapshot, SnapshotPart};
 
@@ -41,7 +42,7 @@ const MODEL: &[u8] = b"a model";
 /// What every snapshot here says.
 const LABEL: Label = Label { model: MODEL, note: b"tokens" };
 
-/// Every kind of codec and layer.
+/// Every kind of codec and layer; sinks that fill a page and more, and less than one.
 fn config() -> CacheConfig {
     CacheConfig::new(6, 2, 32)
         .codec("k5v4".parse().unwrap())
@@ -50,6 +51,8 @@ fn config() -> CacheConfig {
         .kind_at(3, LayerKind::Window(12))
         .kind_at(4, LayerKind::Shared(1))
         .kind_at(5, LayerKind::Window(12))
+        .sinks_at(2, Sinks { positions: 11, codec: CodecPair::both(Codec::F16) })
+        .sinks_at(5, Sinks { positions: 3, codec: "k8v8".parse().unwrap() })
         .page_size(8)
         .capacity(400)
 }
@@ -99,11 +102,14 @@ fn decoded(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
     let mut all = vec![];
     for layer in 0..config.layers() {
         let seen = if let LayerKind::Window(w) = config.layer_kind(layer) { w - 1 } else { len }.min(len);
-        for side in [Side::Key, Side::Value] {
-            let out = device.zeros(DType::F32, &[seen, config.kv_heads(), config.head_dim()]).unwrap();
-            let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
-            run(&device, |e| cache.dequantize(e, layer, side, sequence, len - seen..len, domain, order, &out));
-            all.push(out.read::<f32>().unwrap().into_iter().map(f32::to_bits).collect());
+        let sinks = config.layer_sinks(layer).map_or(0, |s| s.positions).min(len);
+        for range in [0..sinks, sinks.max(len - seen)..len] {
+            for side in [Side::Key, Side::Value] {
+                let out = device.zeros(DType::F32, &[range.len(), config.kv_heads(), config.head_dim()]).unwrap();
+                let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
+                run(&device, |e| cache.dequantize(e, layer, side, sequence, range.clone(), domain, order, &out));
+                all.push(out.read::<f32>().unwrap().into_iter().map(f32::to_bits).collect());
+            }
         }
     }
     all
@@ -236,7 +242,7 @@ fn streams_are_read_to_the_end_of_the_snapshot_only() {
     let mut other = KvCache::new(&Device::cpu(), config()).unwrap();
     let mut stream = &two[..];
     for _ in 0..2 {
-        let copy = other.read_snapshot(&mut stream, MODEL).unwrap();
+        let copy = other.read_snapshot(stream.by_ref(), MODEL).unwrap();
         assert_eq!(bytes(&other, &copy), one);
     }
     assert_eq!(stream, b"rest");
@@ -259,6 +265,8 @@ fn other_models_shapes_and_versions_are_named() {
     let heads = CacheConfig::new(6, 1, 32).page_size(8);
     let layers = CacheConfig::new(5, 2, 32).page_size(8);
     let codec = config().codec_at(2, CodecPair::both(Codec::seed(4)));
+    let sinks = |positions| config().sinks_at(5, Sinks { positions, codec: "k8v8".parse().unwrap() });
+    let held = "3 positions, keys in tq8 with scale_factor_d512 1, values in tq8 with scale_factor_d512 1";
     let cases = [
         (layers, "layers", "6", "5"),
         (heads, "kv_heads", "2", "1"),
@@ -266,6 +274,8 @@ fn other_models_shapes_and_versions_are_named() {
         (config().page_size(16), "page_size", "8", "16"),
         (codec, "value codec of layer 2", "seed5 with scale_factor_d512 1", "seed4 with scale_factor_d512 1"),
         (config().kind_at(5, LayerKind::Window(13)), "kind of layer 5", "Window(12)", "Window(13)"),
+        (sinks(4), "sinks of layer 5", held, &held.replace('3', "4")),
+        (sinks(0), "sinks of layer 5", held, "none"),
     ];
     for (config, what, got, expected) in cases {
         let (what, got, expected) = (what.to_owned(), got.to_owned(), expected.to_owned());
@@ -345,6 +355,23 @@ fn every_truncation_is_found() {
     std::fs::write(&path, [&saved[..], &[0]].concat()).unwrap();
     let (got, expected) = (saved.len() as u64 + 1, saved.len() as u64);
     assert_eq!(Snapshot::verify(&path), Err(Error::TrailingBytes { got, expected }));
+}
+
+/// Pages of several groups are several chunks: an error in any of them ends both threads.
+#[test]
+fn streams_that_fail_midway_are_errors() {
+    let (cache, sequence) = filled(&Device::cpu(), config(), &[44]);
+    let saved = bytes(&cache, &[sequence]);
+    let mut other = KvCache::new(&Device::cpu(), config()).unwrap();
+    for len in (0..saved.len()).step_by(509) {
+        let error = cache.write_snapshot(&[(sequence, 44)], &mut vec![0; len][..], LABEL);
+        assert!(matches!(error, Err(Error::Io { kind: std::io::ErrorKind::WriteZero, .. })), "{len}: {error:?}");
+        let error = expect_refused(&mut other, &saved[..len], "a truncated stream");
+        assert!(matches!(error, Error::Truncated { got, .. } if got == len as u64), "{len}: {error}");
+        let mut damaged = saved.clone();
+        damaged[len] ^= 4;
+        expect_refused(&mut other, &damaged, "a flipped bit");
+    }
 }
 
 #[test]

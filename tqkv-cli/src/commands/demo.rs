@@ -1,5 +1,6 @@
 //! `tqkv demo`
 
+use crate::stream::stream;
 use crate::{codecs, output};
 use anyhow::Result;
 use std::ops::ControlFlow;
@@ -55,23 +56,10 @@ fn show_text(model: &Llama, device: &Device) -> Result<()> {
     let mut cache = cache(model, device, codec)?;
     let options = GenerateOptions { max_tokens: SHOWN_TOKENS, temperature: 0.6, seed: 2, ..GenerateOptions::default() };
     let prompt = Vocabulary::Bytes.encode_prompt(PROMPT)?;
-    let mut decoder = Vocabulary::Bytes.decoder();
-    let mut failure = None;
-    let generated = generate(model, &mut cache, &prompt, &options, |token| {
-        match decoder.push(token).map_err(anyhow::Error::from).and_then(|text| output::print(&text)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                failure = Some(error);
-                ControlFlow::Break(())
-            }
-        }
-    })?;
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
+    let decoder = Vocabulary::Bytes.decoder();
+    let generated = stream(model, &mut cache, &prompt, &options, decoder, output::print)?;
     output::print(&format!(
-        "{}\n\n{} bytes at {:.0} a second\n\n",
-        decoder.finish(),
+        "\n\n{} bytes at {:.0} a second\n\n",
         generated.tokens.len(),
         generated.decode_tokens_per_second()
     ))

@@ -1,14 +1,14 @@
 //! `tqkv generate`
 
 use crate::commands::snapshot::{Saved, fingerprint};
+use crate::stream::stream;
 use crate::{codecs, output};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
-use tqkv_candle::{GenerateOptions, Llama, SequenceCache, StopReason, Vocabulary, generate};
+use tqkv_candle::{GenerateOptions, Llama, SequenceCache, StopReason, Vocabulary};
 
 const DEFAULT_CODEC: CodecPair = CodecPair { key: Codec::tq(5), value: Codec::tq(4) };
 
@@ -105,24 +105,10 @@ impl Generate {
             decoder.push(token)?;
         }
         let mut text = String::new();
-        let mut failure = None;
-        let mut emit = |piece: String| {
-            text.push_str(&piece);
-            if self.json { Ok(()) } else { output::print(&piece) }
-        };
-        let generated = generate(&model, &mut cache, prompt, &options, |token| {
-            match decoder.push(token).map_err(anyhow::Error::from).and_then(&mut emit) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    failure = Some(error);
-                    ControlFlow::Break(())
-                }
-            }
+        let generated = stream(&model, &mut cache, prompt, &options, decoder, |piece| {
+            text.push_str(piece);
+            if self.json { Ok(()) } else { output::print(piece) }
         })?;
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        emit(decoder.finish())?;
         if let Some(path) = &self.save {
             tokens.extend(&generated.tokens);
             Saved { tokens }.write(&cache, path, &model_id)?;

@@ -8,6 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tqkv::cache::{Label, LayerKind};
+use tqkv::format::RowFormat;
 use tqkv::{CodecPair, Snapshot};
 use tqkv_candle::SequenceCache;
 use xxhash_rust::xxh3::Xxh3Default;
@@ -55,6 +56,8 @@ struct Report {
 struct Layer {
     codec: String,
     kind: String,
+    sinks: usize,
+    sink_codec: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -76,13 +79,16 @@ impl Command {
 fn inspect(file: &Path, json: bool) -> Result<ExitCode> {
     let snapshot = Snapshot::open(file)?;
     let geometry = snapshot.geometry();
+    let codec = |key: RowFormat, value: RowFormat| CodecPair { key: key.codec(), value: value.codec() }.to_string();
     let layer = |layer: &tqkv::cache::LayerGeometry| Layer {
-        codec: CodecPair { key: layer.key.codec(), value: layer.value.codec() }.to_string(),
+        codec: codec(layer.key, layer.value),
         kind: match layer.kind {
             LayerKind::Full => "full".to_owned(),
             LayerKind::Window(window) => format!("window of {window}"),
             LayerKind::Shared(with) => format!("shared with layer {with}"),
         },
+        sinks: layer.sinks.map_or(0, |s| s.positions),
+        sink_codec: layer.sinks.map(|s| codec(s.key, s.value)),
     };
     let report = Report {
         file: file.display().to_string(),
@@ -115,7 +121,12 @@ impl Report {
         for run in self.layers.chunk_by(|a, b| a == b) {
             let last = first + run.len() - 1;
             let numbers = if first == last { format!("{first}") } else { format!("{first}-{last}") };
-            writeln!(text, "layers     {numbers}: {}, {}", run[0].codec, run[0].kind)?;
+            let Layer { codec, kind, sinks, sink_codec } = &run[0];
+            write!(text, "layers     {numbers}: {codec}, {kind}")?;
+            match sink_codec {
+                Some(codec) => writeln!(text, ", {sinks} sinks in {codec}")?,
+                None => writeln!(text)?,
+            }
             first += run.len();
         }
         let lens: Vec<_> = self.sequences.iter().map(usize::to_string).collect();

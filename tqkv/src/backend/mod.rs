@@ -74,6 +74,11 @@ impl std::fmt::Debug for Plans {
 /// A list of operations that is being built.
 pub(crate) trait Recorder: Send {
     fn record(&mut self, op: Op) -> Result<()>;
+    /// Kernel launches recorded so far, where they are counted.
+    #[cfg(test)]
+    fn dispatches(&self) -> usize {
+        0
+    }
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
     /// Submits, waits, and says how long it took: by the device's clock if it has one, else by the host's.
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
 use crate::ops::check_geometry;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Which positions a layer keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,6 +16,57 @@ pub enum LayerKind {
     Shared(usize),
 }
 
+/// The first positions of a layer kept apart: in codecs of their own, never dropped, and seen by every later query whatever
+/// the window (attention sinks; Xiao et al., arXiv:2309.17453).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sinks {
+    /// How many; none if 0.
+    pub positions: usize,
+    /// How they are stored.
+    pub codec: CodecPair,
+}
+
+/// Which positions of a sequence a group of layers holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Extent {
+    All,
+    /// A window: the newest so many, and what else their pages hold.
+    Newest(usize),
+    /// Sinks: the first so many.
+    First(usize),
+}
+
+impl Extent {
+    /// The parts of a layer: its positions, and its sinks if it has any.
+    pub fn of(kind: LayerKind, sinks: usize) -> impl Iterator<Item = Extent> {
+        let own = match kind {
+            LayerKind::Full => Some(Extent::All),
+            LayerKind::Window(window) => Some(Extent::Newest(window)),
+            LayerKind::Shared(_) => None,
+        };
+        own.into_iter().chain((own.is_some() && sinks > 0).then_some(Extent::First(sinks)))
+    }
+
+    /// One past the newest position held of a sequence of so many.
+    pub fn end(self, len: usize) -> usize {
+        if let Extent::First(sinks) = self { len.min(sinks) } else { len }
+    }
+
+    /// The oldest position that the next token of a sequence of so many looks back to.
+    pub fn seen(self, len: usize) -> usize {
+        if let Extent::Newest(window) = self { len.saturating_add(1).saturating_sub(window).min(len) } else { 0 }
+    }
+
+    /// Positions of a page where a page of all positions has `page_size`: a sequence's sinks fill one, if they fit. Even, so
+    /// that pages are whole words.
+    pub fn page_size(self, page_size: usize) -> usize {
+        match self {
+            Extent::First(sinks) => sinks.min(page_size).checked_next_multiple_of(2).unwrap_or(page_size),
+            _ => page_size,
+        }
+    }
+}
+
 /// Geometry, codecs and layer kinds of a [`KvCache`](super::KvCache). Checked as a whole by [`CacheConfig::bytes`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheConfig {
@@ -25,9 +76,12 @@ pub struct CacheConfig {
     codec: CodecPair,
     codec_at: BTreeMap<usize, CodecPair>,
     kind_at: BTreeMap<usize, LayerKind>,
+    sinks: Option<Sinks>,
+    sinks_at: BTreeMap<usize, Sinks>,
     page_size: usize,
     capacity: usize,
     window_capacity: Option<usize>,
+    sink_sequences: Option<usize>,
 }
 
 impl CacheConfig {
@@ -41,9 +95,12 @@ impl CacheConfig {
             codec: CodecPair::both(Codec::tq(4)),
             codec_at: BTreeMap::new(),
             kind_at: BTreeMap::new(),
+            sinks: None,
+            sinks_at: BTreeMap::new(),
             page_size: 64,
             capacity: 4096,
             window_capacity: None,
+            sink_sequences: None,
         }
     }
 
@@ -81,6 +138,26 @@ impl CacheConfig {
     /// What one layer keeps.
     pub fn kind_at(mut self, layer: usize, kind: LayerKind) -> Self {
         self.kind_at.insert(layer, kind);
+        self
+    }
+
+    /// Keeps the first positions of every layer apart. Their pages are small: a sequence's sinks fill one, or pages of
+    /// [`page_size`](CacheConfig::page_size) if they are more than that. Layers that share have those of the other layer.
+    pub fn sinks(mut self, sinks: Sinks) -> Self {
+        self.sinks = Some(sinks);
+        self
+    }
+
+    /// Other sinks in one layer.
+    pub fn sinks_at(mut self, layer: usize, sinks: Sinks) -> Self {
+        self.sinks_at.insert(layer, sinks);
+        self
+    }
+
+    /// Sequences that can hold sinks at a time, those counted once that share them; if not set, as many as
+    /// [`capacity`](CacheConfig::capacity) has pages.
+    pub fn sink_sequences(mut self, sequences: usize) -> Self {
+        self.sink_sequences = Some(sequences);
         self
     }
 
@@ -134,14 +211,23 @@ impl CacheConfig {
         self.kind_at.get(&layer).copied().unwrap_or(LayerKind::Full)
     }
 
-    /// Pages of each layer of this kind.
-    pub(super) fn pages(&self, kind: LayerKind) -> usize {
-        let positions = match kind {
-            LayerKind::Full => self.capacity,
-            LayerKind::Window(_) => self.window_capacity.unwrap_or(self.capacity),
-            LayerKind::Shared(_) => 0,
-        };
-        positions.div_ceil(self.page_size)
+    /// The sinks of a layer, if it holds any of its own.
+    pub fn layer_sinks(&self, layer: usize) -> Option<Sinks> {
+        let sinks = self.sinks_at.get(&layer).copied().or(self.sinks);
+        sinks.filter(|s| s.positions > 0 && !matches!(self.layer_kind(layer), LayerKind::Shared(_)))
+    }
+
+    /// Pages of each layer's part of this extent.
+    pub(super) fn pages(&self, extent: Extent) -> usize {
+        let full = self.capacity.div_ceil(self.page_size);
+        match extent {
+            Extent::All => full,
+            Extent::Newest(_) => self.window_capacity.map_or(full, |positions| positions.div_ceil(self.page_size)),
+            Extent::First(sinks) => {
+                let each = sinks.div_ceil(extent.page_size(self.page_size));
+                self.sink_sequences.unwrap_or(full).saturating_mul(each)
+            }
+        }
     }
 
     /// Bytes that the cache will take, before it is made.
@@ -165,6 +251,7 @@ impl CacheConfig {
             ("page_size", self.page_size),
             ("capacity", self.capacity),
             ("window_capacity", self.window_capacity.unwrap_or(1)),
+            ("sink_sequences", self.sink_sequences.unwrap_or(1)),
         ];
         for (what, n) in counts {
             if n == 0 {
@@ -175,25 +262,35 @@ impl CacheConfig {
             let expected = "a multiple of 8".to_owned();
             return Err(Error::Mismatch { what: "page_size", got: self.page_size, expected });
         }
-        if let Some(&layer) = self.codec_at.keys().chain(self.kind_at.keys()).find(|&&l| l >= self.layers) {
+        let special: BTreeSet<usize> =
+            self.codec_at.keys().chain(self.kind_at.keys()).chain(self.sinks_at.keys()).copied().collect();
+        if let Some(&layer) = special.iter().find(|&&l| l >= self.layers) {
             return Err(Error::Layer { got: layer, layers: self.layers });
         }
         let overflow = || Error::SizeOverflow { what: "cache size", limit: "isize" };
-        let bytes_of = |kind: LayerKind, pair: CodecPair, layers: usize| {
+        let part = |extent: Extent, pair: CodecPair| {
+            let (pages, page_size) = (self.pages(extent), extent.page_size(self.page_size));
+            to_u32("pages", pages)?;
             let (key, value) = (RowFormat::new(pair.key, self.head_dim)?, RowFormat::new(pair.value, self.head_dim)?);
-            to_u32("pages", self.pages(kind))?;
-            let factors = [self.pages(kind), self.page_size, self.kv_heads, key.bytes() + value.bytes(), layers];
-            let bytes = checked_product("cache size", &factors)?;
+            let bytes = checked_product("cache size", &[pages, page_size, self.kv_heads, key.bytes() + value.bytes()])?;
             for row in [key, value] {
-                // A shared layer has no pages of its own.
-                check_geometry(&row, self.kv_heads, self.page_size, self.pages(kind).max(1))?;
+                check_geometry(&row, self.kv_heads, page_size, pages)?;
             }
             Ok(bytes)
         };
+        let bytes_of = |kind: LayerKind, codec: CodecPair, sinks: Option<Sinks>| {
+            // A shared layer takes nothing, but its codecs must exist.
+            for codec in [codec.key, codec.value] {
+                RowFormat::new(codec, self.head_dim)?;
+            }
+            Extent::of(kind, sinks.map_or(0, |s| s.positions)).try_fold(0usize, |sum, extent| {
+                let codec = if let (Extent::First(_), Some(s)) = (extent, sinks) { s.codec } else { codec };
+                sum.checked_add(part(extent, codec)?).ok_or_else(overflow)
+            })
+        };
         // Layers without settings of their own are alike, however many.
-        let special: std::collections::BTreeSet<usize> =
-            self.codec_at.keys().chain(self.kind_at.keys()).copied().collect();
-        let mut total = bytes_of(LayerKind::Full, self.codec, self.layers - special.len())?;
+        let usual = bytes_of(LayerKind::Full, self.codec, self.sinks)?;
+        let mut total = checked_product("cache size", &[usual, self.layers - special.len()])?;
         for layer in special {
             match self.layer_kind(layer) {
                 LayerKind::Shared(with) if with >= layer || matches!(self.layer_kind(with), LayerKind::Shared(_)) => {
@@ -202,7 +299,7 @@ impl CacheConfig {
                 }
                 LayerKind::Window(0) => return Err(Error::Zero { what: "window" }),
                 kind => {
-                    let bytes = bytes_of(kind, self.layer_codec(layer), 1)?;
+                    let bytes = bytes_of(kind, self.layer_codec(layer), self.layer_sinks(layer))?;
                     total = total.checked_add(bytes).filter(|&n| n <= isize::MAX as usize).ok_or_else(overflow)?;
                 }
             }

@@ -6,17 +6,20 @@ mod pages;
 mod prefix_store;
 mod snapshot;
 
-pub use config::{CacheConfig, LayerKind};
+use config::Extent;
+pub use config::{CacheConfig, LayerKind, Sinks};
 #[cfg(feature = "prefix-store")]
 pub use prefix_store::{FoundPrefix, PrefixStore, StoredPrefix};
-pub use snapshot::{Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
+pub use snapshot::{
+    Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, SinkGeometry, Snapshot,
+};
 
-use crate::compute::{Buffer, CommandEncoder, Device};
+use crate::compute::{Buffer, CommandEncoder, DType, Device};
 use crate::error::{Error, Result};
-use crate::format::RowFormat;
+use crate::format::{CodecPair, RowFormat};
 use crate::ops::{self, AttentionParams, Batch, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span};
 use pages::Pages;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// A sequence of a cache. Numbers are never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,21 +85,31 @@ pub struct KvCache {
     next_id: u64,
     /// Counts changes of page tables.
     version: u64,
-    /// The last batch, which the layers of one step share.
-    plan: Option<(PlanKey, Batch)>,
+    /// The last batches, which the layers of one step share.
+    plans: VecDeque<(PlanKey, Batch)>,
+    /// f32, where attention over sinks and over the rest meet: outputs and log-sum-exps of both.
+    scratch: Option<[Buffer; 4]>,
 }
 
 struct Layer {
-    key: PagePool,
-    value: PagePool,
-    group: usize,
+    own: Part,
+    sinks: Option<Part>,
     /// The layer whose positions it reads: itself, unless it is shared.
     source: usize,
 }
 
-/// Layers of one kind: they use the same page numbers, each in its own pools.
+/// The pools of a layer, or of its sinks.
+#[derive(Clone)]
+struct Part {
+    key: PagePool,
+    value: PagePool,
+    group: usize,
+}
+
+/// Layers, or sinks of layers, that hold the same positions: they use the same page numbers, each in its own pools.
 struct Group {
-    window: Option<usize>,
+    extent: Extent,
+    page_size: usize,
     layers: Vec<usize>,
     pages: Pages,
 }
@@ -117,14 +130,21 @@ struct Held {
     pages: Vec<u32>,
 }
 
-/// What a batch was made from: the group, each sequence with its length and new positions, the page tables' version.
-type PlanKey = (usize, Vec<(SequenceId, usize, usize)>, u64);
+/// A sequence with its length and its new positions.
+type NewPositions = (SequenceId, usize, usize);
 
-/// A page that a sequence takes while it appends, and what it replaces, if it was shared.
-struct Taken {
-    sequence: SequenceId,
-    page: u32,
-    replaces: Option<u32>,
+/// Batches that are kept: two kinds of layers, with sinks each, need four in a step.
+const PLANS: usize = 8;
+
+/// What a batch was made from: the group, how many first positions are left out, the sequences, the page tables' version.
+type PlanKey = (usize, usize, Vec<NewPositions>, u64);
+
+/// What an append has changed, so that it can be undone.
+enum Change {
+    /// Pages at the front that nobody will see any more.
+    Dropped { sequence: SequenceId, group: usize, pages: Vec<u32> },
+    /// A page, in place of a shared one or at the end.
+    Taken { sequence: SequenceId, group: usize, index: usize, page: u32, replaces: Option<u32> },
 }
 
 impl KvCache {
@@ -134,33 +154,44 @@ impl KvCache {
     /// Those of [`CacheConfig::bytes`], and [`Error::OutOfMemory`].
     pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
         config.bytes()?;
-        let pool = |codec, pages| {
-            let row = RowFormat::new(codec, config.head_dim())?;
-            PagePool::new(device, row, config.kv_heads(), config.positions_per_page(), pages)
-        };
         let (mut layers, mut groups) = (Vec::<Layer>::new(), Vec::<Group>::new());
         for index in 0..config.layers() {
-            let (kind, codec) = (config.layer_kind(index), config.layer_codec(index));
-            let window = match kind {
-                LayerKind::Shared(source) => {
-                    let Layer { key, value, group, .. } = &layers[source];
-                    layers.push(Layer { key: key.clone(), value: value.clone(), group: *group, source });
-                    continue;
-                }
-                LayerKind::Window(window) => Some(window),
-                LayerKind::Full => None,
-            };
-            let group = groups.iter().position(|g| g.window == window).unwrap_or(groups.len());
-            if group == groups.len() {
-                groups.push(Group { window, layers: vec![], pages: Pages::new(config.pages(kind)) });
+            if let LayerKind::Shared(source) = config.layer_kind(index) {
+                let Layer { own, sinks, .. } = &layers[source];
+                layers.push(Layer { own: own.clone(), sinks: sinks.clone(), source });
+                continue;
             }
-            groups[group].layers.push(index);
-            let pages = config.pages(kind);
-            let (key, value) = (pool(codec.key, pages)?, pool(codec.value, pages)?);
-            layers.push(Layer { key, value, group, source: index });
+            let mut part = |extent: Extent, codec: CodecPair| -> Result<Part> {
+                let group = groups.iter().position(|g| g.extent == extent).unwrap_or(groups.len());
+                let (pages, page_size) = (config.pages(extent), extent.page_size(config.positions_per_page()));
+                if group == groups.len() {
+                    groups.push(Group { extent, page_size, layers: vec![], pages: Pages::new(pages) });
+                }
+                groups[group].layers.push(index);
+                let pool = |codec| {
+                    let row = RowFormat::new(codec, config.head_dim())?;
+                    PagePool::new(device, row, config.kv_heads(), page_size, pages)
+                };
+                Ok(Part { key: pool(codec.key)?, value: pool(codec.value)?, group })
+            };
+            let sinks = config.layer_sinks(index);
+            let mut extents = Extent::of(config.layer_kind(index), sinks.map_or(0, |s| s.positions));
+            // A layer that is not shared has a part of its own.
+            let own = part(extents.next().unwrap_or(Extent::All), config.layer_codec(index))?;
+            let sinks = extents.next().zip(sinks).map(|(extent, sinks)| part(extent, sinks.codec)).transpose()?;
+            layers.push(Layer { own, sinks, source: index });
         }
-        let (device, sequences) = (device.clone(), BTreeMap::new());
-        Ok(KvCache { device, config, layers, groups, sequences, next_id: 0, version: 0, plan: None })
+        Ok(KvCache {
+            device: device.clone(),
+            config,
+            layers,
+            groups,
+            sequences: BTreeMap::new(),
+            next_id: 0,
+            version: 0,
+            plans: VecDeque::new(),
+            scratch: None,
+        })
     }
 
     /// The configuration.
@@ -180,10 +211,10 @@ impl KvCache {
 
     /// How full it is.
     pub fn usage(&self) -> Usage {
-        let page_size = self.config.positions_per_page();
         let (mut capacity, mut free, mut slots, mut filled) = (0, 0, 0, 0);
         for (g, group) in self.groups.iter().enumerate() {
-            let page: usize = group.layers.iter().map(|&l| self.layers[l].page_bytes()).sum();
+            let page_size = group.page_size;
+            let page: usize = self.parts(g).map(Part::page_bytes).sum();
             capacity += page * group.pages.total();
             free += page * group.pages.free();
             slots += (group.pages.total() - group.pages.free()) * page_size;
@@ -213,11 +244,15 @@ impl KvCache {
     /// # Errors
     /// [`Error::Layer`].
     pub fn pool(&self, layer: usize, side: Side) -> Result<&PagePool> {
-        let layer = self.layer(layer)?;
-        Ok(match side {
-            Side::Key => &layer.key,
-            Side::Value => &layer.value,
-        })
+        Ok(self.layer(layer)?.own.pool(side))
+    }
+
+    /// As [`pool`](KvCache::pool), of a layer's sinks; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`Error::Layer`].
+    pub fn sink_pool(&self, layer: usize, side: Side) -> Result<Option<&PagePool>> {
+        Ok(self.layer(layer)?.sinks.as_ref().map(|sinks| sinks.pool(side)))
     }
 
     /// Starts an empty sequence.
@@ -300,18 +335,19 @@ impl KvCache {
             return Err(Error::SharedLayer { layer, source_layer: source });
         }
         let spans = self.spans(layer, tokens, true)?;
-        self.drop_unseen(layer, tokens);
-        let taken = self.take_pages(layer, &spans)?;
-        let result = self.record_append(encoder, layer, spans, &taken, k, v);
-        if result.is_err() {
-            self.give_back(layer, &taken);
-            return result;
+        let mut changes = vec![];
+        if let Err(error) = self.record_append(encoder, layer, &spans, k, v, &mut changes) {
+            self.undo(changes);
+            return Err(error);
         }
-        let pages = &mut self.groups[self.layers[layer].group].pages;
-        taken.iter().filter_map(|t| t.replaces).for_each(|page| pages.release(page));
-        for &(id, new) in tokens {
+        for change in changes {
+            if let Change::Taken { group, replaces: Some(page), .. } = change {
+                self.groups[group].pages.release(page);
+            }
+        }
+        for (id, len, _) in spans {
             if let Some(sequence) = self.sequences.get_mut(&id) {
-                sequence.lens[layer] += new;
+                sequence.lens[layer] = len;
             }
         }
         Ok(())
@@ -321,33 +357,55 @@ impl KvCache {
         &mut self,
         encoder: &mut CommandEncoder,
         layer: usize,
-        spans: Vec<(SequenceId, usize, usize)>,
-        taken: &[Taken],
+        spans: &[NewPositions],
         k: &Buffer,
         v: &Buffer,
+        changes: &mut Vec<Change>,
     ) -> Result<()> {
-        let group = self.layers[layer].group;
-        let batch = self.batch(group, spans)?;
-        for taken in taken {
-            let Some(from) = taken.replaces else { continue };
-            for &l in &self.groups[group].layers {
-                self.layers[l].copy_page(encoder, from, taken.page)?;
+        let Layer { own, sinks, .. } = &self.layers[layer];
+        let (own, sinks) = (own.clone(), sinks.clone());
+        self.drop_unseen(own.group, layer, spans, changes);
+        self.take_pages(own.group, spans, changes)?;
+        let batch = self.batch(own.group, self.sink_positions(layer), spans)?;
+        ops::check_quantize(encoder, &[(k, &own.key), (v, &own.value)], &batch)?;
+        let mut writes = vec![(k.clone(), v.clone(), own, batch)];
+        // Sinks are written twice. A window's pages may then be dropped as ever, and what shares pages need not know of sinks.
+        if let Some(sinks) = sinks {
+            let mut start = 0;
+            for &(id, len, new) in spans {
+                let end = self.groups[sinks.group].extent.end(len);
+                let early = end.saturating_sub(len - new);
+                if early > 0 {
+                    let span = [(id, end, early)];
+                    self.take_pages(sinks.group, &span, changes)?;
+                    let (k, v) = (k.slice(start..start + early)?, v.slice(start..start + early)?);
+                    let batch = self.batch(sinks.group, 0, &span)?;
+                    ops::check_quantize(encoder, &[(&k, &sinks.key), (&v, &sinks.value)], &batch)?;
+                    writes.push((k, v, sinks.clone(), batch));
+                }
+                start += new;
             }
         }
-        let Layer { key, value, .. } = &self.layers[layer];
-        ops::quantize(encoder, &[(k, key), (v, value)], &batch)
+        // Nothing is recorded before all is checked: what is recorded cannot be undone.
+        for change in changes {
+            if let Change::Taken { group, page, replaces: Some(from), .. } = *change {
+                self.parts(group).try_for_each(|part| part.copy_page(encoder, from, page))?;
+            }
+        }
+        writes.iter().try_for_each(|(k, v, part, batch)| {
+            ops::record_quantize(encoder, &[(k, &part.key), (v, &part.value)], batch)
+        })
     }
 
     /// The pages that the new positions need: more at the end, and copies of shared ones that would be written.
-    fn take_pages(&mut self, layer: usize, spans: &[(SequenceId, usize, usize)]) -> Result<Vec<Taken>> {
-        let (page_size, g) = (self.config.positions_per_page(), self.layers[layer].group);
+    fn take_pages(&mut self, g: usize, spans: &[NewPositions], changes: &mut Vec<Change>) -> Result<()> {
         let group = &mut self.groups[g];
         // Written pages as (sequence, first and last index within `held`), before anything changes.
         let mut wanted = vec![];
         for &(id, len, new) in spans.iter().filter(|s| s.2 > 0) {
             let held = &self.sequences.get(&id).ok_or(Error::UnknownSequence { got: id.0 })?.held[g];
-            let first = (len - new) / page_size - held.base;
-            wanted.push((id, first, len.div_ceil(page_size) - held.base));
+            let first = (len - new) / group.page_size - held.base;
+            wanted.push((id, first, len.div_ceil(group.page_size) - held.base));
         }
         let needed = wanted.iter().map(|&(id, first, end)| {
             let pages = &self.sequences[&id].held[g].pages;
@@ -355,59 +413,68 @@ impl KvCache {
             shared + end.saturating_sub(pages.len())
         });
         group.pages.expect_free(needed.sum())?;
-        let mut taken = vec![];
         for (id, first, end) in wanted {
             let Some(Sequence { held, .. }) = self.sequences.get_mut(&id) else { continue };
             let pages = &mut held[g].pages;
-            for i in first..end {
-                let replaces = pages.get(i).copied();
+            for index in first..end {
+                let replaces = pages.get(index).copied();
                 if replaces.is_some_and(|page| !group.pages.is_shared(page)) {
                     continue;
                 }
                 let page = group.pages.take()?;
-                match pages.get_mut(i) {
+                match pages.get_mut(index) {
                     Some(slot) => *slot = page,
                     None => pages.push(page),
                 }
-                taken.push(Taken { sequence: id, page, replaces });
+                changes.push(Change::Taken { sequence: id, group: g, index, page, replaces });
                 self.version += 1;
             }
         }
-        Ok(taken)
-    }
-
-    /// Undoes [`take_pages`](KvCache::take_pages).
-    fn give_back(&mut self, layer: usize, taken: &[Taken]) {
-        let g = self.layers[layer].group;
-        for taken in taken.iter().rev() {
-            let Some(sequence) = self.sequences.get_mut(&taken.sequence) else { continue };
-            let pages = &mut sequence.held[g].pages;
-            match taken.replaces {
-                Some(old) => pages.iter_mut().filter(|p| **p == taken.page).for_each(|p| *p = old),
-                None => drop(pages.pop()),
-            }
-            self.groups[g].pages.release(taken.page);
-        }
-        self.version += 1;
+        Ok(())
     }
 
     /// At the start of a model step, frees pages of a windowed group that neither the new tokens nor later ones can see.
-    fn drop_unseen(&mut self, layer: usize, tokens: &[(SequenceId, usize)]) {
-        let (page_size, g) = (self.config.positions_per_page(), self.layers[layer].group);
+    fn drop_unseen(&mut self, g: usize, layer: usize, spans: &[NewPositions], changes: &mut Vec<Change>) {
         let group = &mut self.groups[g];
-        let Some(window) = group.window else { return };
-        for (id, _) in tokens {
+        for (id, ..) in spans {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             let len = sequence.lens[layer];
             if group.layers.iter().any(|&l| sequence.lens[l] != len) {
                 continue; // Within a step: a query of another layer may still look back further.
             }
             let held = &mut sequence.held[g];
-            // The next token stands at `len` and sees the positions after `len - window`.
-            let keep = ((len + 1).saturating_sub(window) / page_size).saturating_sub(held.base).min(held.pages.len());
-            held.pages.drain(..keep).for_each(|page| group.pages.release(page));
-            held.base += keep;
-            self.version += (keep > 0) as u64;
+            let keep = (group.extent.seen(len) / group.page_size).saturating_sub(held.base).min(held.pages.len());
+            if keep > 0 {
+                let pages: Vec<u32> = held.pages.drain(..keep).collect();
+                pages.iter().for_each(|&page| group.pages.release(page));
+                held.base += keep;
+                self.version += 1;
+                changes.push(Change::Dropped { sequence: *id, group: g, pages });
+            }
+        }
+    }
+
+    /// The last change is undone first, so that pages are free, and held, as they were.
+    fn undo(&mut self, changes: Vec<Change>) {
+        self.version += 1;
+        for change in changes.into_iter().rev() {
+            let (Change::Dropped { sequence, group, .. } | Change::Taken { sequence, group, .. }) = change;
+            let Some(sequence) = self.sequences.get_mut(&sequence) else { continue };
+            let (held, free) = (&mut sequence.held[group], &mut self.groups[group].pages);
+            match change {
+                Change::Dropped { pages, .. } => {
+                    pages.iter().rev().for_each(|&page| free.undo_release(page));
+                    held.base -= pages.len();
+                    held.pages.splice(..0, pages);
+                }
+                Change::Taken { index, page, replaces, .. } => {
+                    free.release(page);
+                    match replaces {
+                        Some(old) => held.pages[index] = old,
+                        None => held.pages.truncate(index),
+                    }
+                }
+            }
         }
     }
 
@@ -417,9 +484,13 @@ impl KvCache {
     /// tokens just appended). `q` and `out` are \[queries, heads, head_dim\] (f32, f16 or bf16), `lse` f32
     /// \[queries, heads\]; see [`ops::attention`]. A windowed layer's window applies on top of `params`.
     ///
+    /// A layer with sinks attends to them and to the rest by themselves and merges both, over memory that all its calls share:
+    /// encoders of one cache are submitted one after the other. No window hides sinks.
+    ///
     /// # Errors
     /// [`Error::Layer`], [`Error::UnknownSequence`], [`Error::RepeatedSequence`], [`Error::Positions`] for more queries than
-    /// positions or queries that would see dropped ones, and those of [`ops::attention`].
+    /// positions, queries that would see dropped ones, or queries among sinks that are not causal and would see more than
+    /// sinks, [`Error::RotatedSinks`], and those of [`ops::attention`].
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
     pub fn attend(
         &mut self,
@@ -431,29 +502,136 @@ impl KvCache {
         lse: Option<&Buffer>,
         params: &AttentionParams,
     ) -> Result<()> {
-        let Layer { group, source, .. } = *self.layer(layer)?;
+        let Layer { own, sinks, source } = self.layer(layer)?;
+        let (own, sinks, source) = (own.clone(), sinks.clone(), *source);
         let spans = self.spans(source, queries, false)?;
         let mut params = params.clone();
-        if let Some(window) = self.groups[group].window {
-            let window = params.window.map_or(window, |w| w.min(window));
-            params.window = Some(window);
-            for &(id, len, new) in spans.iter().filter(|s| s.2 > 0) {
-                let (first, start) = (self.first(id, group)?, (len - new + 1).saturating_sub(window));
-                if start < first {
-                    return Err(Error::Positions { start, end: len, first, len });
+        if let Extent::Newest(window) = self.groups[own.group].extent {
+            params.window = Some(params.window.map_or(window, |w| w.min(window)));
+        }
+        let Some(sinks) = sinks else {
+            self.expect_seen(own.group, 0, &spans)?;
+            let batch = self.batch(own.group, 0, &spans)?;
+            return ops::attention(encoder, q, &own.key, &own.value, &batch, &params, out, lse);
+        };
+        self.attend_with_sinks(encoder, layer, (&own, &sinks), &spans, q, out, lse, &params)
+    }
+
+    /// Attention over sinks and over the rest, each by itself, and both merged.
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn attend_with_sinks(
+        &mut self,
+        encoder: &mut CommandEncoder,
+        layer: usize,
+        (own, sinks): (&Part, &Part),
+        spans: &[NewPositions],
+        q: &Buffer,
+        out: &Buffer,
+        lse: Option<&Buffer>,
+        params: &AttentionParams,
+    ) -> Result<()> {
+        let first = self.sink_positions(layer);
+        if params.domain == Domain::Rotated {
+            for side in [Side::Key, Side::Value] {
+                let (got, expected) = (sinks.pool(side).row(), own.pool(side).row());
+                if (got.is_rotated(), got.signs()) != (expected.is_rotated(), expected.signs()) {
+                    return Err(Error::RotatedSinks { layer, got: got.codec(), expected: expected.codec() });
                 }
             }
         }
-        let batch = self.batch(group, spans)?;
-        let Layer { key, value, .. } = &self.layers[layer];
-        ops::attention(encoder, q, key, value, &batch, &params, out, lse)
+        let tokens = spans.iter().map(|s| s.2).sum();
+        let &[n, heads, head_dim] = q.shape() else {
+            return Err(Error::shape("q", q.shape(), format!("[{tokens}, heads, {}]", self.config.head_dim())));
+        };
+        ops::expect_shape("q", q, &[tokens, heads, head_dim])?;
+        ops::expect_shape("out", out, q.shape())?;
+        ops::expect_apart("out", out, own.buffers().chain(sinks.buffers()).chain([q]))?;
+        if let Some(lse) = lse {
+            ops::expect_shape("lse", lse, &[n, heads])?;
+            ops::expect_apart("lse", lse, own.buffers().chain(sinks.buffers()).chain([q, out]))?;
+        }
+        // Queries among the sinks see no others; the rest see all sinks.
+        let mut parts: Vec<(bool, NewPositions)> = vec![];
+        for &(id, len, new) in spans {
+            let start = len - new;
+            let early = if params.causal || len <= first { first.saturating_sub(start).min(new) } else { 0 };
+            if early < new && start + early < first {
+                return Err(Error::Positions { start, end: len, first, len });
+            }
+            parts.extend((early > 0).then_some((true, (id, start + early, early))));
+            parts.extend((early < new || new == 0).then_some((false, (id, len, new - early))));
+        }
+        let rest: Vec<_> = parts.iter().filter(|p| !p.0).map(|p| p.1).collect();
+        self.expect_seen(own.group, first, &rest)?;
+        let mut start = 0;
+        for run in parts.chunk_by(|a, b| a.0 == b.0) {
+            let spans: Vec<_> = run.iter().map(|p| p.1).collect();
+            let range = start..start + spans.iter().map(|s| s.2).sum::<usize>();
+            start = range.end;
+            let rows = |buffer: &Buffer| buffer.slice(range.clone());
+            let (q, out, lse) = (rows(q)?, rows(out)?, lse.map(rows).transpose()?);
+            if run[0].0 {
+                let batch = self.batch(sinks.group, 0, &spans)?;
+                let params = AttentionParams { window: None, ..params.clone() };
+                ops::attention(encoder, &q, &sinks.key, &sinks.value, &batch, &params, &out, lse.as_ref())?;
+                continue;
+            }
+            let batch = self.batch(own.group, first, &spans)?;
+            if range.is_empty() {
+                ops::attention(encoder, &q, &own.key, &own.value, &batch, params, &out, lse.as_ref())?;
+                continue;
+            }
+            let [rest, rest_lse, early, early_lse] = self.scratch([range.len(), heads, head_dim])?;
+            ops::attention(encoder, &q, &own.key, &own.value, &batch, params, &rest, Some(&rest_lse))?;
+            // A query stands at a held position, but without a mask it does not matter at which: as many at once as there are.
+            let spans: Vec<_> = spans
+                .iter()
+                .flat_map(|&(id, _, new)| (0..new).step_by(first).map(move |i| (id, first, first.min(new - i))))
+                .collect();
+            let batch = self.batch(sinks.group, 0, &spans)?;
+            let all = AttentionParams { causal: false, window: None, sinks: None, ..params.clone() };
+            ops::attention(encoder, &q, &sinks.key, &sinks.value, &batch, &all, &early, Some(&early_lse))?;
+            ops::merge(encoder, &[(&rest, &rest_lse), (&early, &early_lse)], &out, lse.as_ref())?;
+        }
+        Ok(())
     }
 
-    /// Decodes positions of a sequence in one layer; see [`ops::dequantize`].
+    /// Buffers for two partial results: outputs of this shape, f32, and their log-sum-exps.
+    fn scratch(&mut self, shape: [usize; 3]) -> Result<[Buffer; 4]> {
+        let rows = shape[0] * shape[1];
+        let sizes = [rows * shape[2], rows];
+        let fits = |s: &&[Buffer; 4]| s[0].len() >= sizes[0] && s[1].len() >= sizes[1];
+        let [a, a_lse, b, b_lse] = match self.scratch.as_ref().filter(fits) {
+            Some(scratch) => scratch.clone(),
+            None => {
+                let new = |n: usize| self.device.zeros(DType::F32, &[n]);
+                self.scratch.insert([new(sizes[0])?, new(sizes[1])?, new(sizes[0])?, new(sizes[1])?]).clone()
+            }
+        };
+        let out = |buffer: &Buffer| buffer.slice(0..sizes[0])?.reshape(&shape);
+        let lse = |buffer: &Buffer| buffer.slice(0..sizes[1])?.reshape(&shape[..2]);
+        Ok([out(&a)?, lse(&a_lse)?, out(&b)?, lse(&b_lse)?])
+    }
+
+    /// Fails if a query would see positions that its window has dropped; those before `first` are looked up elsewhere.
+    fn expect_seen(&self, group: usize, first: usize, spans: &[NewPositions]) -> Result<()> {
+        for &(id, len, new) in spans.iter().filter(|s| s.2 > 0) {
+            // A query stands one before the token that would follow it.
+            let start = self.groups[group].extent.seen(len - new).max(first);
+            let first = self.first(id, group)?;
+            if start < first {
+                return Err(Error::Positions { start, end: len, first, len });
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes positions of a sequence in one layer; see [`ops::dequantize`]. A layer's sinks and its other positions are
+    /// decoded by a call each.
     ///
     /// # Errors
     /// [`Error::Layer`], [`Error::UnknownSequence`], and those of [`ops::dequantize`]: [`Error::Positions`] for positions not
-    /// yet appended, and for those that a window has dropped.
+    /// yet appended, for those that a window has dropped, and for sinks together with others.
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
     pub fn dequantize(
         &mut self,
@@ -466,10 +644,16 @@ impl KvCache {
         order: RowOrder,
         out: &Buffer,
     ) -> Result<()> {
-        let Layer { group, source, .. } = *self.layer(layer)?;
-        let spans = self.spans(source, &[(sequence, 0)], false)?;
-        let batch = self.batch(group, spans)?;
-        ops::dequantize(encoder, self.pool(layer, side)?, &batch, 0, positions, domain, order, out)
+        let Layer { own, sinks, source } = self.layer(layer)?;
+        let (mut part, sinks, source) = (own.clone(), sinks.clone(), *source);
+        let (positions, mut first) = (positions.into(), self.sink_positions(layer));
+        let mut spans = self.spans(source, &[(sequence, 0)], false)?;
+        if let Some(sinks) = sinks.filter(|_| positions.all_below(first)) {
+            spans[0].1 = spans[0].1.min(first);
+            (part, first) = (sinks, 0);
+        }
+        let batch = self.batch(part.group, first, &spans)?;
+        ops::dequantize(encoder, part.pool(side), &batch, 0, positions, domain, order, out)
     }
 
     /// Drops all positions of a sequence from `len` on, in every layer: afterwards the cache is as if they had never been
@@ -479,11 +663,10 @@ impl KvCache {
     /// [`Error::UnknownSequence`]; [`Error::Positions`] if a layer holds fewer, or a windowed one has dropped positions that
     /// the next token would see.
     pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
-        let page_size = self.config.positions_per_page();
         self.expect_prefix(sequence, len)?;
         let Some(Sequence { held, lens }) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         for (group, held) in self.groups.iter_mut().zip(held) {
-            let keep = (len.div_ceil(page_size) - held.base).min(held.pages.len());
+            let keep = (group.end_page(len) - held.base).min(held.pages.len());
             held.pages.split_off(keep).into_iter().rev().for_each(|page| group.pages.release(page));
         }
         // A shared layer has no length of its own.
@@ -494,14 +677,12 @@ impl KvCache {
 
     /// Fails unless a sequence could go on after its first `len` positions.
     fn expect_prefix(&self, sequence: SequenceId, len: usize) -> Result<()> {
-        let page_size = self.config.positions_per_page();
         let Sequence { held, lens } = self.sequence(sequence)?;
         for (group, held) in self.groups.iter().zip(held) {
             let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
-            let next = len.saturating_add(1);
-            let (first, seen) = (held.base * page_size, next.saturating_sub(group.window.unwrap_or(next)));
-            if len > shortest || seen < first {
-                return Err(Error::Positions { start: seen.min(len), end: len, first, len: shortest });
+            let (first, start) = (held.base * group.page_size, group.extent.seen(len));
+            if len > shortest || start < first {
+                return Err(Error::Positions { start, end: len, first, len: shortest });
             }
         }
         Ok(())
@@ -515,18 +696,28 @@ impl KvCache {
         self.sequences.get(&id).ok_or(Error::UnknownSequence { got: id.0 })
     }
 
+    /// The pools of a group.
+    fn parts(&self, group: usize) -> impl Iterator<Item = &Part> {
+        let layers = self.groups[group].layers.iter().map(|&l| &self.layers[l]);
+        layers.flat_map(|l| std::iter::once(&l.own).chain(&l.sinks)).filter(move |part| part.group == group)
+    }
+
+    /// How many first positions a layer keeps apart.
+    fn sink_positions(&self, layer: usize) -> usize {
+        let sinks = self.layers[layer].sinks.as_ref();
+        sinks.map_or(0, |part| self.groups[part.group].extent.end(usize::MAX))
+    }
+
     /// The oldest position that a sequence holds in a group.
     fn first(&self, id: SequenceId, group: usize) -> Result<usize> {
-        Ok(self.sequence(id)?.held[group].base * self.config.positions_per_page())
+        Ok(self.sequence(id)?.held[group].base * self.groups[group].page_size)
     }
 
     /// Each sequence with its length in a layer (the new tokens added if they are still to come) and its new positions.
-    fn spans(
-        &self,
-        layer: usize,
-        tokens: &[(SequenceId, usize)],
-        to_come: bool,
-    ) -> Result<Vec<(SequenceId, usize, usize)>> {
+    fn spans(&self, layer: usize, tokens: &[(SequenceId, usize)], to_come: bool) -> Result<Vec<NewPositions>> {
+        if tokens.is_empty() {
+            return Err(Error::Zero { what: "sequences of a batch" });
+        }
         let mut ids: Vec<_> = tokens.iter().map(|t| t.0).collect();
         ids.sort_unstable();
         if let Some(pair) = ids.windows(2).find(|w| w[0] == w[1]) {
@@ -545,51 +736,69 @@ impl KvCache {
         tokens.iter().map(span).collect()
     }
 
-    /// The batch of these sequences, the last one if nothing has changed since.
-    fn batch(&mut self, group: usize, spans: Vec<(SequenceId, usize, usize)>) -> Result<Batch> {
-        let key = (group, spans, self.version);
-        if let Some((_, batch)) = self.plan.as_ref().filter(|(last, _)| *last == key) {
+    /// The batch of these sequences, one of the last if nothing has changed since. Those of its positions before `first` are
+    /// left out, unless they are new.
+    fn batch(&mut self, group: usize, first: usize, spans: &[NewPositions]) -> Result<Batch> {
+        let key = (group, first, spans.to_vec(), self.version);
+        if let Some((_, batch)) = self.plans.iter().find(|(last, _)| *last == key) {
             return Ok(batch.clone());
         }
-        let page_size = self.config.positions_per_page();
+        let page_size = self.groups[group].page_size;
         let held = |id: &SequenceId| self.sequence(*id).map(|s| &s.held[group]);
         let mut width = 1;
-        for (id, ..) in &key.1 {
+        for (id, ..) in spans {
             width = width.max(held(id)?.pages.len());
         }
         // A table is a ring of `width` pages; where nothing was dropped it does not wrap.
-        let mut table = vec![NO_PAGE; width * key.1.len()];
-        for ((id, ..), table) in key.1.iter().zip(table.chunks_mut(width)) {
+        let mut table = vec![NO_PAGE; width * spans.len()];
+        for ((id, ..), table) in spans.iter().zip(table.chunks_mut(width)) {
             let Held { base, pages } = held(id)?;
             pages.iter().enumerate().for_each(|(i, &page)| table[(base + i) % width] = page);
         }
-        let mut spans = Vec::with_capacity(key.1.len());
-        for (&(id, len, new), pages) in key.1.iter().zip(table.chunks(width)) {
-            spans.push(Span { first: self.first(id, group)?.min(len), len, new, pages });
+        let mut rows = Vec::with_capacity(spans.len());
+        for (&(id, len, new), pages) in spans.iter().zip(table.chunks(width)) {
+            let first = self.first(id, group)?.max(first.min(len - new)).min(len);
+            rows.push(Span { first, len, new, pages });
         }
-        let batch = Batch::new(&self.device, page_size, &spans)?;
-        self.plan = Some((key, batch.clone()));
+        let batch = Batch::new(&self.device, page_size, &rows)?;
+        self.plans.truncate(PLANS - 1);
+        self.plans.push_front((key, batch.clone()));
         Ok(batch)
     }
 }
 
-impl Layer {
+impl Group {
+    /// One past the last page of a sequence of so many positions.
+    fn end_page(&self, len: usize) -> usize {
+        self.extent.end(len).div_ceil(self.page_size)
+    }
+}
+
+impl Part {
+    fn pool(&self, side: Side) -> &PagePool {
+        match side {
+            Side::Key => &self.key,
+            Side::Value => &self.value,
+        }
+    }
+
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        self.key.buffers().chain(self.value.buffers())
+    }
+
     fn page_bytes(&self) -> usize {
         (self.key.bytes() + self.value.bytes()) / self.key.pages()
     }
 
     fn copy_page(&self, encoder: &mut CommandEncoder, from: u32, to: u32) -> Result<()> {
         let page = |buffer: &Buffer, page: u32| buffer.slice(page as usize..page as usize + 1);
-        for buffer in self.key.buffers().chain(self.value.buffers()) {
-            ops::copy(encoder, &page(buffer, from)?, &page(buffer, to)?)?;
-        }
-        Ok(())
+        self.buffers().try_for_each(|buffer| ops::copy(encoder, &page(buffer, from)?, &page(buffer, to)?))
     }
 }
 
 impl Sequence {
-    /// Positions in the layer of the group that has most.
+    /// One past the newest position in the layer of the group that has most.
     fn group_len(&self, group: &Group) -> usize {
-        group.layers.iter().map(|&l| self.lens[l]).max().unwrap_or(0)
+        group.extent.end(group.layers.iter().map(|&l| self.lens[l]).max().unwrap_or(0))
     }
 }

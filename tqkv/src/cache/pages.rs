@@ -52,6 +52,16 @@ impl Pages {
         }
     }
 
+    /// Undoes the last release that was not undone.
+    pub fn undo_release(&mut self, page: u32) {
+        let holders = &mut self.holders[page as usize];
+        if *holders == 0 {
+            debug_assert_eq!(self.free.last(), Some(&page));
+            self.free.pop();
+        }
+        *holders += 1;
+    }
+
     pub fn is_shared(&self, page: u32) -> bool {
         self.holders[page as usize] > 1
     }

@@ -1,7 +1,7 @@
 //! Prefixes that machines share through an object store. `docs/prefix-store.md` describes names and bytes.
 
 use super::snapshot::{GroupGeometry, Stored, encode_layer};
-use super::{Geometry, Held, KvCache, Sequence, SequenceId};
+use super::{Extent, Geometry, Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
 use futures_util::{StreamExt, TryStreamExt, future, stream};
@@ -9,6 +9,7 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 use tokio::runtime::Runtime;
 
@@ -83,6 +84,8 @@ type Key = blake3::Hash;
 #[derive(Clone)]
 struct Object {
     path: Path,
+    /// Positions, and their bytes.
+    positions: usize,
     payload: usize,
 }
 
@@ -132,7 +135,7 @@ impl PrefixStore {
         let mut written = 0;
         for (g, group) in geometry.groups().iter().enumerate() {
             let Held { base, pages } = &cache.sequence(sequence)?.held[g];
-            let blocks: Vec<usize> = (*base..keys.len() - 1).collect();
+            let blocks: Vec<usize> = (*base..blocks(group, page_size, keys.len() - 1).end).collect();
             for blocks in blocks.chunks(PARALLEL) {
                 let objects: Vec<Object> = blocks.iter().map(|&b| self.object(&keys, b, g, group)).collect();
                 let store = self.store.clone();
@@ -143,7 +146,7 @@ impl PrefixStore {
                 for ((&block, object), there) in blocks.iter().zip(objects).zip(there) {
                     if !there? {
                         let mut data = vec![0; object.payload];
-                        let page = Stored { page: pages[block - base], positions: page_size, at: 0 };
+                        let page = Stored { page: pages[block - base], positions: object.positions, at: 0 };
                         cache.download(g, &group.layout, &[page], &mut data)?;
                         data.extend(digest(&object.path, &data).as_bytes());
                         puts.push((object.path, data));
@@ -183,7 +186,7 @@ impl PrefixStore {
         let len = *found.as_ref().unwrap_or(&0);
         let mut held = vec![];
         for ((group, own), state) in geometry.groups().iter().zip(pages).zip(&mut cache.groups) {
-            let needed = first_block(group, geometry.page_size, len)..len;
+            let needed = blocks(group, geometry.page_size, len);
             let (keep, rest): (Vec<_>, Vec<_>) = own.into_iter().partition(|(block, _)| needed.contains(block));
             rest.into_iter().rev().for_each(|(_, page)| state.pages.release(page));
             held.push(Held { base: needed.start, pages: keep.into_iter().map(|(_, page)| page).collect() });
@@ -213,19 +216,20 @@ impl PrefixStore {
         // Full layers first: they say how long the prefix can be. A miss in a windowed one makes it shorter, and other
         // pages are needed then.
         let mut order: Vec<usize> = (0..groups.len()).collect();
-        order.sort_by_key(|&g| groups[g].window.is_some());
+        order.sort_by_key(|&g| groups[g].extent != Extent::All);
         'shorter: loop {
             for &g in &order {
                 let group = &groups[g];
-                let first = first_block(group, geometry.page_size, len);
-                let missing: Vec<usize> = (first..len).filter(|b| !pages[g].contains_key(b)).collect();
+                let missing: Vec<usize> =
+                    blocks(group, geometry.page_size, len).filter(|b| !pages[g].contains_key(b)).collect();
                 for blocks in missing.chunks(PARALLEL) {
                     let objects: Vec<Object> = blocks.iter().map(|&b| self.object(keys, b, g, group)).collect();
-                    let store = self.store.clone();
-                    let fetched = self.wait(async move {
-                        future::join_all(objects.iter().map(|object| fetch(&*store, object))).await
-                    })?;
-                    for (&block, fetched) in blocks.iter().zip(fetched) {
+                    let (store, asked) = (self.store.clone(), objects.clone());
+                    let fetched =
+                        self.wait(
+                            async move { future::join_all(asked.iter().map(|object| fetch(&*store, object))).await },
+                        )?;
+                    for ((&block, object), fetched) in blocks.iter().zip(objects).zip(fetched) {
                         let Fetched::Page(data) =
                             fetched.inspect(|f| *damaged += matches!(f, Fetched::Damaged) as usize)?
                         else {
@@ -235,7 +239,7 @@ impl PrefixStore {
                         cache.groups[g].pages.expect_free(1)?;
                         let page = cache.groups[g].pages.take()?;
                         pages[g].insert(block, page);
-                        let stored = Stored { page, positions: geometry.page_size, at: 0 };
+                        let stored = Stored { page, positions: object.positions, at: 0 };
                         cache.upload(g, &group.layout, &[stored], &data)?;
                     }
                 }
@@ -343,8 +347,10 @@ impl PrefixStore {
     /// The object of a block in a group. Its name says whom it follows, so that eviction need not open it.
     fn object(&self, keys: &[Key], block: usize, group: usize, geometry: &GroupGeometry) -> Object {
         let name = format!("{}-{}-{group}", keys[block + 1].to_hex(), keys[block].to_hex());
-        let payload = geometry.layout.payload(geometry.layout.page_size()) as usize;
-        Object { path: self.root.clone().join("pages").join(name), payload }
+        // A block of tokens fills a page, except where there are fewer sinks.
+        let positions = geometry.positions(usize::MAX, block);
+        let payload = geometry.layout.payload(positions) as usize;
+        Object { path: self.root.clone().join("pages").join(name), positions, payload }
     }
 
     /// Runs on threads of our own, so that a caller within another runtime does no harm.
@@ -404,9 +410,11 @@ fn keys(geometry: &Geometry, tokens: &[u32], model: &[u8]) -> Vec<Key> {
     keys
 }
 
-/// The first block that a sequence of so many blocks needs in a group: what the last token sees, so that it may be taken back.
-fn first_block(group: &GroupGeometry, page_size: usize, blocks: usize) -> usize {
-    group.window.map_or(0, |window| (blocks * page_size).saturating_sub(window) / page_size)
+/// The blocks that a sequence of so many blocks needs in a group: what the last token sees, so that it may be taken back. A
+/// group's page is a block, the page of few sinks too.
+fn blocks(group: &GroupGeometry, page_size: usize, len: usize) -> Range<usize> {
+    let seen = group.extent.seen((len * page_size).saturating_sub(1));
+    seen / page_size..group.pages(len * page_size)
 }
 
 /// Covers the name too: an object that was moved is damaged.

@@ -25,8 +25,7 @@ impl CommandEncoder {
     /// Fails unless the buffer is on this encoder's device.
     pub(crate) fn expect_own(&self, what: &'static str, buffer: &Buffer) -> Result<()> {
         if buffer.device() != &self.device {
-            let (got, expected) = (buffer.device().to_string(), self.device.to_string());
-            return Err(Error::WrongDevice { what, got, expected });
+            return Err(Error::wrong_device(what, buffer.device(), &self.device));
         }
         Ok(())
     }
@@ -34,6 +33,12 @@ impl CommandEncoder {
     /// Records a validated operation.
     pub(crate) fn record(&mut self, op: Op) -> Result<()> {
         self.recorder.record(op)
+    }
+
+    /// Kernel launches recorded so far.
+    #[cfg(test)]
+    pub(crate) fn dispatches(&self) -> usize {
+        self.recorder.dispatches()
     }
 
     /// Records a kernel of the caller's own (see [`KernelRegistry::register`]).

@@ -86,8 +86,7 @@ impl CommandEncoder {
     ) -> Result<()> {
         let State::Recording(encoder) = self.state() else { return Err(already_committed()) };
         if encoder.device() != device.device() {
-            let (got, expected) = (device.device().to_string(), encoder.device().to_string());
-            return Err(MlxError::of(op, Error::WrongDevice { what: "device", got, expected }));
+            return Err(MlxError::of(op, Error::wrong_device("device", device.device(), encoder.device())));
         }
         record(encoder).map_err(|error| MlxError::of(op, error))
     }

@@ -29,6 +29,14 @@ impl Positions {
         self.len() == 0
     }
 
+    /// Whether there is one, and none is `end` or more.
+    pub(crate) fn all_below(&self, end: usize) -> bool {
+        match self {
+            Positions::Range(r) => !r.is_empty() && r.end <= end,
+            Positions::List(l) => !l.is_empty() && l.iter().all(|&p| (p as usize) < end),
+        }
+    }
+
     pub(crate) fn get(&self, i: usize) -> usize {
         match self {
             Positions::Range(r) => r.start + i,

@@ -22,6 +22,7 @@ pub use merge::merge;
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;
 pub use quantize::quantize;
+pub(crate) use quantize::{check_quantize, record_quantize};
 pub use rotate::{Direction, rotate};
 
 use crate::compute::{Buffer, DType};
@@ -50,7 +51,7 @@ fn expect_f32(what: &'static str, buffer: &Buffer) -> Result<()> {
     Ok(())
 }
 
-fn expect_shape(what: &'static str, buffer: &Buffer, shape: &[usize]) -> Result<()> {
+pub(crate) fn expect_shape(what: &'static str, buffer: &Buffer, shape: &[usize]) -> Result<()> {
     if buffer.shape() != shape {
         return Err(Error::shape(what, buffer.shape(), format!("{shape:?}")));
     }
@@ -58,7 +59,11 @@ fn expect_shape(what: &'static str, buffer: &Buffer, shape: &[usize]) -> Result<
 }
 
 /// Fails if `written` shares memory with one of `others`.
-fn expect_apart<'a>(what: &'static str, written: &Buffer, others: impl IntoIterator<Item = &'a Buffer>) -> Result<()> {
+pub(crate) fn expect_apart<'a>(
+    what: &'static str,
+    written: &Buffer,
+    others: impl IntoIterator<Item = &'a Buffer>,
+) -> Result<()> {
     if others.into_iter().any(|o| o.shares_memory(written)) {
         return Err(Error::Aliased { what });
     }

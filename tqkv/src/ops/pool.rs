@@ -71,8 +71,7 @@ impl PagePool {
                     return Err(Error::DType { what: "scales", got: s.dtype(), expected });
                 }
                 if s.device() != codes.device() {
-                    let (got, expected) = (s.device().to_string(), codes.device().to_string());
-                    return Err(Error::WrongDevice { what: "scales", got, expected });
+                    return Err(Error::wrong_device("scales", s.device(), codes.device()));
                 }
                 super::expect_apart("scales", s, [codes])?;
             }

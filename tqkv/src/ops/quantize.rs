@@ -28,6 +28,12 @@ use crate::error::{Error, Result};
 /// # Ok::<(), tqkv::Error>(())
 /// ```
 pub fn quantize(encoder: &mut CommandEncoder, parts: &[(&Buffer, &PagePool)], batch: &Batch) -> Result<()> {
+    check_quantize(encoder, parts, batch)?;
+    record_quantize(encoder, parts, batch)
+}
+
+/// Fails as [`quantize`] does, and records nothing.
+pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PagePool)], batch: &Batch) -> Result<()> {
     if parts.is_empty() {
         return Err(Error::Zero { what: "parts" });
     }
@@ -43,7 +49,15 @@ pub fn quantize(encoder: &mut CommandEncoder, parts: &[(&Buffer, &PagePool)], ba
             expect_apart("pool", buffer, parts[..i].iter().flat_map(|(_, p)| p.buffers()))?;
         }
     }
-    expect_own_pages(batch)?;
+    expect_own_pages(batch)
+}
+
+/// Records what [`check_quantize`] has checked.
+pub(crate) fn record_quantize(
+    encoder: &mut CommandEncoder,
+    parts: &[(&Buffer, &PagePool)],
+    batch: &Batch,
+) -> Result<()> {
     if batch.tokens() == 0 {
         return Ok(());
     }

@@ -170,15 +170,14 @@ impl WgpuRecorder {
         }
         Ok(())
     }
-
-    /// How many dispatches were recorded.
-    #[cfg(test)]
-    pub fn dispatches(&self) -> usize {
-        self.steps.iter().filter(|s| matches!(s, Step::Dispatch(_))).count()
-    }
 }
 
 impl Recorder for WgpuRecorder {
+    #[cfg(test)]
+    fn dispatches(&self) -> usize {
+        self.steps.iter().filter(|s| matches!(s, Step::Dispatch(_))).count()
+    }
+
     fn record(&mut self, op: Op) -> Result<()> {
         self.context.check()?;
         match op {

@@ -1,6 +1,6 @@
 //! What two caches must share to exchange pages, and how a page lies in a snapshot.
 
-use crate::cache::{KvCache, LayerKind, Side};
+use crate::cache::{Extent, KvCache, LayerKind, Side};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
 
@@ -34,11 +34,25 @@ pub struct LayerGeometry {
     pub value: RowFormat,
     /// Which positions it keeps.
     pub kind: LayerKind,
+    /// Its sinks, if it holds any.
+    pub sinks: Option<SinkGeometry>,
 }
 
-/// Layers whose pages are stored together: those of one kind that is not shared, in the order of first appearance.
+/// The shape of a layer's sinks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct SinkGeometry {
+    /// How many, at least 1.
+    pub positions: usize,
+    /// How their keys are stored.
+    pub key: RowFormat,
+    /// How their values are stored.
+    pub value: RowFormat,
+}
+
+/// Layers, or sinks, whose pages are stored together: those that hold the same positions, in the order of first appearance.
 pub(crate) struct GroupGeometry {
-    pub window: Option<usize>,
+    pub extent: Extent,
     pub layers: Vec<usize>,
     pub layout: PageLayout,
 }
@@ -58,7 +72,13 @@ impl Geometry {
         let config = cache.config();
         let layer = |l| {
             let (key, value) = (*cache.pool(l, Side::Key)?.row(), *cache.pool(l, Side::Value)?.row());
-            Ok(LayerGeometry { key, value, kind: config.layer_kind(l) })
+            let pools = cache.sink_pool(l, Side::Key)?.zip(cache.sink_pool(l, Side::Value)?);
+            let sinks = config.layer_sinks(l).zip(pools).map(|(sinks, (key, value))| SinkGeometry {
+                positions: sinks.positions,
+                key: *key.row(),
+                value: *value.row(),
+            });
+            Ok(LayerGeometry { key, value, kind: config.layer_kind(l), sinks })
         };
         Ok(Geometry {
             kv_heads: config.kv_heads(),
@@ -71,20 +91,22 @@ impl Geometry {
     pub(crate) fn groups(&self) -> Vec<GroupGeometry> {
         let mut groups: Vec<GroupGeometry> = vec![];
         for (index, layer) in self.layers.iter().enumerate() {
-            let window = match layer.kind {
-                LayerKind::Full => None,
-                LayerKind::Window(window) => Some(window),
-                LayerKind::Shared(_) => continue,
-            };
-            let group = groups.iter().position(|g| g.window == window).unwrap_or(groups.len());
-            if group == groups.len() {
-                let layout = PageLayout { kv_heads: self.kv_heads, page_size: self.page_size, units: vec![] };
-                groups.push(GroupGeometry { window, layers: vec![], layout });
-            }
-            groups[group].layers.push(index);
-            for row in [layer.key, layer.value] {
-                let scales = row.scales_per_row() * row.scale_dtype().size();
-                groups[group].layout.units.extend([row.row_bytes(), scales].into_iter().filter(|&n| n > 0));
+            for extent in Extent::of(layer.kind, layer.sinks.map_or(0, |s| s.positions)) {
+                let group = groups.iter().position(|g| g.extent == extent).unwrap_or(groups.len());
+                if group == groups.len() {
+                    let page_size = extent.page_size(self.page_size);
+                    let layout = PageLayout { kv_heads: self.kv_heads, page_size, units: vec![] };
+                    groups.push(GroupGeometry { extent, layers: vec![], layout });
+                }
+                groups[group].layers.push(index);
+                let rows = match (extent, layer.sinks) {
+                    (Extent::First(_), Some(sinks)) => [sinks.key, sinks.value],
+                    _ => [layer.key, layer.value],
+                };
+                for row in rows {
+                    let scales = row.scales_per_row() * row.scale_dtype().size();
+                    groups[group].layout.units.extend([row.row_bytes(), scales].into_iter().filter(|&n| n > 0));
+                }
             }
         }
         groups
@@ -104,10 +126,13 @@ impl Geometry {
                 return differ(what.to_owned(), got.to_string(), expected.to_string());
             }
         }
+        let name = |row: RowFormat| format!("{} with scale_factor_d512 {}", row.codec(), row.scale_factor_d512());
+        let sinks = |sinks: Option<SinkGeometry>| match sinks {
+            Some(s) => format!("{} positions, keys in {}, values in {}", s.positions, name(s.key), name(s.value)),
+            None => "none".to_owned(),
+        };
         for (l, (got, expected)) in self.layers.iter().zip(&cache.layers).enumerate() {
             for (side, got, expected) in [("key", got.key, expected.key), ("value", got.value, expected.value)] {
-                let name =
-                    |row: RowFormat| format!("{} with scale_factor_d512 {}", row.codec(), row.scale_factor_d512());
                 if got != expected {
                     return differ(format!("{side} codec of layer {l}"), name(got), name(expected));
                 }
@@ -115,8 +140,23 @@ impl Geometry {
             if got.kind != expected.kind {
                 return differ(format!("kind of layer {l}"), format!("{:?}", got.kind), format!("{:?}", expected.kind));
             }
+            if got.sinks != expected.sinks {
+                return differ(format!("sinks of layer {l}"), sinks(got.sinks), sinks(expected.sinks));
+            }
         }
         Ok(())
+    }
+}
+
+impl GroupGeometry {
+    /// Pages of a sequence of so many positions, dropped ones counted.
+    pub fn pages(&self, len: usize) -> usize {
+        self.extent.end(len).div_ceil(self.layout.page_size)
+    }
+
+    /// How many positions page `page` of a sequence of so many positions holds.
+    pub fn positions(&self, len: usize, page: usize) -> usize {
+        (self.extent.end(len) - page * self.layout.page_size).min(self.layout.page_size)
     }
 }
 

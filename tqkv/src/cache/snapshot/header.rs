@@ -1,6 +1,6 @@
 //! The header of a snapshot: what it holds and where. `docs/snapshot.md` describes every byte.
 
-use super::geometry::{GroupGeometry, LayerGeometry};
+use super::geometry::{GroupGeometry, LayerGeometry, SinkGeometry};
 use super::{Geometry, Source};
 use crate::cache::{Held, LayerKind};
 use crate::error::{Error, Result, SnapshotPart};
@@ -28,6 +28,9 @@ const HEADER_ALIGN: usize = 4096;
 
 /// No header is larger: 16 million page references and more.
 const MAX_HEADER: usize = 1 << 28;
+
+/// Bytes of a layer.
+const LAYER: usize = 40;
 
 /// More layers than any model has.
 const MAX_LAYERS: usize = 4096;
@@ -92,7 +95,7 @@ impl Snapshot {
         let bytes = FIXED
             + fingerprint.len().next_multiple_of(8)
             + note.len().next_multiple_of(8)
-            + 24 * geometry.layers.len()
+            + LAYER * geometry.layers.len()
             + 8 * pages.len()
             + 8 * sequences.len()
             + references
@@ -127,18 +130,23 @@ impl Snapshot {
                 _ => {}
             }
             // As `PagePool` has it; below, sums over layers then fit 64 bits.
-            let row = layer.key.bytes().max(layer.value.bytes()) as u64;
+            let rows = [Some(layer.key), Some(layer.value), layer.sinks.map(|s| s.key), layer.sinks.map(|s| s.value)];
+            let row = rows.iter().flatten().map(|row| row.bytes()).max().unwrap_or(0) as u64;
             let page = (*kv_heads as u64).checked_mul(*page_size as u64).and_then(|n| n.checked_mul(row));
             at_most("bytes of a page", page.unwrap_or(u64::MAX), u32::MAX as u64)?;
             debug_assert_eq!(layer.key.head_dim(), *head_dim);
         }
         let groups = self.geometry.groups();
         for &(group, positions) in &self.pages {
-            if group as usize >= groups.len() {
+            let Some(group) = groups.get(group as usize) else {
                 return absurd("group of a page", group as usize, &format!("less than {}", groups.len()));
-            }
-            if positions == 0 || positions as usize > *page_size {
-                return absurd("positions of a page", positions as usize, &format!("1 to {page_size}"));
+            };
+            if positions == 0 || positions as usize > group.layout.page_size() {
+                return absurd(
+                    "positions of a page",
+                    positions as usize,
+                    &format!("1 to {}", group.layout.page_size()),
+                );
             }
         }
         // A page holds as many positions as the sequence that fills it most has there.
@@ -146,14 +154,13 @@ impl Snapshot {
         for sequence in &self.sequences {
             at_most("length of a sequence", sequence.len as u64, u32::MAX as u64)?;
             for (g, (group, Held { base, pages })) in groups.iter().zip(&sequence.held).enumerate() {
-                self.check_held(sequence.len, group, *base, pages.len())?;
+                check_held(sequence.len, group, *base, pages.len())?;
                 for (i, &page) in pages.iter().enumerate() {
                     match self.pages.get(page as usize) {
                         Some(&(of, _)) if of as usize == g => {}
                         _ => return absurd("page of a sequence", page as usize, "a page of its group"),
                     }
-                    let held = (sequence.len - (base + i) * page_size).min(*page_size);
-                    filled[page as usize] = held.max(filled[page as usize]);
+                    filled[page as usize] = group.positions(sequence.len, base + i).max(filled[page as usize]);
                 }
             }
         }
@@ -165,27 +172,15 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Held pages reach to the end, and begin where the next token can look back to, at the latest.
-    fn check_held(&self, len: usize, group: &GroupGeometry, base: usize, pages: usize) -> Result<()> {
-        let page_size = self.geometry.page_size;
-        let seen = group.window.map_or(0, |w| (len + 1).saturating_sub(w)).min(len);
-        at_most("dropped pages of a sequence", base as u64, (seen / page_size) as u64)?;
-        let expected = len.div_ceil(page_size) - base;
-        if pages != expected {
-            return absurd("pages of a sequence", pages, &expected.to_string());
-        }
-        Ok(())
-    }
-
     /// Group, first byte and bytes of each stored page.
     pub(super) fn slots(&self) -> impl Iterator<Item = (usize, u64, u64)> {
         let layouts: Vec<_> = self.geometry.groups().into_iter().map(|g| g.layout).collect();
-        let whole: Vec<_> = layouts.iter().map(|l| l.slot(self.geometry.page_size)).collect();
+        let whole: Vec<_> = layouts.iter().map(|l| l.slot(l.page_size())).collect();
         let mut at = self.header_bytes;
         self.pages.iter().map(move |&(group, positions)| {
             let (group, positions) = (group as usize, positions as usize);
             let bytes =
-                if positions == self.geometry.page_size { whole[group] } else { layouts[group].slot(positions) };
+                if positions == layouts[group].page_size() { whole[group] } else { layouts[group].slot(positions) };
             let start = at;
             // Saturates for absurd counts, which then contradict the file's size.
             at = at.saturating_add(bytes);
@@ -290,7 +285,7 @@ impl Snapshot {
         let mut text = |n: usize| Ok(&fields.bytes(n.next_multiple_of(8))?[..n]);
         let label = Label { model: text(fingerprint)?, note: text(note)? };
         // Each count is held against the bytes that are left before anything of its size is made.
-        let layers = fields.entries("layers", layers, 24)?.map(|f| decode_layer(f, head_dim));
+        let layers = fields.entries("layers", layers, LAYER)?.map(|f| decode_layer(f, head_dim));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let geometry = Geometry { kv_heads, head_dim, page_size, layers };
         let pages = fields.entries("pages", pages, 8)?.map(|mut f| Ok((f.u32()?, f.u32()?)));
@@ -312,16 +307,27 @@ impl Snapshot {
     }
 }
 
-/// A layer in 24 bytes; the prefix store hashes them too.
-pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
-    for row in [layer.key, layer.value] {
-        out.extend(match row.codec() {
-            Codec::F32 => [0, 32],
-            Codec::F16 => [1, 16],
-            Codec::Seed { bits } => [2, bits],
-            Codec::Native { bits } => [3, bits],
-        });
+/// Held pages reach to the end, and begin where the next token can look back to, at the latest.
+fn check_held(len: usize, group: &GroupGeometry, base: usize, pages: usize) -> Result<()> {
+    let dropped = group.extent.seen(len) / group.layout.page_size();
+    at_most("dropped pages of a sequence", base as u64, dropped as u64)?;
+    let expected = group.pages(len) - base;
+    if pages != expected {
+        return absurd("pages of a sequence", pages, &expected.to_string());
     }
+    Ok(())
+}
+
+/// A layer in 40 bytes; the prefix store hashes them too.
+pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
+    let codec = |row: RowFormat| match row.codec() {
+        Codec::F32 => [0, 32],
+        Codec::F16 => [1, 16],
+        Codec::Seed { bits } => [2, bits],
+        Codec::Native { bits } => [3, bits],
+    };
+    out.extend(codec(layer.key));
+    out.extend(codec(layer.value));
     let (kind, argument) = match layer.kind {
         LayerKind::Full => (0u32, 0),
         LayerKind::Window(window) => (1, window),
@@ -331,18 +337,20 @@ pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
     out.extend((argument as u64).to_le_bytes());
     out.extend(layer.key.scale_factor_d512().to_le_bytes());
     out.extend(layer.value.scale_factor_d512().to_le_bytes());
+    match layer.sinks {
+        Some(sinks) => {
+            out.extend((sinks.positions as u32).to_le_bytes());
+            out.extend(codec(sinks.key));
+            out.extend(codec(sinks.value));
+            out.extend(sinks.key.scale_factor_d512().to_le_bytes());
+            out.extend(sinks.value.scale_factor_d512().to_le_bytes());
+        }
+        None => out.extend([0; 16]),
+    }
 }
 
 fn decode_layer(mut fields: Fields, head_dim: usize) -> Result<LayerGeometry> {
-    let mut codec = || match *fields.bytes(2)? {
-        [0, 32] => Ok(Codec::F32),
-        [1, 16] => Ok(Codec::F16),
-        [2, bits] => Ok(Codec::Seed { bits }),
-        [3, bits] => Ok(Codec::Native { bits }),
-        [kind, ..] => absurd("codec", kind as usize, "0 to 3 with its bits"),
-        [] => absurd("codec", 0, "two bytes"),
-    };
-    let (key, value) = (codec()?, codec()?);
+    let (key, value) = (fields.codec()?, fields.codec()?);
     let (kind, argument) = (fields.u32()?, fields.u64()?);
     let argument = usize::try_from(argument).unwrap_or(usize::MAX);
     let kind = match kind {
@@ -351,8 +359,20 @@ fn decode_layer(mut fields: Fields, head_dim: usize) -> Result<LayerGeometry> {
         2 => LayerKind::Shared(argument),
         _ => return absurd("kind of a layer", kind as usize, "0 to 2"),
     };
-    let mut row = |codec| RowFormat::new(codec, head_dim)?.with_scale_factor_d512(f32::from_bits(fields.u32()?));
-    Ok(LayerGeometry { key: row(key)?, value: row(value)?, kind })
+    let row = |codec, factor| RowFormat::new(codec, head_dim)?.with_scale_factor_d512(f32::from_bits(factor));
+    let (key, value) = (row(key, fields.u32()?)?, row(value, fields.u32()?)?);
+    let sinks = match fields.u32()? as usize {
+        0 if fields.0.iter().all(|&b| b == 0) => None,
+        0 => return absurd("sinks of a layer", 0, "at least 1 where they have codecs"),
+        positions if matches!(kind, LayerKind::Shared(_)) => {
+            return absurd("sinks of a shared layer", positions, "0");
+        }
+        positions => {
+            let (key, value) = (fields.codec()?, fields.codec()?);
+            Some(SinkGeometry { positions, key: row(key, fields.u32()?)?, value: row(value, fields.u32()?)? })
+        }
+    };
+    Ok(LayerGeometry { key, value, kind, sinks })
 }
 
 fn at_most(what: &'static str, got: u64, limit: u64) -> Result<()> {
@@ -381,6 +401,17 @@ impl<'a> Fields<'a> {
         let mut array = [0; N];
         array.copy_from_slice(self.bytes(N)?);
         Ok(array)
+    }
+
+    fn codec(&mut self) -> Result<Codec> {
+        match *self.bytes(2)? {
+            [0, 32] => Ok(Codec::F32),
+            [1, 16] => Ok(Codec::F16),
+            [2, bits] => Ok(Codec::Seed { bits }),
+            [3, bits] => Ok(Codec::Native { bits }),
+            [kind, ..] => absurd("codec", kind as usize, "0 to 3 with its bits"),
+            [] => absurd("codec", 0, "two bytes"),
+        }
     }
 
     fn u32(&mut self) -> Result<u32> {

@@ -4,12 +4,11 @@ mod geometry;
 mod header;
 mod transfer;
 
-pub use geometry::{Geometry, LayerGeometry};
+pub use geometry::{Geometry, LayerGeometry, SinkGeometry};
 pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 
-use super::{Held, KvCache, Sequence, SequenceId};
+use super::{Extent, Held, KvCache, LayerKind, Sequence, SequenceId};
 use crate::error::{Error, Result, SnapshotPart};
-#[cfg(feature = "prefix-store")]
 pub(super) use geometry::GroupGeometry;
 use header::Saved;
 #[cfg(feature = "prefix-store")]
@@ -18,11 +17,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 pub(super) use transfer::Stored;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
-/// Bytes that are in memory at once while pages are read or written; a single page may be larger.
-const CHUNK: u64 = 16 << 20;
+/// Bytes that go to or from the device at once; a single page may be larger. Two such chunks are in memory.
+const CHUNK: u64 = 8 << 20;
 
 impl KvCache {
     /// Writes sequences to a file: all of their positions, in the order given. Pages that several of them share are
@@ -106,26 +107,28 @@ impl KvCache {
         let mut whole = Xxh3Default::new();
         whole.update(&header[header.len() - 8..]);
         let groups = snapshot.geometry.groups();
-        let mut chunk = vec![];
-        for (group, pages) in snapshot.chunks() {
+        let gather = |(group, pages): &(usize, Vec<InChunk>), chunk: &mut Vec<u8>| {
             let stored: Vec<_> = pages.iter().map(|p| p.stored(numbers[p.index])).collect();
             chunk.clear();
             chunk.resize(pages.iter().map(|p| p.bytes).sum(), 0);
-            self.download(group, &groups[group].layout, &stored, &mut chunk)?;
+            self.download(*group, &groups[*group].layout, &stored, chunk)?;
             for page in pages {
-                let (payload, checksum) = chunk[page.at..page.at + page.bytes].split_at_mut(page.bytes - 8);
+                let (payload, checksum) = page.split_mut(chunk);
                 checksum.copy_from_slice(&xxh3_64(payload).to_le_bytes());
-                whole.update(checksum);
             }
-            out.write_all(&chunk).map_err(failed)?;
-        }
+            Ok(())
+        };
+        one_ahead(snapshot.chunks(), gather, |(_, pages), chunk| {
+            pages.iter().for_each(|page| whole.update(page.split_mut(chunk).1));
+            out.write_all(chunk).map_err(failed)
+        })?;
         out.write_all(&whole.digest().to_le_bytes()).map_err(failed)
     }
 
     /// What a snapshot of these prefixes says, and the pool's number of each of its pages.
     fn snapshot(&self, prefixes: &[(SequenceId, usize)], label: Label) -> Result<(Snapshot, Vec<u32>)> {
         let geometry = Geometry::of(self)?;
-        let page_size = geometry.page_size;
+        let groups = geometry.groups();
         let (mut index, mut numbers, mut pages) = (HashMap::new(), vec![], vec![]);
         let mut saved: Vec<Saved> = Vec::with_capacity(prefixes.len());
         let mut seen = std::collections::HashSet::new();
@@ -137,7 +140,7 @@ impl KvCache {
             self.expect_prefix(id, len)?;
             let mut held = vec![];
             for (g, Held { base, pages: own }) in self.sequence(id)?.held.iter().enumerate() {
-                let own = &own[..len.div_ceil(page_size) - base];
+                let own = &own[..groups[g].pages(len) - base];
                 let mut stored = Vec::with_capacity(own.len());
                 for (i, &page) in own.iter().enumerate() {
                     let next = pages.len();
@@ -146,8 +149,7 @@ impl KvCache {
                         pages.push((g as u32, 0));
                         numbers.push(page);
                     }
-                    let positions = (len - (base + i) * page_size).min(page_size) as u32;
-                    pages[at].1 = positions.max(pages[at].1);
+                    pages[at].1 = (groups[g].positions(len, base + i) as u32).max(pages[at].1);
                     stored.push(at as u32);
                 }
                 held.push(Held { base: *base, pages: stored });
@@ -170,15 +172,15 @@ impl KvCache {
         self.load_from(&mut source, Some(bytes), fingerprint)
     }
 
-    /// As [`load`](KvCache::load), from any stream; reads to the end of the snapshot and no further.
+    /// As [`load`](KvCache::load), from any stream, which is read on another thread; to the end of the snapshot and no further.
     ///
     /// # Errors
     /// As [`load`](KvCache::load), but what follows a snapshot is not looked at.
-    pub fn read_snapshot(&mut self, from: impl Read, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
+    pub fn read_snapshot(&mut self, from: impl Read + Send, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
         self.load_from(&mut Source::new("snapshot", from), None, fingerprint)
     }
 
-    fn load_from<R: Read>(
+    fn load_from<R: Read + Send>(
         &mut self,
         source: &mut Source<R>,
         bytes: Option<u64>,
@@ -226,7 +228,7 @@ impl KvCache {
     }
 
     /// Fills free pages; nobody sees them before all checksums agree.
-    fn load_pages<R: Read>(
+    fn load_pages<R: Read + Send>(
         &self,
         source: &mut Source<R>,
         snapshot: &Snapshot,
@@ -236,18 +238,19 @@ impl KvCache {
         let groups = snapshot.geometry.groups();
         let mut whole = Xxh3Default::new();
         whole.update(&checksum.to_le_bytes());
-        let mut chunk = vec![];
-        for (group, pages) in snapshot.chunks() {
+        let read = |(_, pages): &(usize, Vec<InChunk>), chunk: &mut Vec<u8>| {
             chunk.resize(pages.iter().map(|p| p.bytes).sum(), 0);
-            source.read_exact(&mut chunk)?;
+            source.read_exact(chunk)
+        };
+        one_ahead(snapshot.chunks(), read, |(group, pages), chunk| {
             for page in &pages {
-                let (payload, stored) = chunk[page.at..page.at + page.bytes].split_at(page.bytes - 8);
+                let (payload, stored) = page.split_mut(chunk);
                 expect_checksum(SnapshotPart::Page(page.index), xxh3_64(payload), stored)?;
                 whole.update(stored);
             }
             let stored: Vec<_> = pages.iter().map(|p| p.stored(numbers[p.index])).collect();
-            self.upload(group, &groups[group].layout, &stored, &chunk)?;
-        }
+            self.upload(group, &groups[group].layout, &stored, chunk)
+        })?;
         source.expect_whole(&whole)
     }
 }
@@ -309,14 +312,15 @@ impl Snapshot {
         self.sequences.iter().map(|s| s.len)
     }
 
-    /// The oldest position of a sequence that a layer holds; `None` for a sequence or layer that is not there.
+    /// The oldest position of a sequence that a layer holds, sinks apart; `None` for a sequence or layer that is not there.
     pub fn first(&self, sequence: usize, layer: usize) -> Option<usize> {
         let layers = &self.geometry.layers;
         let source = match layers.get(layer)?.kind {
-            crate::cache::LayerKind::Shared(source) => source,
+            LayerKind::Shared(source) => source,
             _ => layer,
         };
-        let group = self.geometry.groups().iter().position(|g| g.layers.contains(&source))?;
+        let own = |g: &GroupGeometry| !matches!(g.extent, Extent::First(_)) && g.layers.contains(&source);
+        let group = self.geometry.groups().iter().position(own)?;
         Some(self.sequences.get(sequence)?.held.get(group)?.base * self.geometry.page_size)
     }
 
@@ -361,6 +365,42 @@ impl InChunk {
     fn stored(&self, page: u32) -> Stored {
         Stored { page, positions: self.positions, at: self.at }
     }
+
+    /// The page's content and its checksum.
+    fn split_mut<'a>(&self, chunk: &'a mut [u8]) -> (&'a mut [u8], &'a mut [u8]) {
+        chunk[self.at..self.at + self.bytes].split_at_mut(self.bytes - 8)
+    }
+}
+
+/// Fills a buffer for each chunk on a thread of its own, while `take` works on the one before.
+fn one_ahead<T: Send>(
+    chunks: impl Iterator<Item = T> + Send,
+    mut fill: impl FnMut(&T, &mut Vec<u8>) -> Result<()> + Send,
+    mut take: impl FnMut(T, &mut Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let (filled, to_take) = mpsc::sync_channel(0);
+    let (taken, to_fill) = mpsc::channel::<Vec<u8>>();
+    thread::scope(|scope| {
+        let work = move || {
+            for chunk in chunks {
+                let mut buffer = to_fill.try_recv().unwrap_or_default();
+                let result = fill(&chunk, &mut buffer).map(|()| (chunk, buffer));
+                // After an error on either side nobody waits for more.
+                let last = result.is_err();
+                if filled.send(result).is_err() || last {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new().spawn_scoped(scope, work).map_err(|e| Error::io("a thread for snapshots", &e))?;
+        for result in to_take {
+            let (chunk, mut buffer) = result?;
+            take(chunk, &mut buffer)?;
+            // Nobody fills it again after the last chunk.
+            let _ = taken.send(buffer);
+        }
+        Ok(())
+    })
 }
 
 /// A stream that says where it ended.

@@ -1,7 +1,7 @@
 //! Pages between the device and stored form.
 
 use super::geometry::PageLayout;
-use crate::cache::KvCache;
+use crate::cache::{KvCache, Part};
 use crate::compute::{Buffer, DeviceKind};
 use crate::error::Result;
 
@@ -70,8 +70,7 @@ impl KvCache {
 
     /// The codes and scales of a group's layers, in the order of a page's pieces.
     fn group_buffers(&self, group: usize) -> impl Iterator<Item = &Buffer> {
-        let layers = self.groups[group].layers.iter().map(|&l| &self.layers[l]);
-        layers.flat_map(|l| l.key.buffers().chain(l.value.buffers()))
+        self.parts(group).flat_map(Part::buffers)
     }
 
     /// Pages that follow one another in the pool go in one transfer; on the CPU that would only cost a copy.
