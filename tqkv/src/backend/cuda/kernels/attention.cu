@@ -151,9 +151,12 @@ struct Fetch {
     const u32* pages;
     u32 page;
     int warp, lane;
+    const u8 *k_codes, *v_codes, *k_scales, *v_scales;  // this lane's part of the first row's
 
     DEVICE Fetch(const Params& p, const Item& it, int warp, int lane) : p(p), warp(warp), lane(lane) {
         capacity = p.table_width * page_size(p);
+        k_codes = p.k_codes + lane * 16, v_codes = p.v_codes + lane * 16;
+        k_scales = p.k_scales + lane * 16, v_scales = p.v_scales + lane * 16;
         start(it);
     }
     // Goes to this warp's first tile at or after an item's beginning.
@@ -175,27 +178,28 @@ struct Fetch {
     DEVICE void issue(u8* stage) {
         if (tile < tile_end) {
             if constexpr (RUN >= TILE) {
-                u64 row = store_row(page, slot);
+                // Pages times heads are below 2^32, rows and bytes need not be.
+                const u32 block = page * p.kv_heads + kv_head, slot = PAGE_SIZE == TILE ? 0 : this->slot % page_size(p);
                 u32 to = shared_address(stage);
-                copy_codes<K>(to, p.k_codes + row * K::ROW);
-                copy_codes<V>(to + TILE * K::ROW, p.v_codes + row * V::ROW);
+                copy_codes<K>(to, k_codes, block, slot);
+                copy_codes<V>(to + TILE * K::ROW, v_codes, block, slot);
                 to += TILE * (K::ROW + V::ROW);
-                copy_scales<K>(to, p.k_scales + row * K::SCALE_ROW);
-                copy_scales<V>(to + TILE * K::SCALE_ROW, p.v_scales + row * V::SCALE_ROW);
+                copy_scales<K>(to, k_scales, block, slot);
+                copy_scales<V>(to + TILE * K::SCALE_ROW, v_scales, block, slot);
             } else {
                 copy_rows(stage);
             }
             tile += WARPS, slot += WARPS * TILE;
-            while (slot >= capacity) slot -= capacity;
+            if (unlikely(slot >= capacity)) slot %= capacity;
             if (unlikely(tile >= tile_end && next)) start(p.items[next]);
             else load_page();
         }
         copy_commit();
     }
-    template <typename S> DEVICE void copy_codes(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_codes(u32 to, const u8* from, u32 block, u32 slot) const {
         constexpr int CHUNKS = TILE * S::ROW / 16;
         constexpr int PERIOD = S::POW2 && S::ROW > 64 ? S::ROW / 2 : 32;  // chunks after which a lane's place repeats
-        from = opaque(from + lane * 16);
+        from = opaque(from + (u64)block * (page_size(p) * S::ROW) + slot * S::ROW);
         repeat<(CHUNKS + 31) / 32>([&](auto index) {
             constexpr int I = decltype(index)::value * 32, LEAD = I / PERIOD * PERIOD;
             const u32 c = I - LEAD + lane;
@@ -203,10 +207,12 @@ struct Fetch {
             copy_async16_at<LEAD * 16, I * 16>(to + (S::POW2 ? S::place(c / (S::ROW / 16), c % (S::ROW / 16)) : c * 16), from);
         });
     }
-    template <typename S> DEVICE void copy_scales(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_scales(u32 to, const u8* from, u32 block, u32 slot) const {
         constexpr int CHUNKS = TILE * S::SCALE_ROW / 16;
+        from += (u64)block * (page_size(p) * S::SCALE_ROW) + slot * S::SCALE_ROW;
 #pragma unroll
-        for (int c = lane; c < CHUNKS; c += 32) copy_async16(to + c * 16, from + c * 16);
+        for (int c = 0; c < CHUNKS; c += 32)
+            if (c + 32 <= CHUNKS || c + lane < CHUNKS) copy_async16(to + (c + lane) * 16, from + c * 16);
     }
     // Pages that do not hold whole tiles: each run of 16 positions (or each position) has a page of its own. Runs without a
     // valid position are left out.
@@ -407,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     constexpr int FRAGMENTS = V::SCALES * V_TILES;
     const float NEVER = -__int_as_float(0x7f800000);
 
-    const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const acc = (float*)(shared_memory + Layout::ACC);
     float* const scratch = (float*)(shared_memory + Layout::SCRATCH);

@@ -196,8 +196,8 @@ DEVICE void decode_levels(u32 a, u32 b, const Levels& levels, u32 (&high)[4], u3
     const u32 codes[4] = {a, b, a >> 16, b >> 16};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        high[i] = __byte_perm(levels.high[0], levels.high[1], codes[i]);
-        low[i] = __byte_perm(levels.low[0], levels.low[1], codes[i]);
+        high[i] = select_bytes(levels.high[0], levels.high[1], codes[i]);
+        low[i] = select_bytes(levels.low[0], levels.low[1], codes[i]);
     }
 }
 

@@ -83,6 +83,13 @@ template <u32 MASK> DEVICE u32 merge(u32 a, u32 b) {
     return v;
 }
 
+// The bytes of (a, b) that the nibbles of `select` name; their top bits must be 0. __byte_perm would clear them once more.
+DEVICE u32 select_bytes(u32 a, u32 b, u32 select) {
+    u32 v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(select));
+    return v;
+}
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Asynchronous copies from global to shared memory.
