@@ -60,7 +60,7 @@ def codecs(name):
 
 # ---------------------------------------------------------------- specialisation
 # (warps, tile, wide tables, stages), the first that fits
-CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
+CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
 
 
 class Variant:
@@ -95,7 +95,10 @@ class Variant:
         rows = 8 * self.tiles_n
         steps = 4 * -(-d // 128) if integer else d // 16
         total, q = warps * 2048, self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
-        scratch = max(total, q) if self.tiles_n * d <= 256 else total + q
+        registers = self.tiles_n * d <= 256
+        scratch = max(total, q) if registers else total
+        if integer and wide[1] and scratch <= 32768: scratch = 0
+        scratch += 0 if registers else q
         return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 3) * rows * 4 + 16
 
     def options(self):

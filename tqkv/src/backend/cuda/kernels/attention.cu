@@ -130,13 +130,23 @@ struct Layout {
     static constexpr int PIPES = TABLES;                               // [WARPS][STAGES][STAGE]
     static constexpr int ACC = PIPES + WARPS * STAGES * STAGE;         // f32 [ROWS][D + 4]: queries, then sums
     static constexpr int ACC_ROW = D + 4;
-    static constexpr int SCRATCH = ACC + ROWS * ACC_ROW * 4;           // f32 [WARPS][512], or Q fragments
+    static constexpr int AFTER_ACC = ACC + ROWS * ACC_ROW * 4;
     static constexpr int Q_FRAGMENTS = TILES_N * Q_STEPS * 32 * (int)sizeof(QFragment);
     static constexpr int SUM = WARPS * 2048;
     // Queries stay in registers where they fit; else their fragments keep a place of their own.
     static constexpr bool Q_REGISTERS = TILES_N * D <= 256;
-    static constexpr int Q = Q_REGISTERS ? SCRATCH : SCRATCH + SUM;
-    static constexpr int ML = SCRATCH + (Q_REGISTERS ? (SUM > Q_FRAGMENTS ? SUM : Q_FRAGMENTS) : SUM + Q_FRAGMENTS);
+    static constexpr int SCRATCH_BYTES = Q_REGISTERS && Q_FRAGMENTS > SUM ? Q_FRAGMENTS : SUM;
+    // Where keys need no table, the value's leaves the lower half of each 256 bytes free.
+    static constexpr bool HOLES = K_INTEGER && V_WIDE && SCRATCH_BYTES <= 32768;
+    static constexpr int SCRATCH = HOLES ? 0 : AFTER_ACC;              // f32 [WARPS][512], or Q fragments, or codebooks
+    static constexpr int Q = HOLES ? AFTER_ACC : SCRATCH + SUM;        // Q fragments that are not kept in registers
+    static constexpr int ML = AFTER_ACC + (HOLES ? 0 : SCRATCH_BYTES) + (Q_REGISTERS ? 0 : Q_FRAGMENTS);
+    // A place in the scratch memory.
+    template <typename T> static DEVICE T* scratch(int i) {
+        extern __shared__ __align__(128) u8 shared_memory[];
+        const int at = i * (int)sizeof(T);
+        return (T*)(shared_memory + SCRATCH + (HOLES ? at % 128 + at / 128 * 256 : at));
+    }
     static constexpr int BYTES = ML + (2 * WARPS + 3) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest, a flag
 };
 extern "C" __device__ const u32 attention_shared_bytes = Layout::BYTES;
@@ -416,8 +426,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const acc = (float*)(shared_memory + Layout::ACC);
-    float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
-    QFragment* const q_fragments = (QFragment*)(shared_memory + Layout::Q);
+    const auto q_fragment = [](int i) { return Layout::Q_REGISTERS ? Layout::scratch<QFragment>(i) : (QFragment*)(shared_memory + Layout::Q) + i; };
     float* const warp_m = (float*)(shared_memory + Layout::ML);  // [WARPS][ROWS]
     float* const warp_l = warp_m + WARPS * ROWS;
     float* const block_m = warp_l + WARPS * ROWS;                // [ROWS]
@@ -433,12 +442,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-    if constexpr (Layout::K_LOOK) k_codebook.keep((u16*)scratch, thread);
-    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
+    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(i); });
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(256 + i); });
     __syncthreads();
-    if constexpr (Layout::K_LOOK) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, (u16*)scratch, K_LEVELS, thread, THREADS);
+    if constexpr (Layout::K_LOOK) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, [](int i) { return *Layout::scratch<u16>(i); }, K_LEVELS, thread, THREADS);
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
-        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
+        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, [](int i) { return *Layout::scratch<u16>(256 + i); }, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
@@ -465,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
         for (int i = thread; i < TILES_N * Q_STEPS * 32; i += THREADS)
-            q_fragments[i] = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
+            *q_fragment(i) = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
         // What a score is to be multiplied by, where keys and queries are integers.
         float unit[TILES_N][COLUMNS];
 #pragma unroll
@@ -479,8 +488,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                for (int j = 0; j < Q_STEPS; j++) q[n][j] = q_fragments[(n * Q_STEPS + j) * 32 + lane];
-        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : q_fragments[(n * Q_STEPS + step) * 32 + lane]; };
+                for (int j = 0; j < Q_STEPS; j++) q[n][j] = *q_fragment((n * Q_STEPS + j) * 32 + lane);
+        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : *q_fragment((n * Q_STEPS + step) * 32 + lane); };
 
         // Tiles within [all_lo, all_hi) are seen whole by every row.
         const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
@@ -773,9 +782,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
                                 const float* x = o[quad >> 1][from + i] + 2 * e;
-                                float* const to = scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4;
-                                if (NARROW) to[t] = x[0];
-                                else *(float2*)(to + 2 * (t & 1)) = make_float2(x[0], x[1]);
+                                float* const to = Layout::scratch<float>(warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1)));
+                                if (NARROW) *to = x[0];
+                                else *(float2*)to = make_float2(x[0], x[1]);
                             }
                 __syncthreads();
                 for (int i = thread; i < FULL * 64; i += THREADS) {
@@ -783,7 +792,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     if (fragment >= FRAGMENTS) break;
                     float sum = 0.f;
 #pragma unroll
-                    for (int k = 0; k < WARPS; k++) sum += scratch[k * 512 + i];
+                    for (int k = 0; k < WARPS; k++) sum += *Layout::scratch<float>(k * 512 + i);
                     const int d = output_element(fragment, V_TILES, i >> 3 & 7, i >> 2 & 1);
                     if (d >= 0) acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
                 }

@@ -40,15 +40,15 @@ template <int LEVELS, int THREADS> struct Codebook {
 #pragma unroll
         for (int k = 0; k < N; k++) value[k] = LEVELS > 1 && thread + k * THREADS < LEVELS ? codebook[thread + k * THREADS] : 0.f;
     }
-    DEVICE void keep(u16* to, int thread) const {
+    template <typename To> DEVICE void keep(int thread, To to) const {
 #pragma unroll
         for (int k = 0; k < N; k++)
-            if (thread + k * THREADS < LEVELS) to[thread + k * THREADS] = f16_from_f32(value[k]);
+            if (thread + k * THREADS < LEVELS) *to(thread + k * THREADS) = f16_from_f32(value[k]);
     }
 };
 
-// Fills a table from `levels` f16 values in shared memory; a code's bits above `levels` are ignored. All threads of the block.
-template <int BITS, bool BOTH> DEVICE void build_table(u8* table, const u16* codebook, int levels, int thread, int threads) {
+// Fills a table from `levels` f16 values, which `codebook(i)` reads from shared memory; a code's bits above `levels` are ignored. All threads of the block.
+template <int BITS, bool BOTH, typename Read> DEVICE void build_table(u8* table, Read codebook, int levels, int thread, int threads) {
     constexpr int CODES = Codec<BITS>::CODES, STRIDE = BOTH ? 256 : Codec<BITS>::STRIDE;
     // Eight threads write an entry's 128 bytes.
     for (int i = thread; i < (BOTH ? 256 : Codec<BITS>::ENTRIES) * 8; i += threads) {
@@ -57,7 +57,7 @@ template <int BITS, bool BOTH> DEVICE void build_table(u8* table, const u16* cod
         for (int place = 0; place <= 2 * BOTH; place += 2) {
             u32 c[4];
 #pragma unroll
-            for (int k = 0; k < 4; k++) c[k] = codebook[k < CODES ? entry >> (place + k * Codec<BITS>::PLACE) & (levels - 1) : 0];
+            for (int k = 0; k < 4; k++) c[k] = codebook(k < CODES ? entry >> (place + k * Codec<BITS>::PLACE) & (levels - 1) : 0);
             uint4 v;
             v.x = c[0] | (CODES == 1 ? c[0] : c[1]) << 16;
             v.y = CODES == 4 ? c[2] | c[3] << 16 : v.x;
