@@ -549,8 +549,8 @@ def shape_variant(shape, codec, **kw):
     group = shape[1] // shape[2]
     kw = {"narrow": group <= 4, **kw}
     v = Variant(shape[3], codec, tiles_n=1 if group <= 8 else 2, **kw)
-    if v.tile == 64 and kw.get("warps") is None and sum(lengths(shape)) * shape[2] < 132 * 2 * v.warps * 64:
-        v = Variant(shape[3], codec, tiles_n=v.tiles_n, **{**kw, "warps": v.warps, "tile": 32})
+    if v.tile == 64 and kw.get("warps") is None and sum(lengths(shape)) * shape[2] < 132 * 2 * 8 * 64:
+        v = Variant(shape[3], codec, tiles_n=v.tiles_n, **{**kw, "warps": min(8, v.warps), "tile": 32})
     return v
 
 

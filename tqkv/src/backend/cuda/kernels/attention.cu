@@ -438,6 +438,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     if (it.rows == 0) return;
     const Codebook<Layout::K_LOOK ? K_LEVELS : 1, THREADS> k_codebook(p.k_codebook, thread);
     const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
+    float k_levels[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) k_levels[i] = K_INTEGER ? p.k_codebook[i] : 0.f;
     Fetch fetch(p, it, warp, lane);
     Queries queries;
     queries.load(p, it, warp, lane);
@@ -465,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     v_at[0].init(t + v_swap, V_PLANES ? g / 2 : g);
     v_at[1].init(t + 4 - v_swap, V_PLANES ? g / 2 : g);
     Levels levels;
-    if constexpr (K_INTEGER) levels.load(p.k_codebook);
+    if constexpr (K_INTEGER) levels.build(k_levels);
 
     u32 stage = 0;  // byte offset in the pipe
     while (true) {

@@ -177,7 +177,7 @@ struct Levels {
     u32 high[2], low[2];
     float unit;  // of these integers
 
-    DEVICE void load(const float* codebook) {
+    DEVICE void build(const float (&codebook)[8]) {
         const float largest = fmaxf(-codebook[0], codebook[7]);
         unit = largest / LARGEST;
         high[0] = high[1] = low[0] = low[1] = 0;
