@@ -75,7 +75,7 @@ class Variant:
             warps, tile = 4, 64
         elif warps is None:
             for warps, tile, self.wide, self.stages in CHOICES:
-                if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128: continue
+                if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
         self.run = tile if page_size % tile == 0 else 16 if page_size % 16 == 0 else 1

@@ -137,12 +137,12 @@ impl Variant {
         };
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
-        let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)].into_iter().filter(
-            |&(warps, tile)| {
-                (tile <= 32 || (tiles_n == 1 && !shape.short))
-                    && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
-            },
-        );
+        let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
+        let sizes = sizes.into_iter().filter(|&(warps, tile)| {
+            (tile <= 32 || (tiles_n == 1 && !shape.short))
+                && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
+                && (warps * tile <= 512 || shape.narrow())
+        });
         let layouts = [true, false]
             .into_iter()
             .flat_map(|wide| sizes.clone().map(move |(warps, tile)| Layout { warps, tile, wide, stages: 2 }));

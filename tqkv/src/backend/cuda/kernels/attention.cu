@@ -29,9 +29,9 @@
 //   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
-// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 8 x 64, 12 x 32 (HEAD_DIM <= 128 only: 168 registers), 8 x 32, 8 x 16, 4 x 16, 2 x 16,
-// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less
-// than two tiles of 64 a warp are faster with TILE = 32.
+// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
+// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then the same with WIDE_TABLES = 0;
+// then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
 //
 // PLAN
 //
@@ -53,7 +53,8 @@
 //
 // Each warp runs through its own tiles with its own cp.async pipeline and online softmax; no barrier in the main loop. K is the
 // A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
-// codec.cuh); K's scale multiplies the score and V's the weight. The running maximum moves only when it grows by more than 2^4.
+// codec.cuh), keys of 3 bits to integers, against queries that are integers too; K's scale multiplies the score and V's the weight.
+// A query is multiplied as two numbers where there are columns for it. The running maximum moves only when it grows by more than 2^4.
 // At the end of an item the block's warps are summed; of a split output the block that finishes last sums the parts.
 #include "attention.cuh"
 #include "codec.cuh"
