@@ -397,22 +397,30 @@ unsafe fn floats<S: Simd, const SIZE: usize>(from: *const u8, out: &mut [f32]) {
     }
 }
 
-/// Rows of 3 bits: their nibbles in order, in which the fourth plane is made of the others' top bits, and then as 4 bits whose
-/// top bit does not matter.
+/// Rows of 3 bits.
 #[inline(always)]
 unsafe fn planes<S: Simd>(coder: &RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
     let plane = coder.d / 8;
-    let mut nibbles = [0u8; MAX_HEAD_DIM / 2 + 64];
-    for (r, out) in out.chunks_exact_mut(coder.d).enumerate() {
-        // SAFETY: the caller's promise about codes; `nibbles` has the 64 bytes more that decode4 may read.
-        unsafe {
-            let row = std::slice::from_raw_parts(codes.add(r * 3 * plane), 3 * plane);
-            let (first, rest) = row.split_at(plane);
-            let (second, third) = rest.split_at(plane);
-            for (((to, &a), &b), &c) in nibbles.as_chunks_mut::<4>().0.iter_mut().zip(first).zip(second).zip(third) {
-                *to = [a, b, c, a >> 3 & 0x11 | b >> 2 & 0x22 | c >> 1 & 0x44];
+    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
+    // SAFETY: the caller's promise about codes, which may be read 64 bytes past; whole vectors within a row.
+    unsafe {
+        let levels = S::levels::<3>(table);
+        for (i, out) in out.chunks_exact_mut(coder.d).enumerate() {
+            let factor = match factors {
+                Some(factors) => S::splat(factors[i]),
+                None => S::splat(1.0),
+            };
+            for first in (0..plane).step_by(S::LANES) {
+                let at = codes.add(3 * i * plane + first);
+                let x = S::decode_runs([at, at.add(plane), at.add(2 * plane)], &levels);
+                // A count that is known keeps `x` in registers.
+                for j in 0..8 {
+                    if 8 * first + j * S::LANES < coder.d {
+                        let x = if factors.is_some() { S::mul(x[j], factor) } else { x[j] };
+                        S::store(out.as_mut_ptr().add(8 * first + j * S::LANES), x);
+                    }
+                }
             }
-            levels::<S, 4, false>(coder, nibbles.as_ptr(), factors.map(|f| &f[r..=r]), out);
         }
     }
 }
