@@ -199,9 +199,9 @@ impl Simd for Avx2 {
             let runs = _mm256_or_si256(first, last);
             let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
             let mut out = [_mm256_setzero_ps(); 8];
-            for j in 0..8 {
+            for (j, out) in out.iter_mut().enumerate() {
                 let run = _mm256_permutevar8x32_epi32(runs, _mm256_set1_epi32(j as i32));
-                out[j] = _mm256_permutevar8x32_ps(low[0], _mm256_srlv_epi32(run, shifts));
+                *out = _mm256_permutevar8x32_ps(low[0], _mm256_srlv_epi32(run, shifts));
             }
             out
         }

@@ -277,10 +277,10 @@ impl Simd for Avx512 {
             let halves =
                 _mm512_loadu_si512(const { &[0u32, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1] }.as_ptr().cast());
             let mut out = [_mm512_setzero_ps(); 8];
-            for j in 0..8 {
+            for (j, out) in out.iter_mut().enumerate() {
                 let of = _mm512_add_epi32(halves, _mm512_set1_epi32(2 * j as i32));
                 let code = _mm512_srlv_epi32(_mm512_permutexvar_epi32(of, runs), shifts);
-                out[j] = _mm512_permutexvar_ps(code, levels.0[0]);
+                *out = _mm512_permutexvar_ps(code, levels.0[0]);
             }
             out
         }
