@@ -60,22 +60,22 @@ def codecs(name):
 
 # ---------------------------------------------------------------- specialisation
 # (warps, tile, wide tables, stages), the first that fits
-CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
+CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
 
 
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
-                 shared_limit=227 * 1024, macros=()):
+                 shared_limit=227 * 1024, narrow=False, macros=()):
         self.k, self.v = codecs(codec)
         self.d, self.codec, self.tiles_n, self.stages, self.wide = d, codec, tiles_n, stages, 1
-        self.q_type, self.out_type, self.macros = q_type, out_type, macros
+        self.q_type, self.out_type, self.macros, self.narrow = q_type, out_type, macros, narrow
         self.const_page = 0 if contiguous else page_size
         self.plain = codec == "f32"  # attention_f32.cu
         if self.plain:
             warps, tile = 4, 64
         elif warps is None:
             for warps, tile, self.wide, self.stages in CHOICES:
-                if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128: continue
+                if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
         self.run = tile if page_size % tile == 0 else 16 if page_size % 16 == 0 else 1
@@ -83,22 +83,29 @@ class Variant:
     def shared(self, warps, tile):
         """Layout::BYTES of attention.cu."""
         k, v, d = self.k, self.v, self.d
-        entries = {2: 256, 3: 64, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
-        same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale)
-        wide = [self.wide and (c.bits in (2, 4, 8) or (same and c.bits in (3, 6))) for c in (k, v)]
+        entries = {2: 256, 3: 256, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
+        integer = k.bits == 3
+        same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale) and not integer
+        wide = [self.wide and (c.bits in (2, 3, 4, 8) or (same and c.bits == 6)) for c in (k, v)]
+        wide[0] = wide[0] and not integer
         tables = 65536 if wide[0] or (wide[1] and not same) else 0
-        tables += 0 if wide[0] else entries[k.bits] * 128
+        tables += 0 if wide[0] or integer else entries[k.bits] * 128
         tables += 0 if same or wide[1] else entries[v.bits] * 128
         stage = (tile * (k.bytes(d) + v.bytes(d)) + 127) // 128 * 128
         rows = 8 * self.tiles_n
-        total, q = warps * 2048, rows * d * 2
-        scratch = max(total, q) if self.tiles_n * d <= 256 else total + q
-        return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 2) * rows * 4 + 16
+        steps = 4 * -(-d // 128) if integer else d // 16
+        total, q = warps * 2048, self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
+        registers = self.tiles_n * d <= 256
+        scratch = max(total, q) if registers else total
+        if integer and wide[1] and scratch <= 32768: scratch = 0
+        scratch += 0 if registers else q
+        return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 3) * rows * 4 + 16
 
     def options(self):
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
-                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide)
+                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide,
+                 NARROW=int(self.narrow))
         if self.plain: m = {k: m[k] for k in ("HEAD_DIM", "TILE", "Q_TYPE", "OUT_TYPE", "PAGE_SIZE")}
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 
@@ -268,10 +275,17 @@ class Store:
         raw = self.codes[pages, head, rows]
         c, d = self.codec, self.d
         if c.name in ("f16", "f32"): return raw.double()
+        scale = self.scales[pages, head, rows].double().repeat_interleave(d // c.scales(d), 1)
+        if c.name == "3":
+            # Three planes of bytes; element 8r + 2p + h is the low three bits of nibble h of byte r of plane p, and bit k of
+            # 8r + 6 + h the top bit of that nibble in plane k.
+            nibbles = torch.stack([raw & 15, raw >> 4], 2).view(raw.shape[0], 3, d // 8, 2)
+            fourth = sum((nibbles[:, k] >> 3) << k for k in range(3))
+            code = torch.cat([nibbles & 7, fourth[:, None]], 1).transpose(1, 2).reshape(raw.shape[0], d).long()
+            return self.codebook.double()[code] * scale
         i = torch.arange(d, device="cuda") * c.bits
         padded = torch.cat([raw, raw.new_zeros(raw.shape[0], 1)], 1).int()
         code = ((padded[:, i // 8] | padded[:, i // 8 + 1] << 8) >> (i % 8)) & ((1 << c.bits) - 1) & (c.levels - 1)
-        scale = self.scales[pages, head, rows].double().repeat_interleave(d // c.scales(d), 1)
         return self.codebook.double()[code] * scale
 
 
@@ -532,9 +546,11 @@ def lengths(shape):
 
 def shape_variant(shape, codec, **kw):
     """Small problems, not two tiles of 64 a warp, are better cut finer."""
-    v = Variant(shape[3], codec, tiles_n=1 if shape[1] // shape[2] <= 8 else 2, **kw)
-    if v.tile == 64 and kw.get("warps") is None and sum(lengths(shape)) * shape[2] < 132 * 2 * v.warps * 64:
-        v = Variant(shape[3], codec, tiles_n=v.tiles_n, **{**kw, "warps": v.warps, "tile": 32})
+    group = shape[1] // shape[2]
+    kw = {"narrow": group <= 4, **kw}
+    v = Variant(shape[3], codec, tiles_n=1 if group <= 8 else 2, **kw)
+    if v.tile == 64 and kw.get("warps") is None and sum(lengths(shape)) * shape[2] < 132 * 2 * 8 * 64:
+        v = Variant(shape[3], codec, tiles_n=v.tiles_n, **{**kw, "warps": min(8, v.warps), "tile": 32})
     return v
 
 
@@ -626,7 +642,7 @@ def random_case(rng):
         ql = min(rng.randint(1, q_len), first + stored)
         sequences.append((first, first + stored, q_start, ql))
         q_start += ql
-    variant = dict(d=d, codec=codec, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
+    variant = dict(d=d, codec=codec, narrow=codec != "f32" and q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
     case = dict(sequences=sequences, kv_heads=rng.choice([1, 2, 3]), group=group, page_size=page_size, table_width=width,
                 causal=rng.random() < 0.7, window=rng.choice([0, 0, 0, 1, 17, 200]), softcap=rng.choice([0.0, 0.0, 0.0, 5.0, 50.0]), sinks=rng.random() < 0.3,
                 rotate=rng.random() < 0.7, signs=rng.random() < 0.7, seed=rng.randint(1, 10**6), blocks=rng.choice([None, None, 1, 3, 16]),

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use std::sync::LazyLock;
 
 /// The version of the stored bytes. It changes when the same bytes would decode to other values.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// The largest head_dim that any codec takes.
 pub const MAX_HEAD_DIM: usize = 1024;
@@ -218,6 +218,10 @@ pub enum Packing {
     Float(DType),
     /// Element i in bits [i·b, (i+1)·b) of the row, which is read as one little-endian integer.
     Dense,
+    /// Codes of 3 bits in three planes of head_dim / 8 bytes, each byte two nibbles. Of elements 8r to 8r + 7, byte r of plane
+    /// p holds elements 8r + 2p and 8r + 2p + 1 in its nibbles' low three bits; the nibbles' top bits hold bit p of the
+    /// elements 8r + 6 and 8r + 7.
+    Planes,
     /// One code a byte; readers ignore the bits above the code.
     Byte,
 }
@@ -319,6 +323,7 @@ impl RowFormat {
         match self.codec {
             Codec::F32 => Packing::Float(DType::F32),
             Codec::F16 => Packing::Float(DType::F16),
+            Codec::Native { bits: 3 } => Packing::Planes,
             Codec::Seed { bits: 4 } | Codec::Native { .. } => Packing::Dense,
             Codec::Seed { .. } => Packing::Byte,
         }
@@ -416,6 +421,14 @@ impl RowFormat {
         let mask = ((1u32 << bits) - 1) as u8;
         match self.packing() {
             Packing::Byte => row[i] & mask,
+            Packing::Planes => {
+                let (run, nibble) = (i / 8, 4 * (i % 2));
+                let byte = |plane: usize| row[plane * self.head_dim / 8 + run] >> nibble;
+                match i % 8 / 2 {
+                    3 => (0..3).map(|plane| (byte(plane) >> 3 & 1) << plane).sum(),
+                    plane => byte(plane) & mask,
+                }
+            }
             _ => {
                 let (byte, shift) = (i * bits / 8, i * bits % 8);
                 let low = row[byte] as u16;
@@ -434,6 +447,14 @@ impl RowFormat {
         assert_eq!((codes.len(), row.len()), (self.head_dim, self.row_bytes()), "codes and bytes of a row");
         match self.packing() {
             Packing::Byte => row.copy_from_slice(codes),
+            Packing::Planes => {
+                for (plane, bytes) in row.chunks_exact_mut(self.head_dim / 8).enumerate() {
+                    for (byte, run) in bytes.iter_mut().zip(codes.chunks_exact(8)) {
+                        let nibble = |half: usize| run[2 * plane + half] | (run[6 + half] >> plane & 1) << 3;
+                        *byte = nibble(0) | nibble(1) << 4;
+                    }
+                }
+            }
             _ => {
                 let bits = self.bits();
                 let (mut held, mut count, mut out) = (0u32, 0, row.iter_mut());

@@ -66,7 +66,8 @@ proptest! {
         }
     }
 
-    /// Bit j of element i is bit i·b + j of the row, counted from the least significant bit of its first byte.
+    /// Bit j of element i is bit i·b + j of the row, counted from the least significant bit of its first byte; in planes, where
+    /// a table of eight elements' bits says.
     #[test]
     fn packing_is_as_documented(steps in 1usize..=MAX_HEAD_DIM / HEAD_DIM_STEP, seed: u64) {
         let d = steps * HEAD_DIM_STEP;
@@ -74,9 +75,16 @@ proptest! {
         for row in codecs(d) {
             let packed: Vec<u8> = (0..row.row_bytes()).map(|_| rng.next() as u8).collect();
             let b = row.bits();
+            // (plane, bit of the byte) of bit j of elements 6 and 7 of eight.
+            let top = [[(0, 3), (1, 3), (2, 3)], [(0, 7), (1, 7), (2, 7)]];
             for i in 0..d {
-                let first = if row.packing() == Packing::Byte { i * 8 } else { i * b };
-                let code = (0..b).map(|j| (packed[(first + j) / 8] >> ((first + j) % 8) & 1) << j).sum::<u8>();
+                let place = |j: usize| match (row.packing(), i % 8) {
+                    (Packing::Byte, _) => i * 8 + j,
+                    (Packing::Planes, e @ 6..) => top[e - 6][j].0 * d + i / 8 * 8 + top[e - 6][j].1,
+                    (Packing::Planes, e) => e / 2 * d + i / 8 * 8 + e % 2 * 4 + j,
+                    _ => i * b + j,
+                };
+                let code = (0..b).map(|j| (packed[place(j) / 8] >> (place(j) % 8) & 1) << j).sum::<u8>();
                 prop_assert_eq!(row.get_code(&packed, i), code, "{} element {}", row.codec(), i);
             }
         }
@@ -89,7 +97,7 @@ fn the_worked_example_holds() {
     let row = RowFormat::new(Codec::tq(3), 16).unwrap();
     let mut packed = [0; 6];
     row.pack(&[5, 2, 7, 0, 1, 6, 3, 4, 0, 0, 0, 0, 0, 0, 0, 7], &mut packed);
-    assert_eq!(packed, [0xd5, 0x11, 0x8f, 0x00, 0x00, 0xe0]);
+    assert_eq!(packed, [0x2d, 0x80, 0x0f, 0x80, 0xe1, 0x80]);
     let row = RowFormat::new(Codec::seed(4), 16).unwrap();
     let mut packed = [0; 8];
     row.pack(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0], &mut packed);

@@ -142,8 +142,8 @@ pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
 }
 
 /// How far attention may be from float64, relative: f32 sums on the CPU (scores are kept finer than f32), f32 on GPUs.
-/// On CUDA queries of half types go to the tensor cores, where rotated queries, levels and weights are rounded to f16:
-/// 2^-11 + 2^-12 + 2^-11, or 1.2e-3, plus their sums. Half outputs add their own rounding.
+/// On CUDA queries of half types go to the tensor cores, where rotated queries (of more than four rows a KV head), levels and
+/// weights are rounded to f16: 2^-11 + 2^-12 + 2^-11, or 1.2e-3, plus their sums. Half outputs add their own rounding.
 pub fn attention_tolerance(device: &Device, q: DType, out: DType) -> f64 {
     let arithmetic = match (device.info().kind, q) {
         (DeviceKind::Cpu, _) => 1e-5,

@@ -253,6 +253,7 @@ pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mu
     }
     match row.packing() {
         Packing::Byte => codes.copy_from_slice(&code[..d]),
+        Packing::Planes => pack_planes(&code[..d], codes),
         _ => pack(&code[..d], row.bits(), codes),
     }
 }
@@ -337,6 +338,22 @@ fn pack(codes: &[u8], bits: usize, row: &mut [u8]) {
     }
 }
 
+/// Codes of 3 bits: of eight, six are nibbles of three bytes, and the other two these nibbles' top bits.
+#[inline(always)]
+fn pack_planes(codes: &[u8], row: &mut [u8]) {
+    let (first, rest) = row.split_at_mut(codes.len() / 8);
+    let (second, third) = rest.split_at_mut(codes.len() / 8);
+    for (i, eight) in codes.as_chunks::<8>().0.iter().enumerate() {
+        let x = u64::from_le_bytes(*eight);
+        // Neighbours as nibbles of one byte, in every other byte.
+        let pairs = x | x >> 4;
+        let last = pairs >> 48;
+        first[i] = (pairs | (last & 0x11) << 3) as u8;
+        second[i] = (pairs >> 16 | (last >> 1 & 0x11) << 3) as u8;
+        third[i] = (pairs >> 32 | (last >> 2 & 0x11) << 3) as u8;
+    }
+}
+
 #[inline(always)]
 pub(super) unsafe fn stream<S: Simd>(from: &[f32], to: *mut f32) {
     for i in (0..from.len()).step_by(S::LANES) {
@@ -358,7 +375,7 @@ pub(super) unsafe fn decode<S: Simd>(coder: &RowCoder, codes: *const u8, factors
             (Packing::Byte, 5) => levels::<S, 5, true>(coder, codes, factors, out),
             (Packing::Byte, 6) => levels::<S, 6, true>(coder, codes, factors, out),
             (_, 2) => levels::<S, 2, false>(coder, codes, factors, out),
-            (_, 3) => levels::<S, 3, false>(coder, codes, factors, out),
+            (Packing::Planes, _) => planes::<S>(coder, codes, factors, out),
             (_, 4) => levels::<S, 4, false>(coder, codes, factors, out),
             (_, 5) => levels::<S, 5, false>(coder, codes, factors, out),
             (_, 6) => levels::<S, 6, false>(coder, codes, factors, out),
@@ -376,6 +393,34 @@ unsafe fn floats<S: Simd, const SIZE: usize>(from: *const u8, out: &mut [f32]) {
         unsafe {
             let x = if SIZE == 4 { S::load(from.cast::<f32>().add(i)) } else { S::load_f16(from.cast::<u16>().add(i)) };
             S::store(out.as_mut_ptr().add(i), x);
+        }
+    }
+}
+
+/// Rows of 3 bits.
+#[inline(always)]
+unsafe fn planes<S: Simd>(coder: &RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
+    let plane = coder.d / 8;
+    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
+    // SAFETY: the caller's promise about codes, which may be read 64 bytes past; whole vectors within a row.
+    unsafe {
+        let levels = S::levels::<3>(table);
+        for (i, out) in out.chunks_exact_mut(coder.d).enumerate() {
+            let factor = match factors {
+                Some(factors) => S::splat(factors[i]),
+                None => S::splat(1.0),
+            };
+            for first in (0..plane).step_by(S::LANES) {
+                let at = codes.add(3 * i * plane + first);
+                let x = S::decode_runs([at, at.add(plane), at.add(2 * plane)], &levels);
+                // A count that is known keeps `x` in registers.
+                for j in 0..8 {
+                    if 8 * first + j * S::LANES < coder.d {
+                        let x = if factors.is_some() { S::mul(x[j], factor) } else { x[j] };
+                        S::store(out.as_mut_ptr().add(8 * first + j * S::LANES), x);
+                    }
+                }
+            }
         }
     }
 }

@@ -71,6 +71,11 @@ pub(super) struct Shape {
 }
 
 impl Shape {
+    /// Whether the eight columns of the tensor cores can be four pairs.
+    fn narrow(&self) -> bool {
+        self.query_rows <= 4
+    }
+
     /// `None` for what the kernel does not take.
     fn of(op: &Attention, multiprocessors: usize) -> Option<Self> {
         let queries = op.batch.spans().iter().map(|s| s.new as usize).max()?;
@@ -108,7 +113,7 @@ impl Side {
         let bits = match row.packing() {
             Packing::Float(DType::F16) => 16,
             Packing::Float(_) => return None,
-            Packing::Dense => row.bits(),
+            Packing::Dense | Packing::Planes => row.bits(),
             Packing::Byte => 8,
         };
         let scale = if row.scales_per_row() == 0 { 0 } else { 8 * row.scale_dtype().size() };
@@ -136,11 +141,12 @@ impl Variant {
         };
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
-        let sizes =
-            [(8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)].into_iter().filter(|&(warps, tile)| {
-                (tile <= 32 || (tiles_n == 1 && !shape.short))
-                    && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
-            });
+        let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
+        let sizes = sizes.into_iter().filter(|&(warps, tile)| {
+            (tile <= 32 || (tiles_n == 1 && !shape.short))
+                && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
+                && (warps * tile <= 512 || shape.narrow())
+        });
         let layouts = [true, false]
             .into_iter()
             .flat_map(|wide| sizes.clone().map(move |(warps, tile)| Layout { warps, tile, wide, stages: 2 }));
@@ -172,6 +178,7 @@ impl Variant {
             ("TILE", tile),
             ("STAGES", stages),
             ("WIDE_TABLES", wide as usize),
+            ("NARROW", shape.narrow() as usize),
             ("RUN", run),
             ("PAGE_SIZE", constant_page),
         ];
@@ -208,24 +215,33 @@ impl Layout {
     fn shared_memory(self, shape: &Shape, (k, v): (Side, Side), tiles_n: usize) -> usize {
         let d = shape.key.head_dim();
         let entries = |s: Side| match s.bits {
-            2 | 4 | 8 => 256,
+            2..=4 | 8 => 256,
             5 => 32,
-            3 | 6 => 64,
+            6 => 64,
             7 => 128,
             _ => 0,
         };
-        let same = k == v;
-        let wide = |s: Side| self.wide && (matches!(s.bits, 2 | 4 | 8) || (same && matches!(s.bits, 3 | 6)));
-        let mut tables = if wide(k) || (wide(v) && !same) { 65536 } else { 0 };
-        tables += if wide(k) { 0 } else { entries(k) * 128 };
-        tables += if same || wide(v) { 0 } else { entries(v) * 128 };
+        // Keys of 3 bits have no table.
+        let integer = k.bits == 3;
+        let same = k == v && !integer;
+        let wide = |s: Side| self.wide && (matches!(s.bits, 2..=4 | 8) || (same && s.bits == 6));
+        let (k_wide, v_wide) = (wide(k) && !integer, wide(v) && !same);
+        let mut tables = if k_wide || v_wide { 65536 } else { 0 };
+        tables += if k_wide || integer { 0 } else { entries(k) * 128 };
+        tables += if same || v_wide { 0 } else { entries(v) * 128 };
         let row_bytes = |s: Side, row: &RowFormat| d * s.bits / 8 + row.scales_per_row() * s.scale / 8;
         let stage = (self.tile * (row_bytes(k, &shape.key) + row_bytes(v, &shape.value))).next_multiple_of(128);
         let rows = 8 * tiles_n;
-        let (sums, queries) = (self.warps * 2048, rows * d * 2);
-        let scratch = if tiles_n * d <= 256 { sums.max(queries) } else { sums + queries };
+        let steps = if integer { 4 * d.div_ceil(128) } else { d / 16 };
+        let fragment = if integer && !shape.narrow() { 16 } else { 8 };
+        let (sums, queries) = (self.warps * 2048, tiles_n * steps * 32 * fragment);
+        let registers = tiles_n * d <= 256;
+        let scratch = if registers { sums.max(queries) } else { sums };
+        // It lies in what the value's table leaves free.
+        let scratch = if integer && v_wide && scratch <= 32768 { 0 } else { scratch };
+        let queries = if registers { 0 } else { queries };
         let pipes = self.warps * self.stages * stage;
-        tables + pipes + rows * (d + 4) * 4 + scratch + (2 * self.warps + 2) * rows * 4 + 16
+        tables + pipes + rows * (d + 4) * 4 + scratch + queries + (2 * self.warps + 3) * rows * 4 + 16
     }
 }
 

@@ -129,6 +129,7 @@ pub(super) fn row_defines(side: &str, row: &RowFormat) -> [String; 4] {
                 3
             }
         }
+        Packing::Planes => 4,
     };
     let scaling = match row.scaling() {
         Scaling::None => 0,

@@ -95,6 +95,7 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
             if matches!(d, 80 | 128) {
                 // Pages that hold no whole tile; several and many query rows.
                 add(row, row, 9, 1, DType::F16, DType::F16);
+                add(row, row, 64, 8, DType::F16, DType::F16);
                 add(row, row, 64, 16, DType::F16, DType::F16);
                 add(row, row, 64, 64, DType::F16, DType::F16);
             }

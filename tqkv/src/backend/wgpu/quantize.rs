@@ -210,7 +210,8 @@ fn squares(b: &mut Builder, row: &RowFormat, rows: usize) {
 fn codes(b: &mut Builder, spec: &Spec, row: &RowFormat) {
     let (d, unit) = (row.head_dim(), unit(row.head_dim()));
     let (scales, per_row) = (row.scales_per_row(), row.head_dim() / unit);
-    let field = row.row_bytes() * 8 / d;
+    let planes = row.packing() == crate::format::Packing::Planes;
+    let field = if planes { 4 } else { row.row_bytes() * 8 / d };
     let words = (unit * field).div_ceil(32);
     line!(
         b,
@@ -241,6 +242,10 @@ fn codes(b: &mut Builder, spec: &Spec, row: &RowFormat) {
         }
     }
     let row_bytes = row.row_bytes();
+    if planes {
+        store_planes(b, spec, d, words);
+        return b.push("  }");
+    }
     match spec.pool.align {
         Align::Byte => {
             line!(b, "    let byte = a.p_codes_off + row_of[i] * {row_bytes}u + c * {}u;", unit * field / 8);
@@ -267,6 +272,28 @@ fn codes(b: &mut Builder, spec: &Spec, row: &RowFormat) {
         }
     }
     b.push("  }");
+}
+
+/// Stores nibbles in the words w0, w1, …, eight elements each, as three planes.
+fn store_planes(b: &mut Builder, spec: &Spec, d: usize, words: usize) {
+    for plane in 0..3 {
+        let byte = |k: usize| {
+            format!("(((w{k} >> {}u) & 0x77u) | (((w{k} >> {}u) & 0x11u) << 3u)) << {}u", 8 * plane, 24 + plane, 8 * k)
+        };
+        let bytes: Vec<String> = (0..words).map(byte).collect();
+        line!(b, "    let plane{plane} = {};", bytes.join(" | "));
+        line!(
+            b,
+            "    let byte{plane} = a.p_codes_off + row_of[i] * {}u + {}u + c * {words}u;",
+            3 * d / 8,
+            plane * d / 8
+        );
+        match spec.pool.align {
+            Align::Byte => line!(b, "    put(byte{plane}, plane{plane}, {}u);", 8 * words),
+            Align::Word => line!(b, "    p_codes[byte{plane} >> 2u] = plane{plane};"),
+            Align::Vector => line!(b, "    p_codes[byte{plane} >> 4u][(byte{plane} >> 2u) & 3u] = plane{plane};"),
+        }
+    }
 }
 
 pub(super) fn record(recorder: &mut WgpuRecorder, op: &Quantize) -> Result<()> {

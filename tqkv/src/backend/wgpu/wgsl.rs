@@ -202,9 +202,10 @@ impl Rows {
         row.expect("it came from a RowFormat")
     }
 
-    /// Bits between one stored element and the next.
+    /// Bits between one element and the next in what a fetch brings.
     fn field(&self) -> usize {
-        self.format().row_bytes() * 8 / self.head_dim
+        let row = self.format();
+        if row.packing() == Packing::Planes { 4 } else { row.row_bytes() * 8 / self.head_dim }
     }
 
     /// The most elements, up to `most`, that one fetch of at most four words brings.
@@ -246,6 +247,9 @@ impl Rows {
 
     /// `fn {p}_fetch(row, c) -> vec4<u32>`, which uses the parameter `{p}_codes_off`: the stored bits of elements c·n to c·n + n - 1 of a row, from bit 0 on.
     pub fn fetch(&self, b: &mut Builder, p: &str, n: usize) {
+        if self.format().packing() == Packing::Planes {
+            return self.fetch_planes(b, p, n);
+        }
         let (bits, row_bytes) = (n * self.field(), self.format().row_bytes());
         let count = bits.div_ceil(32);
         let word = |k: usize| match self.align {
@@ -285,6 +289,32 @@ impl Rows {
                 next(3)
             );
         }
+        b.push("}");
+    }
+
+    /// The same for planes, whose nibbles come in the order of their elements; above three bits they are anything.
+    fn fetch_planes(&self, b: &mut Builder, p: &str, n: usize) {
+        let (row_bytes, plane) = (self.format().row_bytes(), self.head_dim / 8);
+        let word = |j: &str| match self.align {
+            Align::Vector => format!("{p}_codes[({j}) >> 2u][({j}) & 3u]"),
+            _ => format!("{p}_codes[{j}]"),
+        };
+        let bits = n.max(8);
+        line!(b, "fn {p}_plane(at: u32) -> u32 {{\n  let j = at >> 2u;\n  let s = (at & 3u) << 3u;");
+        line!(b, "  var w = {} >> s;", word("j"));
+        line!(b, "  if (s + {bits}u > 32u) {{ w |= {} << (32u - s); }}\n  return w;\n}}", word("j + 1u"));
+        line!(b, "fn {p}_fetch(row: u32, c: u32) -> vec4<u32> {{");
+        line!(b, "  let at = a.{p}_codes_off + row * {row_bytes}u + ((c * {n}u) >> 3u);");
+        line!(
+            b,
+            "  let x = {p}_plane(at);\n  let y = {p}_plane(at + {plane}u);\n  let z = {p}_plane(at + {}u);",
+            2 * plane
+        );
+        b.push("  let rest = ((x >> 3u) & 0x11111111u) | ((y >> 2u) & 0x22222222u) | ((z >> 1u) & 0x44444444u);");
+        b.push("  let by = vec4(0u, 8u, 16u, 24u);\n  let m = vec4(255u);");
+        b.push("  let w = ((vec4(x) >> by) & m) | (((vec4(y) >> by) & m) << vec4(8u)) | (((vec4(z) >> by) & m) << vec4(16u)) | ((vec4(rest) >> by) << vec4(24u));");
+        let half = if n < 8 { "  return w >> vec4((c & 1u) << 4u);" } else { "  return w;" };
+        b.push(half);
         b.push("}");
     }
 

@@ -180,6 +180,32 @@ impl Simd for Avx2 {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn decode_runs(planes: [*const u8; 3], (low, _): &Self::Levels) -> [__m256; 8] {
+        unsafe {
+            // No closures: they would not be compiled for this instruction set.
+            let a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[0].cast()));
+            let b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[1].cast()));
+            let c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[2].cast()));
+            let rest = _mm256_or_si256(
+                _mm256_and_si256(_mm256_srli_epi32::<3>(a), _mm256_set1_epi32(0x11)),
+                _mm256_or_si256(
+                    _mm256_and_si256(_mm256_srli_epi32::<2>(b), _mm256_set1_epi32(0x22)),
+                    _mm256_and_si256(_mm256_srli_epi32::<1>(c), _mm256_set1_epi32(0x44)),
+                ),
+            );
+            let first = _mm256_or_si256(a, _mm256_slli_epi32::<8>(b));
+            let last = _mm256_or_si256(_mm256_slli_epi32::<16>(c), _mm256_slli_epi32::<24>(rest));
+            let runs = _mm256_or_si256(first, last);
+            let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            let mut out = [_mm256_setzero_ps(); 8];
+            for (j, out) in out.iter_mut().enumerate() {
+                let run = _mm256_permutevar8x32_epi32(runs, _mm256_set1_epi32(j as i32));
+                *out = _mm256_permutevar8x32_ps(low[0], _mm256_srlv_epi32(run, shifts));
+            }
+            out
+        }
+    }
 }
 
 super::kernels!(

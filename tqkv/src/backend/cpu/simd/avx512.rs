@@ -253,6 +253,39 @@ impl Simd for Avx512 {
         }
     }
 
+    #[inline(always)]
+    unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [__m512; 8] {
+        unsafe {
+            // No closures: they would not be compiled for this instruction set.
+            let a = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[0].cast()));
+            let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[1].cast()));
+            let c = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[2].cast()));
+            let rest = _mm512_or_si512(
+                _mm512_and_si512(_mm512_srli_epi32::<3>(a), _mm512_set1_epi32(0x11)),
+                _mm512_or_si512(
+                    _mm512_and_si512(_mm512_srli_epi32::<2>(b), _mm512_set1_epi32(0x22)),
+                    _mm512_and_si512(_mm512_srli_epi32::<1>(c), _mm512_set1_epi32(0x44)),
+                ),
+            );
+            let low = _mm512_or_si512(a, _mm512_slli_epi32::<8>(b));
+            let high = _mm512_or_si512(_mm512_slli_epi32::<16>(c), _mm512_slli_epi32::<24>(rest));
+            let runs = _mm512_or_si512(low, high);
+            let shifts = _mm512_loadu_si512(
+                const { &[0u32, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28] }.as_ptr().cast(),
+            );
+            // Two runs a vector.
+            let halves =
+                _mm512_loadu_si512(const { &[0u32, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1] }.as_ptr().cast());
+            let mut out = [_mm512_setzero_ps(); 8];
+            for (j, out) in out.iter_mut().enumerate() {
+                let of = _mm512_add_epi32(halves, _mm512_set1_epi32(2 * j as i32));
+                let code = _mm512_srlv_epi32(_mm512_permutexvar_epi32(of, runs), shifts);
+                *out = _mm512_permutexvar_ps(code, levels.0[0]);
+            }
+            out
+        }
+    }
+
     /// From 6 bits on, levels are looked up byte by byte, 64 elements at a time.
     #[inline(always)]
     unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> [__m512; 4] {

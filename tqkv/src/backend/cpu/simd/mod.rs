@@ -86,6 +86,24 @@ pub(super) trait Simd: Copy + 'static {
     /// Ends a run of such stores.
     #[inline(always)]
     fn fence() {}
+    /// The levels of `LANES` runs of eight codes of 3 bits, from their bytes in the three planes, which are readable for 64
+    /// bytes.
+    #[inline(always)]
+    unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [Self::F; 8] {
+        let mut words = [0u32; 32];
+        // SAFETY: the caller's promise; `words` has the 64 bytes more that decode may read.
+        unsafe {
+            for (i, word) in words.iter_mut().enumerate().take(Self::LANES) {
+                let byte = |plane: usize| *planes[plane].add(i) as u32;
+                let (a, b, c) = (byte(0), byte(1), byte(2));
+                *word = (a | b << 8 | c << 16 | (a >> 3 & 0x11 | b >> 2 & 0x22 | c >> 1 & 0x44) << 24).to_le();
+            }
+            let codes = words.as_ptr().cast::<u8>();
+            let first = Self::decode4::<4, false>(codes, levels);
+            let last = Self::decode4::<4, false>(codes.add(2 * Self::LANES), levels);
+            [first[0], first[1], first[2], first[3], last[0], last[1], last[2], last[3]]
+        }
+    }
     /// As `decode` for four vectors, which may be cheaper together; readable for 64 bytes.
     #[inline(always)]
     unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> [Self::F; 4] {

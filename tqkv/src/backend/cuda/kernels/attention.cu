@@ -21,15 +21,17 @@
 //                          of at most 576 and TILES_N of at most 4
 //   WARPS, TILE, STAGES    warps a block (1 to 12), positions a warp copies at once (16, 32, 64), copies in flight and in use (2; 1
 //                          waits for every copy)
+//   NARROW                 1: no item has more than 4 rows (0 by default; needs TILES_N = 1). The tensor cores' eight columns are
+//                          then four pairs, of a query in full and what its rounding lost
 //   WIDE_TABLES            1 (default) or 0: smaller and slower tables, see codec.cuh
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
 //   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
-// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 8 x 64, 12 x 32 (HEAD_DIM <= 128 only: 168 registers), 8 x 32, 8 x 16, 4 x 16, 2 x 16,
-// 1 x 16, the first two with TILES_N = 1 only; then the same with WIDE_TABLES = 0; then 1 x 16 with STAGES = 1. Problems of less
-// than two tiles of 64 a warp are faster with TILE = 32.
+// 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
+// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then the same with WIDE_TABLES = 0;
+// then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
 //
 // PLAN
 //
@@ -51,12 +53,22 @@
 //
 // Each warp runs through its own tiles with its own cp.async pipeline and online softmax; no barrier in the main loop. K is the
 // A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
-// codec.cuh); K's scale multiplies the score and V's the weight. The running maximum moves only when it grows by more than 2^4.
+// codec.cuh), keys of 3 bits to integers, against queries that are integers too; K's scale multiplies the score and V's the weight.
+// A query is multiplied as two numbers where there are columns for it. The running maximum moves only when it grows by more than 2^4.
 // At the end of an item the block's warps are summed; of a split output the block that finishes last sums the parts.
 #include "attention.cuh"
 #include "codec.cuh"
 
+#ifndef NARROW
+#define NARROW 0
+#endif
 constexpr int ROWS = 8 * TILES_N;
+constexpr int COLUMNS = NARROW ? 1 : 2;  // query rows of a lane, for each eight
+// Keys of 3 bits are multiplied as integers, values of 3 bits decode from planes: see codec.cuh.
+constexpr bool K_INTEGER = K_BITS == 3, V_PLANES = V_BITS == 3;
+constexpr int PLANE_NIBBLES = D / 16;                    // of a key lane's quarter of a plane
+constexpr int PLANE_WORDS = (PLANE_NIBBLES + 7) / 8;
+constexpr int PLANE_BYTES = (PLANE_NIBBLES + 1) / 2;     // codes of a value lane in a plane: every other nibble of a quarter
 
 // Compile-time loop.
 template <int I> struct Index {
@@ -94,15 +106,24 @@ template <int BITS, int SCALE> struct Side {
 typedef Side<K_BITS, K_SCALE> K;
 typedef Side<V_BITS, V_SCALE> V;
 
+// What a lane multiplies a key's fragment with, for eight rows: of f16, or of the high and (wide) the low bytes of integers.
+constexpr int Q_WORDS = K_INTEGER && !NARROW ? 4 : 2;
+struct __align__(4 * Q_WORDS) QFragment {
+    u32 word[Q_WORDS];
+};
+constexpr int Q_STEPS = K_INTEGER ? 4 * PLANE_WORDS : D / 16;
+constexpr float QUERY_LARGEST = D > 512 ? 16256.f : 32512.f;  // of 16-bit queries, so that sums fit 32 bits
+
 struct Layout {
-    static constexpr bool SHARED_TABLE = K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
-    // Six-bit fields (3 bits in pairs, 6 bits) with a table for both places that a field can have in a byte; see codec.cuh.
-    static constexpr bool K_BOTH = WIDE_TABLES && Codec<K_BITS>::SIX && SHARED_TABLE, V_BOTH = K_BOTH;
-    static constexpr bool K_WIDE = Codec<K_BITS>::BYTE_INDEX || K_BOTH;
+    static constexpr bool K_LOOK = !K_INTEGER && !Codec<K_BITS>::DENSE;
+    static constexpr bool SHARED_TABLE = K_LOOK && K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
+    // Six-bit codes with a table for both places that they can have in a byte; see codec.cuh.
+    static constexpr bool K_BOTH = WIDE_TABLES && K_BITS == 6 && SHARED_TABLE, V_BOTH = K_BOTH;
+    static constexpr bool K_WIDE = K_LOOK && (Codec<K_BITS>::BYTE_INDEX || K_BOTH);
     static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
     static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;
     static constexpr int K_TABLE = K_WIDE ? 0 : WIDE;
-    static constexpr int AFTER_K = WIDE + (K_WIDE ? 0 : Codec<K_BITS>::ENTRIES * 128);
+    static constexpr int AFTER_K = WIDE + (K_WIDE || !K_LOOK ? 0 : Codec<K_BITS>::ENTRIES * 128);
     static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : V_WIDE ? 128 : AFTER_K;
     static constexpr int TABLES = AFTER_K + (SHARED_TABLE || V_WIDE ? 0 : Codec<V_BITS>::ENTRIES * 128);
 
@@ -110,14 +131,24 @@ struct Layout {
     static constexpr int PIPES = TABLES;                               // [WARPS][STAGES][STAGE]
     static constexpr int ACC = PIPES + WARPS * STAGES * STAGE;         // f32 [ROWS][D + 4]: queries, then sums
     static constexpr int ACC_ROW = D + 4;
-    static constexpr int SCRATCH = ACC + ROWS * ACC_ROW * 4;           // f32 [WARPS][512], or Q fragments
-    static constexpr int Q_FRAGMENTS = ROWS * D * 2;
+    static constexpr int AFTER_ACC = ACC + ROWS * ACC_ROW * 4;
+    static constexpr int Q_FRAGMENTS = TILES_N * Q_STEPS * 32 * (int)sizeof(QFragment);
     static constexpr int SUM = WARPS * 2048;
     // Queries stay in registers where they fit; else their fragments keep a place of their own.
     static constexpr bool Q_REGISTERS = TILES_N * D <= 256;
-    static constexpr int Q = Q_REGISTERS ? SCRATCH : SCRATCH + SUM;
-    static constexpr int ML = SCRATCH + (Q_REGISTERS ? (SUM > Q_FRAGMENTS ? SUM : Q_FRAGMENTS) : SUM + Q_FRAGMENTS);
-    static constexpr int BYTES = ML + (2 * WARPS + 2) * ROWS * 4 + 16; // per warp m and l, the block's M and L, a flag
+    static constexpr int SCRATCH_BYTES = Q_REGISTERS && Q_FRAGMENTS > SUM ? Q_FRAGMENTS : SUM;
+    // Where keys need no table, the value's leaves the lower half of each 256 bytes free.
+    static constexpr bool HOLES = K_INTEGER && V_WIDE && SCRATCH_BYTES <= 32768;
+    static constexpr int SCRATCH = HOLES ? 0 : AFTER_ACC;              // f32 [WARPS][512], or Q fragments, or codebooks
+    static constexpr int Q = HOLES ? AFTER_ACC : SCRATCH + SUM;        // Q fragments that are not kept in registers
+    static constexpr int ML = AFTER_ACC + (HOLES ? 0 : SCRATCH_BYTES) + (Q_REGISTERS ? 0 : Q_FRAGMENTS);
+    // A place in the scratch memory.
+    template <typename T> static DEVICE T* scratch(int i) {
+        extern __shared__ __align__(128) u8 shared_memory[];
+        const int at = i * (int)sizeof(T);
+        return (T*)(shared_memory + SCRATCH + (HOLES ? at % 128 + at / 128 * 256 : at));
+    }
+    static constexpr int BYTES = ML + (2 * WARPS + 3) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest, a flag
 };
 extern "C" __device__ const u32 attention_shared_bytes = Layout::BYTES;
 
@@ -131,9 +162,12 @@ struct Fetch {
     const u32* pages;
     u32 page;
     int warp, lane;
+    const u8 *k_codes, *v_codes, *k_scales, *v_scales;  // this lane's part of the first row's
 
     DEVICE Fetch(const Params& p, const Item& it, int warp, int lane) : p(p), warp(warp), lane(lane) {
         capacity = p.table_width * page_size(p);
+        k_codes = p.k_codes + lane * 16, v_codes = p.v_codes + lane * 16;
+        k_scales = p.k_scales + lane * 16, v_scales = p.v_scales + lane * 16;
         start(it);
     }
     // Goes to this warp's first tile at or after an item's beginning.
@@ -155,27 +189,28 @@ struct Fetch {
     DEVICE void issue(u8* stage) {
         if (tile < tile_end) {
             if constexpr (RUN >= TILE) {
-                u64 row = store_row(page, slot);
+                // Pages times heads are below 2^32, rows and bytes need not be.
+                const u32 block = page * p.kv_heads + kv_head, slot = PAGE_SIZE == TILE ? 0 : this->slot % page_size(p);
                 u32 to = shared_address(stage);
-                copy_codes<K>(to, p.k_codes + row * K::ROW);
-                copy_codes<V>(to + TILE * K::ROW, p.v_codes + row * V::ROW);
+                copy_codes<K>(to, k_codes, block, slot);
+                copy_codes<V>(to + TILE * K::ROW, v_codes, block, slot);
                 to += TILE * (K::ROW + V::ROW);
-                copy_scales<K>(to, p.k_scales + row * K::SCALE_ROW);
-                copy_scales<V>(to + TILE * K::SCALE_ROW, p.v_scales + row * V::SCALE_ROW);
+                copy_scales<K>(to, k_scales, block, slot);
+                copy_scales<V>(to + TILE * K::SCALE_ROW, v_scales, block, slot);
             } else {
                 copy_rows(stage);
             }
             tile += WARPS, slot += WARPS * TILE;
-            while (slot >= capacity) slot -= capacity;
+            if (unlikely(slot >= capacity)) slot %= capacity;
             if (unlikely(tile >= tile_end && next)) start(p.items[next]);
             else load_page();
         }
         copy_commit();
     }
-    template <typename S> DEVICE void copy_codes(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_codes(u32 to, const u8* from, u32 block, u32 slot) const {
         constexpr int CHUNKS = TILE * S::ROW / 16;
         constexpr int PERIOD = S::POW2 && S::ROW > 64 ? S::ROW / 2 : 32;  // chunks after which a lane's place repeats
-        from = opaque(from + lane * 16);
+        from = opaque(from + (u64)block * (page_size(p) * S::ROW) + slot * S::ROW);
         repeat<(CHUNKS + 31) / 32>([&](auto index) {
             constexpr int I = decltype(index)::value * 32, LEAD = I / PERIOD * PERIOD;
             const u32 c = I - LEAD + lane;
@@ -183,10 +218,12 @@ struct Fetch {
             copy_async16_at<LEAD * 16, I * 16>(to + (S::POW2 ? S::place(c / (S::ROW / 16), c % (S::ROW / 16)) : c * 16), from);
         });
     }
-    template <typename S> DEVICE void copy_scales(u32 to, const u8* from) const {
+    template <typename S> DEVICE void copy_scales(u32 to, const u8* from, u32 block, u32 slot) const {
         constexpr int CHUNKS = TILE * S::SCALE_ROW / 16;
+        from += (u64)block * (page_size(p) * S::SCALE_ROW) + slot * S::SCALE_ROW;
 #pragma unroll
-        for (int c = lane; c < CHUNKS; c += 32) copy_async16(to + c * 16, from + c * 16);
+        for (int c = 0; c < CHUNKS; c += 32)
+            if (c + 32 <= CHUNKS || c + lane < CHUNKS) copy_async16(to + (c + lane) * 16, from + c * 16);
     }
     // Pages that do not hold whole tiles: each run of 16 positions (or each position) has a page of its own. Runs without a
     // valid position are left out.
@@ -222,25 +259,23 @@ struct Fetch {
     }
 };
 
-// The codes of one lane in one row: N of them from bit index * N * BITS of each span.
-template <typename S, int BITS, int N> struct Lane {
-    static constexpr int LANE_BITS = N * BITS;
+// What one lane reads of one row: of each of SECTIONS, SECTION_BITS apart, the LANE_BITS from bit index * LANE_BITS on.
+template <typename S, int SECTIONS, int SECTION_BITS, int LANE_BITS> struct Lane {
     static constexpr int WORDS = (LANE_BITS + 31) / 32;
     static constexpr bool ALIGNED = LANE_BITS % 32 == 0 && S::ROW % 4 == 0;
     static constexpr int VECTOR = LANE_BITS % 128 == 0 && S::ROW % 16 == 0 ? 4 : LANE_BITS % 64 == 0 && S::ROW % 8 == 0 ? 2 : 1;
     static constexpr int LOADS = ALIGNED ? WORDS / VECTOR : 1;
-    static constexpr int UNIT = (LANE_BITS | S::ROW * 8 | 32) & -(LANE_BITS | S::ROW * 8 | 32);  // what divides every offset, in bits
+    static constexpr int ALL = LANE_BITS | SECTION_BITS | S::ROW * 8 | 32, UNIT = ALL & -ALL;  // what divides every offset, in bits
     static constexpr int RAW = (32 - UNIT + LANE_BITS + 31) / 32;
     static_assert(ALIGNED || !S::POW2, "swizzled rows give every lane whole words");
 
-    u32 offset[S::SCALES][LOADS];  // from the first row of a run of 16
-    u32 shift;
+    u32 offset[SECTIONS][LOADS];  // from the first row of a run of 16
+    u32 shift[SECTIONS];
 
     DEVICE void init(u32 row, u32 index) {
-        shift = 0;
 #pragma unroll
-        for (int h = 0; h < S::SCALES; h++) {
-            u32 bit = h * S::SPAN * BITS + index * LANE_BITS;
+        for (int h = 0; h < SECTIONS; h++) {
+            u32 bit = h * SECTION_BITS + index * LANE_BITS;
             if constexpr (ALIGNED) {
 #pragma unroll
                 for (int j = 0; j < LOADS; j++) {
@@ -249,7 +284,7 @@ template <typename S, int BITS, int N> struct Lane {
                 }
             } else {
                 bit += row * S::ROW * 8;
-                offset[h][0] = opaque(bit / 32 * 4), shift = bit % 32;
+                offset[h][0] = opaque(bit / 32 * 4), shift[h] = bit % 32;
             }
         }
     }
@@ -277,7 +312,7 @@ template <typename S, int BITS, int N> struct Lane {
             for (int j = 0; j < RAW; j++) raw[j] = from[j];
             raw[RAW] = 0;
 #pragma unroll
-            for (int j = 0; j < WORDS; j++) w[j] = __funnelshift_r(raw[j], raw[j + 1], shift);
+            for (int j = 0; j < WORDS; j++) w[j] = __funnelshift_r(raw[j], raw[j + 1], shift[H]);
         }
     }
 };
@@ -302,7 +337,8 @@ struct Queries {
             for (int k = 0; k < N; k++) x[i][k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
         }
     }
-    DEVICE void keep(const Params& p, float* acc, int warp, int lane) {
+    // `largest`: of each row, at least 1e-20; NaN if it holds what is not finite.
+    DEVICE void keep(const Params& p, float* acc, float* largest, int warp, int lane) {
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             const int r = warp + i * WARPS;
@@ -320,9 +356,62 @@ struct Queries {
                 if (lane + 32 * k < D) to[lane + 32 * k] = x[i][k];
             if constexpr (D % 32 != 0)
                 if (p.rotate_q) __syncwarp(), rotate_shared<D>(to, lane);
+            if constexpr (K_INTEGER) {
+                const float infinity = __int_as_float(0x7f800000);
+                float top = 1e-20f;
+#pragma unroll
+                for (int d = lane; d < D; d += 32) top = fmaxf(top, fabsf(to[d]) < infinity ? fabsf(to[d]) : infinity);
+#pragma unroll
+                for (int k = 1; k < 32; k <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+                if (lane == 0) largest[r] = top < infinity ? top : __int_as_float(0x7fffffff);
+            }
         }
     }
 };
+
+// The query row that column `c` of lane t's fragments stands for.
+DEVICE constexpr int tile_row(int n, int t, int c) { return n * 8 + (NARROW ? t : 2 * t + c); }
+
+// The fragment of eight query rows for a step of K, as `lane` holds it.
+DEVICE QFragment query_fragment(const float* acc, const float* largest, int n, int step, int lane, float to_log2) {
+    constexpr int K_STEPS = K::SPAN / 16;
+    const int g = lane >> 2, t = lane & 3, row = n * 8 + (NARROW ? g >> 1 : g);
+    const bool rest = NARROW && g & 1;
+    const float* const x = acc + row * Layout::ACC_ROW;
+    QFragment out;
+    if constexpr (K_INTEGER) {
+        const float factor = QUERY_LARGEST / largest[row];
+        u32 words[4] = {};  // high bytes, low bytes
+#pragma unroll
+        for (int b = 0; b < 8; b++) {
+            const int i = step % PLANE_WORDS * 8 + b;
+            const int v = i < PLANE_NIBBLES ? __float2int_rn(x[plane_element(step / PLANE_WORDS, t * PLANE_NIBBLES + i)] * factor) : 0;
+            words[b / 4] |= ((v + 128) >> 8 & 0xff) << b % 4 * 8;
+            words[b / 4 + 2] |= (v & 0xff) << b % 4 * 8;
+        }
+#pragma unroll
+        for (int k = 0; k < Q_WORDS; k++) out.word[k] = words[rest ? k ^ 2 : k];
+    } else {
+        const int d = step / K_STEPS * K::SPAN + t * (K::SPAN / 4) + step % K_STEPS * 4;
+        float v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            v[k] = x[d + k] * to_log2;
+            if (rest) v[k] -= f32_from_f16(f16_from_f32(v[k]));
+        }
+        out.word[0] = f16x2_from_f32(v[0], v[1]), out.word[1] = f16x2_from_f32(v[2], v[3]);
+    }
+    return out;
+}
+
+// Where in a vector the element is that row g (e = 0) or g + 8 (e = 1) of an output's fragment holds; -1: nowhere.
+DEVICE int output_element(int fragment, int fragments, int g, int e) {
+    if constexpr (V_PLANES) {
+        const int code = fragment * 2 + e, i = code % PLANE_BYTES * 2 + (g & 1);
+        return i < PLANE_NIBBLES ? plane_element(code / PLANE_BYTES, (g >> 1) * PLANE_NIBBLES + i) : -1;
+    }
+    return fragment / fragments * V::SPAN + g * (V::SPAN / 8) + fragment_element<V_BITS>(fragment % fragments, fragments, e);
+}
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __grid_constant__ Params p) {
     constexpr int THREADS = WARPS * 32;
@@ -331,35 +420,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #endif
     constexpr int SUB = TILES_N == 1 ? SUB_RUNS : 1;     // runs of 16 positions whose scores are held at once
     constexpr int K_STEPS = K::SPAN / 16;                 // tensor-core steps over a span of a key
-    constexpr int V_TILES = V::SPAN / 16;                 // tensor-core tiles of a span of a value
-    constexpr int FRAGMENTS = D / 16;
+    constexpr int V_TILES = V_PLANES ? 2 * PLANE_BYTES : V::SPAN / 16;  // tensor-core tiles of a span of a value
+    constexpr int FRAGMENTS = V::SCALES * V_TILES;
     const float NEVER = -__int_as_float(0x7f800000);
 
-    const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const acc = (float*)(shared_memory + Layout::ACC);
-    float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
-    uint2* const q_fragments = (uint2*)(shared_memory + Layout::Q);
+    const auto q_fragment = [](int i) { return Layout::Q_REGISTERS ? Layout::scratch<QFragment>(i) : (QFragment*)(shared_memory + Layout::Q) + i; };
     float* const warp_m = (float*)(shared_memory + Layout::ML);  // [WARPS][ROWS]
     float* const warp_l = warp_m + WARPS * ROWS;
     float* const block_m = warp_l + WARPS * ROWS;                // [ROWS]
     float* const block_l = block_m + ROWS;
-    u32* const last = (u32*)(block_l + ROWS);
+    float* const q_largest = block_l + ROWS;
+    u32* const last = (u32*)(q_largest + ROWS);
 
     Item it = p.items[blockIdx.x];
     if (it.rows == 0) return;
-    const Codebook<K_LEVELS, THREADS> k_codebook(p.k_codebook, thread);
+    const Codebook<Layout::K_LOOK ? K_LEVELS : 1, THREADS> k_codebook(p.k_codebook, thread);
     const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
+    float k_levels[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) k_levels[i] = K_INTEGER ? p.k_codebook[i] : 0.f;
     Fetch fetch(p, it, warp, lane);
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-    if constexpr (!Codec<K_BITS>::DENSE) k_codebook.keep((u16*)scratch, thread);
-    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep((u16*)scratch + 256, thread);
+    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(i); });
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(256 + i); });
     __syncthreads();
-    if constexpr (!Codec<K_BITS>::DENSE) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, (u16*)scratch, K_LEVELS, thread, THREADS);
+    if constexpr (Layout::K_LOOK) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, [](int i) { return *Layout::scratch<u16>(i); }, K_LEVELS, thread, THREADS);
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
-        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, (u16*)scratch + 256, V_LEVELS, thread, THREADS);
+        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, [](int i) { return *Layout::scratch<u16>(256 + i); }, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
@@ -367,41 +459,50 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     // Fragment row r of a run of 16 is position (r % 8) / 2 + r % 2 * 4 + r / 8 * 8: the value's fragments then take rows t, t + 4,
     // t + 8, t + 12. Key lanes hold a quarter of each span's dims, value lanes an eighth.
     const u32 key_row = (g >> 1) + (g & 1) * 4;
-    typedef Lane<K, K_BITS, K::SPAN / 4> KLane;
-    typedef Lane<V, V_BITS, V::SPAN / 8> VLane;
+    typedef Lane<K, K_INTEGER ? 3 : K::SCALES, K_INTEGER ? D : K::SPAN * K_BITS, K_INTEGER ? D / 4 : K::SPAN / 4 * K_BITS> KLane;
+    typedef Lane<V, V_PLANES ? 3 : V::SCALES, V_PLANES ? D : V::SPAN * V_BITS, V_PLANES ? D / 4 : V::SPAN / 8 * V_BITS> VLane;
     KLane k_at;
     k_at.init(key_row, t);
     VLane v_at[2];
-    v_at[0].init(t, g);
-    v_at[1].init(t + 4, g);
+    const Nibbles v_nibbles(g);
+    const u32 v_swap = V_PLANES && g & 1 ? 4 : 0;
+    v_at[0].init(t + v_swap, V_PLANES ? g / 2 : g);
+    v_at[1].init(t + 4 - v_swap, V_PLANES ? g / 2 : g);
+    Levels levels;
+    if constexpr (K_INTEGER) levels.build(k_levels);
 
     u32 stage = 0;  // byte offset in the pipe
     while (true) {
         const u32 rows = it.rows;
-        queries.keep(p, acc, warp, lane);
+        queries.keep(p, acc, q_largest, warp, lane);
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
-        for (int i = thread; i < TILES_N * FRAGMENTS * 32; i += THREADS) {
-            int l = i & 31, step = i / 32 % FRAGMENTS, n = i / 32 / FRAGMENTS;
-            int span = step / K_STEPS, d = span * K::SPAN + (l & 3) * (K::SPAN / 4) + step % K_STEPS * 4;
-            const float* x = acc + (n * 8 + (l >> 2)) * Layout::ACC_ROW + d;
-            q_fragments[i] = make_uint2(f16x2_from_f32(x[0] * to_log2, x[1] * to_log2), f16x2_from_f32(x[2] * to_log2, x[3] * to_log2));
-        }
+        for (int i = thread; i < TILES_N * Q_STEPS * 32; i += THREADS)
+            *q_fragment(i) = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
+        // What a score is to be multiplied by, where keys and queries are integers.
+        float unit[TILES_N][COLUMNS];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++)
+                unit[n][c] = K_INTEGER ? q_largest[tile_row(n, t, c)] * (256.f / QUERY_LARGEST) * levels.unit * to_log2 : 1.f;
         __syncthreads();
-        uint2 q[Layout::Q_REGISTERS ? TILES_N : 1][Layout::Q_REGISTERS ? FRAGMENTS : 1];
+        QFragment q[Layout::Q_REGISTERS ? TILES_N : 1][Layout::Q_REGISTERS ? Q_STEPS : 1];
         if constexpr (Layout::Q_REGISTERS)
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                for (int j = 0; j < FRAGMENTS; j++) q[n][j] = q_fragments[(n * FRAGMENTS + j) * 32 + lane];
+                for (int j = 0; j < Q_STEPS; j++) q[n][j] = *q_fragment((n * Q_STEPS + j) * 32 + lane);
+        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : *q_fragment((n * Q_STEPS + step) * 32 + lane); };
 
         // Tiles within [all_lo, all_hi) are seen whole by every row.
         const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
 
-        float o[TILES_N][FRAGMENTS][4], m[TILES_N][2], l[TILES_N][2];
+        float o[TILES_N][FRAGMENTS][4], m[TILES_N][COLUMNS], l[TILES_N][COLUMNS];
 #pragma unroll
         for (int n = 0; n < TILES_N; n++) {
-            m[n][0] = m[n][1] = -1e30f, l[n][0] = l[n][1] = 0.f;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) m[n][c] = -1e30f, l[n][c] = 0.f;
 #pragma unroll
             for (int i = 0; i < FRAGMENTS; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
         }
@@ -431,37 +532,72 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 
 #pragma unroll 1
             for (int sub = 0; sub < TILE / 16; sub += SUB) {
-                float s[SUB][TILES_N][4], top[TILES_N][2];
+                float s[SUB][TILES_N][2 * COLUMNS], top[TILES_N][COLUMNS];
 #pragma unroll
-                for (int n = 0; n < TILES_N; n++) top[n][0] = top[n][1] = -1e30f;
+                for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) top[n][c] = NEVER;
 #pragma unroll
                 for (int u = 0; u < SUB; u++) {
                     const int run = SUB == TILE / 16 ? u : sub + u;
+                    const u8* const from = codes_k + run * 16 * K::ROW;
                     repeat<K::SCALES>([&](auto h) {
                         constexpr int H = decltype(h)::value;
                         float dot[TILES_N][4] = {};
-                        u32 a[KLane::WORDS + 2], b[KLane::WORDS + 2];
-                        k_at.template load<H>(a, codes_k + run * 16 * K::ROW);
-                        k_at.template load<H>(b, codes_k + run * 16 * K::ROW + 8 * K::ROW);
-                        repeat<K_STEPS>([&](auto j) {
-                            constexpr int J = decltype(j)::value;
-                            u32 k[4];
-                            decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+                        if constexpr (K_INTEGER) {
+                            int high[TILES_N][4] = {}, low[TILES_N][4] = {};
+                            u32 a[4][KLane::WORDS + 2], b[4][KLane::WORDS + 2];
+                            repeat<3>([&](auto plane) {
+                                constexpr int P = decltype(plane)::value;
+                                k_at.template load<P>(a[P], from), k_at.template load<P>(b[P], from + 8 * K::ROW);
+                            });
 #pragma unroll
-                            for (int n = 0; n < TILES_N; n++) {
-                                uint2 x;
-                                if constexpr (Layout::Q_REGISTERS) x = q[n][H * K_STEPS + J];
-                                else x = q_fragments[(n * FRAGMENTS + H * K_STEPS + J) * 32 + lane];
-                                mma(dot[n], k[0], k[1], k[2], k[3], x.x, x.y);
+                            for (int j = 0; j < PLANE_WORDS; j++) {
+                                a[3][j] = fourth_plane(a[0][j], a[1][j], a[2][j]);
+                                b[3][j] = fourth_plane(b[0][j], b[1][j], b[2][j]);
                             }
-                        });
+#pragma unroll
+                            for (int j = 0; j < Q_STEPS; j++) {
+                                u32 k_high[4], k_low[4];
+                                decode_levels(a[j / PLANE_WORDS][j % PLANE_WORDS], b[j / PLANE_WORDS][j % PLANE_WORDS], levels, k_high, k_low);
+#pragma unroll
+                                for (int n = 0; n < TILES_N; n++) {
+                                    const QFragment x = query(n, j);
+                                    mma_s8(high[n], k_high, x.word[0], x.word[1]);
+                                    mma_s8(low[n], k_low, x.word[0], x.word[1]);
+                                    if (!NARROW) mma_s8(low[n], k_high, x.word[Q_WORDS - 2], x.word[Q_WORDS - 1]);
+                                }
+                            }
+                            // Products of two low bytes are left out: they are below 2^-15 of a score's scale.
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                                for (int e = 0; e < 4; e += NARROW + 1) dot[n][e] = (float)(high[n][e] * 256 + low[n][e] + (NARROW ? high[n][e + NARROW] : 0));
+                        } else {
+                            u32 a[KLane::WORDS + 2], b[KLane::WORDS + 2];
+                            k_at.template load<H>(a, from);
+                            k_at.template load<H>(b, from + 8 * K::ROW);
+                            repeat<K_STEPS>([&](auto j) {
+                                constexpr int J = decltype(j)::value;
+                                u32 k[4];
+                                decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+#pragma unroll
+                                for (int n = 0; n < TILES_N; n++) {
+                                    const QFragment x = query(n, H * K_STEPS + J);
+                                    mma(dot[n], k[0], k[1], k[2], k[3], x.word[0], x.word[1]);
+                                }
+                            });
+                            if constexpr (NARROW)
+#pragma unroll
+                                for (int n = 0; n < TILES_N; n++) dot[n][0] += dot[n][1], dot[n][2] += dot[n][3];
+                        }
                         const int r = (run * 16 + key_row) * K::SCALES + H;
                         const float scale0 = load_scale<K_SCALE>(scales_k, r), scale1 = load_scale<K_SCALE>(scales_k, r + 8 * K::SCALES);
 #pragma unroll
                         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                            for (int e = 0; e < 4; e++) {
-                                const float x = dot[n][e] * (e < 2 ? scale0 : scale1);
+                            for (int e = 0; e < 2 * COLUMNS; e++) {
+                                const float x = dot[n][e * (NARROW + 1)] * (e < COLUMNS ? scale0 : scale1);
                                 s[u][n][e] = H ? s[u][n][e] + x : x;
                             }
                     });
@@ -473,20 +609,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                            for (int e = 0; e < 4; e++) s[u][n][e] = factor * tanh_exact(s[u][n][e] * inverse);
+                            for (int e = 0; e < 2 * COLUMNS; e++) {
+                                const float scale = unit[n][e % COLUMNS];
+                                s[u][n][e] = factor / scale * tanh_exact(s[u][n][e] * (scale * inverse));
+                            }
                 }
                 if (unlikely(edge)) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                        for (int c = 0; c < 2; c++) {
-                            const Bounds seen = visible(p, it, it.row + n * 8 + 2 * t + c);
+                        for (int c = 0; c < COLUMNS; c++) {
+                            const Bounds seen = visible(p, it, it.row + tile_row(n, t, c));
 #pragma unroll
                             for (int u = 0; u < SUB; u++)
 #pragma unroll
                                 for (int half = 0; half < 2; half++) {
                                     const int position = base + (sub + u) * 16 + half * 8 + (int)key_row;
-                                    if (position < seen.lo || position >= seen.hi) s[u][n][half * 2 + c] = NEVER;
+                                    if (position < seen.lo || position >= seen.hi) s[u][n][half * COLUMNS + c] = NEVER;
                                 }
                         }
                 }
@@ -494,16 +633,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                 for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                    for (int c = 0; c < 2; c++) {
+                    for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
-                        for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + 2]));
+                        for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + COLUMNS]));
+                        top[n][c] *= unit[n][c];
                         grown |= top[n][c] > m[n][c] + 4.f;
                     }
                 if (unlikely(__any_sync(~0u, grown))) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                        for (int c = 0; c < 2; c++) {
+                        for (int c = 0; c < COLUMNS; c++) {
                             float x = fmaxf(top[n][c], m[n][c]);
 #pragma unroll
                             for (int k = 4; k < 32; k <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
@@ -516,13 +656,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                 for (int u = 0; u < SUB; u++) {
                     const int run = SUB == TILE / 16 ? u : sub + u;
-                    float w[TILES_N][4];
+                    float w[TILES_N][4] = {};
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            w[n][e] = exp2_approx(s[u][n][e] - m[n][e & 1]);
-                            l[n][e & 1] += w[n][e];
+                        for (int e = 0; e < 2 * COLUMNS; e++) {
+                            const float x = exp2_approx(s[u][n][e] * unit[n][e % COLUMNS] - m[n][e % COLUMNS]);
+                            w[n][e * (NARROW + 1)] = x, l[n][e % COLUMNS] += x;
                         }
                     repeat<V::SCALES>([&](auto h) {
                         constexpr int H = decltype(h)::value;
@@ -544,23 +684,52 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                                 b1[n] = transpose8(f16x2_from_f32(w[n][2] * scale1, w[n][3] * scale1));
                             }
                         }
-                        u32 x0[VLane::WORDS + 2], x1[VLane::WORDS + 2], x2[VLane::WORDS + 2], x3[VLane::WORDS + 2];
                         const u8* from = codes_v + run * 16 * V::ROW;
-                        v_at[0].template load<H>(x0, from);
-                        v_at[1].template load<H>(x1, from);
-                        v_at[0].template load<H>(x2, from + 8 * V::ROW);
-                        v_at[1].template load<H>(x3, from + 8 * V::ROW);
-                        repeat<V_TILES, 2>([&](auto i) {
-                            constexpr int I = decltype(i)::value;
-                            u32 a[4], b[4];
-                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
-                            decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
+                        if constexpr (V_PLANES) {
+                            u32 x[2][4][PLANE_WORDS];  // merged rows
+                            repeat<2>([&](auto pair) {
+                                repeat<3>([&](auto plane) {
+                                    constexpr int I = decltype(pair)::value, P = decltype(plane)::value;
+                                    u32 first[VLane::WORDS + 2], second[VLane::WORDS + 2];
+                                    v_at[0].template load<P>(first, from + I * 8 * V::ROW);
+                                    v_at[1].template load<P>(second, from + I * 8 * V::ROW);
 #pragma unroll
-                            for (int n = 0; n < TILES_N; n++) {
-                                mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
-                                if constexpr (I + 1 < V_TILES) mma(o[n][H * V_TILES + I + 1], a[2], a[3], b[2], b[3], b0[n], b1[n]);
-                            }
-                        });
+                                    for (int j = 0; j < PLANE_WORDS; j++) x[I][P][j] = v_nibbles.merged(first[j], second[j]);
+                                });
+#pragma unroll
+                                for (int j = 0; j < PLANE_WORDS; j++) {
+                                    u32(&y)[4][PLANE_WORDS] = x[decltype(pair)::value];
+                                    y[3][j] = fourth_plane(y[0][j], y[1][j], y[2][j]);
+                                }
+                            });
+                            repeat<V_TILES>([&](auto i) {
+                                constexpr int I = decltype(i)::value;
+                                u32 a[4];
+                                repeat<4>([&](auto k) {
+                                    constexpr int PART = decltype(k)::value, CODE = 2 * I + PART % 2, AT = CODE % PLANE_BYTES;
+                                    a[PART] = look(v_table, byte_line<AT % 4>(x[PART / 2][CODE / PLANE_BYTES][AT / 4], v_lane));
+                                });
+#pragma unroll
+                                for (int n = 0; n < TILES_N; n++) mma(o[n][I], a[0], a[1], a[2], a[3], b0[n], b1[n]);
+                            });
+                        } else {
+                            u32 x0[VLane::WORDS + 2], x1[VLane::WORDS + 2], x2[VLane::WORDS + 2], x3[VLane::WORDS + 2];
+                            v_at[0].template load<H>(x0, from);
+                            v_at[1].template load<H>(x1, from);
+                            v_at[0].template load<H>(x2, from + 8 * V::ROW);
+                            v_at[1].template load<H>(x3, from + 8 * V::ROW);
+                            repeat<V_TILES, 2>([&](auto i) {
+                                constexpr int I = decltype(i)::value;
+                                u32 a[4], b[4];
+                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
+                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
+#pragma unroll
+                                for (int n = 0; n < TILES_N; n++) {
+                                    mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
+                                    if constexpr (I + 1 < V_TILES) mma(o[n][H * V_TILES + I + 1], a[2], a[3], b[2], b[3], b0[n], b1[n]);
+                                }
+                            });
+                        }
                     });
                 }
             }
@@ -575,27 +744,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
+            for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
                 for (int k = 4; k < 32; k <<= 1) l[n][c] += __shfl_xor_sync(~0u, l[n][c], k);
                 if (g == 0) {
-                    warp_m[warp * ROWS + n * 8 + 2 * t + c] = m[n][c];
-                    warp_l[warp * ROWS + n * 8 + 2 * t + c] = l[n][c];
+                    warp_m[warp * ROWS + tile_row(n, t, c)] = m[n][c];
+                    warp_l[warp * ROWS + tile_row(n, t, c)] = l[n][c];
                 }
             }
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
+            for (int c = 0; c < COLUMNS; c++) {
                 float top = -1e30f;
 #pragma unroll
-                for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + n * 8 + 2 * t + c]);
+                for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + tile_row(n, t, c)]);
                 const float shrink = exp2_approx(m[n][c] - top);
 #pragma unroll
                 for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= shrink, o[n][i][c + 2] *= shrink;
             }
-        if (thread < ROWS) {
+        if (thread < (NARROW ? 4 : ROWS)) {
             float top = -1e30f, sum = 0.f;
 #pragma unroll
             for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + thread]);
@@ -610,14 +779,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
             for (int from = 0; from < FRAGMENTS; from += 8) {
                 constexpr int FULL = FRAGMENTS < 8 ? FRAGMENTS : 8;
-                if (t >> 1 == (quad & 1))
+                if (NARROW || t >> 1 == (quad & 1))
 #pragma unroll
                     for (int i = 0; i < FULL; i++)
                         if (from + i < FRAGMENTS)
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
-                                const float* x = o[quad >> 1][from + i];
-                                *(float2*)(scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4 + 2 * (t & 1)) = make_float2(x[2 * e], x[2 * e + 1]);
+                                const float* x = o[quad >> 1][from + i] + 2 * e;
+                                float* const to = Layout::scratch<float>(warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1)));
+                                if (NARROW) *to = x[0];
+                                else *(float2*)to = make_float2(x[0], x[1]);
                             }
                 __syncthreads();
                 for (int i = thread; i < FULL * 64; i += THREADS) {
@@ -625,9 +796,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     if (fragment >= FRAGMENTS) break;
                     float sum = 0.f;
 #pragma unroll
-                    for (int k = 0; k < WARPS; k++) sum += scratch[k * 512 + i];
-                    const int d = fragment / V_TILES * V::SPAN + (i >> 3 & 7) * (V::SPAN / 8) + fragment_element<V_BITS>(fragment % V_TILES, V_TILES, i >> 2 & 1);
-                    acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
+                    for (int k = 0; k < WARPS; k++) sum += *Layout::scratch<float>(k * 512 + i);
+                    const int d = output_element(fragment, V_TILES, i >> 3 & 7, i >> 2 & 1);
+                    if (d >= 0) acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
                 }
                 __syncthreads();
             }

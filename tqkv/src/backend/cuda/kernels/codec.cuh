@@ -1,13 +1,17 @@
 // From the bits of a row to f16 values, by look-up in shared memory.
 //
-// A row is a plain little-endian bit stream of codes. Tensor-core fragments want values in pairs: two neighbours of one row
-// (keys) or one element of two rows (values), so where it fits a look-up takes as many codes as it can:
+// A row is a plain little-endian bit stream of codes, but for 3 bits, below. Tensor-core fragments want values in pairs: two
+// neighbours of one row (keys) or one element of two rows (values), so where it fits a look-up takes as many codes as it can:
 //   2 bits: four codes -> two pairs; 3 and 4 bits: two codes -> a pair; 5 to 8 bits: one code; 16 bits: the row is f16 itself.
 // Every table is replicated so that each lane reads a bank of its own: an entry is a line of 128 bytes. Where the index is a
-// whole byte (2, 4, 8 bits) lines lie 256 bytes apart, so that one PRMT makes the address; the key's table then has the lower
-// half of each 256 bytes and the value's the upper. Six-bit fields (3 bits in pairs, 6 bits) begin at bit 0, 2, 4 or 6 of a byte;
-// shifting the stream by 4 leaves 0 and 2. Where key and value share a codec, both halves of the 256 bytes are theirs: one table
-// for fields in a byte's lower six bits and one for the upper, and the index again is a byte.
+// whole byte (2, 3, 4, 8 bits) lines lie 256 bytes apart, so that one PRMT makes the address; the key's table then has the lower
+// half of each 256 bytes and the value's the upper. Six-bit codes begin at bit 0, 2, 4 or 6 of a byte; shifting the stream by 4
+// leaves 0 and 2. Where key and value share a codec, both halves of the 256 bytes are theirs: one table for codes in a byte's
+// lower six bits and one for the upper, and the index again is a byte.
+//
+// A row of 3 bits is three planes of nibbles, of whose top bits a fourth is made (docs/format.md). Values are looked up as those of
+// 4 bits are, in a table that does not care for the top bits. Keys are not looked up at all: a nibble is what PRMT takes to select
+// one of eight bytes, so the levels are held in registers, as fixed-point numbers of two bytes.
 // WIDE_TABLES=0 keeps all lines 128 bytes apart, at one more instruction a look-up, for devices with little shared memory.
 #pragma once
 #include "common.cuh"
@@ -19,9 +23,9 @@
 template <int BITS> struct Codec {
     static constexpr bool DENSE = BITS == 16;
     static constexpr int CODES = BITS == 2 ? 4 : BITS <= 4 ? 2 : 1;
-    static constexpr bool SIX = BITS == 3 || BITS == 6;
-    static constexpr bool BYTE_INDEX = WIDE_TABLES && (BITS == 2 || BITS == 4 || BITS == 8);
-    static constexpr int ENTRIES = DENSE ? 0 : 1 << (BITS * CODES % 16);
+    static constexpr int PLACE = BITS == 3 ? 4 : BITS;  // bits of a table's index that a code takes
+    static constexpr bool BYTE_INDEX = WIDE_TABLES && (BITS <= 4 || BITS == 8);
+    static constexpr int ENTRIES = DENSE ? 0 : 1 << (PLACE * CODES % 16);
     static constexpr int STRIDE = BYTE_INDEX ? 256 : 128;
 };
 
@@ -36,15 +40,15 @@ template <int LEVELS, int THREADS> struct Codebook {
 #pragma unroll
         for (int k = 0; k < N; k++) value[k] = LEVELS > 1 && thread + k * THREADS < LEVELS ? codebook[thread + k * THREADS] : 0.f;
     }
-    DEVICE void keep(u16* to, int thread) const {
+    template <typename To> DEVICE void keep(int thread, To to) const {
 #pragma unroll
         for (int k = 0; k < N; k++)
-            if (thread + k * THREADS < LEVELS) to[thread + k * THREADS] = f16_from_f32(value[k]);
+            if (thread + k * THREADS < LEVELS) *to(thread + k * THREADS) = f16_from_f32(value[k]);
     }
 };
 
-// Fills a table from `levels` f16 values in shared memory; a code's bits above `levels` are ignored. All threads of the block.
-template <int BITS, bool BOTH> DEVICE void build_table(u8* table, const u16* codebook, int levels, int thread, int threads) {
+// Fills a table from `levels` f16 values, which `codebook(i)` reads from shared memory; a code's bits above `levels` are ignored. All threads of the block.
+template <int BITS, bool BOTH, typename Read> DEVICE void build_table(u8* table, Read codebook, int levels, int thread, int threads) {
     constexpr int CODES = Codec<BITS>::CODES, STRIDE = BOTH ? 256 : Codec<BITS>::STRIDE;
     // Eight threads write an entry's 128 bytes.
     for (int i = thread; i < (BOTH ? 256 : Codec<BITS>::ENTRIES) * 8; i += threads) {
@@ -53,7 +57,7 @@ template <int BITS, bool BOTH> DEVICE void build_table(u8* table, const u16* cod
         for (int place = 0; place <= 2 * BOTH; place += 2) {
             u32 c[4];
 #pragma unroll
-            for (int k = 0; k < 4; k++) c[k] = codebook[k < CODES ? entry >> (place + k * BITS) & (levels - 1) : 0];
+            for (int k = 0; k < 4; k++) c[k] = codebook(k < CODES ? entry >> (place + k * Codec<BITS>::PLACE) & (levels - 1) : 0);
             uint4 v;
             v.x = c[0] | (CODES == 1 ? c[0] : c[1]) << 16;
             v.y = CODES == 4 ? c[2] | c[3] << 16 : v.x;
@@ -78,7 +82,7 @@ template <int K> DEVICE u32 byte_line(u32 word, u32 lane) {
 }
 DEVICE u32 look(const u8* table, u32 line) { return *(const u32*)(table + line); }
 DEVICE uint2 look2(const u8* table, u32 line) { return *(const uint2*)(table + line); }
-// The six-bit field at bit FIRST.
+// The six-bit code at bit FIRST.
 template <bool BOTH, int FIRST> DEVICE u32 look_six(const u8* table, const u32* words, u32 lane) {
     if constexpr (BOTH) {
         constexpr int SHIFT = FIRST & 4, AT = FIRST - SHIFT, Q = AT / 32;
@@ -102,9 +106,6 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_row(const u32* w, const
     } else if constexpr (BITS == 4) {
         x = look(table, byte_line<I / 2 % 4>(w[I / 8], lane));
         y = look(table, byte_line<I / 2 % 4 + 1>(w[I / 8], lane));
-    } else if constexpr (BITS == 3) {
-        x = look_six<BOTH, I * 3>(table, w, lane);
-        y = look_six<BOTH, I * 3 + 6>(table, w, lane);
     } else {
         u32 a = look_code<BITS, BOTH, I>(table, w, lane), b = look_code<BITS, BOTH, I + 1>(table, w, lane);
         u32 c = look_code<BITS, BOTH, I + 2>(table, w, lane), d = look_code<BITS, BOTH, I + 3>(table, w, lane);
@@ -127,14 +128,6 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_keys(const u32* a, cons
     }
 }
 
-// Word Q of two rows of 3-bit codes, merged: six-bit fields of the rows' even codes and of their odd codes. The fields drift by two
-// bits from word to word.
-template <int Q> DEVICE void merge3(const u32* a, const u32* b, u32& even, u32& odd) {
-    constexpr u32 M = Q % 3 == 0 ? 0xc71c71c7 : Q % 3 == 1 ? 0x71c71c71 : 0x1c71c71c;
-    even = merge<M>(a[Q], Q ? __funnelshift_l(b[Q - (Q > 0)], b[Q], 3) : b[Q] << 3);
-    odd = merge<M>(__funnelshift_r(a[Q], a[Q + 1], 3), b[Q]);
-}
-
 template <int BITS, bool BOTH, int I> DEVICE void decode_rows2(const u32* a, const u32* b, const u8* table, u32 lane, u32& x, u32& y) {
     if constexpr (BITS == 16) {
         x = __byte_perm(a[I / 2], b[I / 2], 0x5410);
@@ -144,14 +137,6 @@ template <int BITS, bool BOTH, int I> DEVICE void decode_rows2(const u32* a, con
         u32 p = a[I / 8], q = b[I / 8];
         x = look(table, byte_line<I / 2 % 4>(merge<M>(p, q << 4), lane));
         y = look(table, byte_line<I / 2 % 4>(merge<M>(p >> 4, q), lane));
-    } else if constexpr (BITS == 3) {
-        // The merged streams of even and of odd codes, as far as this field reaches.
-        constexpr int Q = (BOTH ? I * 3 - (I * 3 & 4) : I * 3) / 32, N = I * 3 + 6 > Q * 32 + 32 || (BOTH && I * 3 & 4) ? 2 : 1;
-        u32 even[2], odd[2];
-        merge3<Q>(a, b, even[0], odd[0]);
-        if constexpr (N == 2) merge3<Q + 1>(a, b, even[1], odd[1]);
-        x = look_six<BOTH, I * 3 - Q * 32>(table, even, lane);
-        y = look_six<BOTH, I * 3 - Q * 32>(table, odd, lane);
     } else {
         u32 c = look_code<BITS, BOTH, I>(table, a, lane), d = look_code<BITS, BOTH, I>(table, b, lane);
         u32 e = look_code<BITS, BOTH, I + 1>(table, a, lane), f = look_code<BITS, BOTH, I + 1>(table, b, lane);
@@ -178,3 +163,48 @@ template <int BITS, bool BOTH, bool PAIR, int I> DEVICE void decode_rows(const u
         decode_rows2<BITS, BOTH, I + 2>(a, b, table, lane, x[2], x[3]);
     }
 }
+
+// ---- 3 bits
+
+// The fourth plane's nibbles; their top bits are anything.
+DEVICE u32 fourth_plane(u32 a, u32 b, u32 c) { return merge<0x33333333>(merge<0x11111111>(a >> 3, b >> 2), c >> 1); }
+// The element of nibble `i` of plane `plane`.
+DEVICE constexpr int plane_element(int plane, int i) { return i / 2 * 8 + plane * 2 + i % 2; }
+
+// Eight levels as 16-bit integers, the largest LARGEST, split into two signed bytes: level = high * 256 + low.
+struct Levels {
+    static constexpr float LARGEST = 32512.f;
+    u32 high[2], low[2];
+    float unit;  // of these integers
+
+    DEVICE void build(const float (&codebook)[8]) {
+        const float largest = fmaxf(-codebook[0], codebook[7]);
+        unit = largest / LARGEST;
+        high[0] = high[1] = low[0] = low[1] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int level = __float2int_rn(codebook[i] * (LARGEST / largest)), top = (level + 128) >> 8;
+            high[i / 4] |= (top & 0xff) << i % 4 * 8;
+            low[i / 4] |= (level & 0xff) << i % 4 * 8;
+        }
+    }
+};
+
+// Eight codes of each of two rows as a key's fragments, of the levels' high bytes and of their low ones.
+DEVICE void decode_levels(u32 a, u32 b, const Levels& levels, u32 (&high)[4], u32 (&low)[4]) {
+    a &= 0x77777777, b &= 0x77777777;
+    const u32 codes[4] = {a, b, a >> 16, b >> 16};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        high[i] = select_bytes(levels.high[0], levels.high[1], codes[i]);
+        low[i] = select_bytes(levels.low[0], levels.low[1], codes[i]);
+    }
+}
+
+// Which nibbles of a word a value lane decodes: lanes of even g the even ones, of odd g the odd ones. An even lane's rows are
+// (a, b), an odd lane's (b, a), so that a merged byte is (a, b) in both.
+struct Nibbles {
+    u32 turn, mask;
+    DEVICE Nibbles(int g) : turn(g & 1 ? 28 : 4), mask(g & 1 ? 0xf0f0f0f0 : 0x0f0f0f0f) {}
+    DEVICE u32 merged(u32 first, u32 second) const { return (first & mask) | (__funnelshift_l(second, second, turn) & ~mask); }
+};

@@ -27,8 +27,7 @@ template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float un
 }
 
 template <typename R> DEVICE void decode(const Params& p) {
-    constexpr int ROWS = THREADS / R::GROUP, OWN = R::STORED & -R::STORED;
-    constexpr int RUN_ALIGN = OWN < R::ALIGN ? OWN : R::ALIGN;
+    constexpr int ROWS = THREADS / R::GROUP;
     __shared__ float levels[R::CODED ? R::TABLE : 1];
     if (R::CODED) {
         for (int i = threadIdx.x; i < R::TABLE; i += THREADS) levels[i] = p.levels[i / R::REPLICAS];
@@ -49,13 +48,13 @@ template <typename R> DEVICE void decode(const Params& p) {
         if constexpr (R::CODED) {
             u64 packed[R::N / 8];
 #pragma unroll
-            for (int r = 0; r < R::N / 8; r++) packed[r] = load_bytes<R::STORED, RUN_ALIGN>(codes + R::element(r, lane) / 8 * R::STORED);
+            for (int r = 0; r < R::N / 8; r++) packed[r] = load_run<R>(codes, R::element(r, lane));
             float factor[R::SCALES];
 #pragma unroll
             for (int s = 0; s < R::SCALES; s++) factor[s] = load_factor<R>(p.scales, row * R::SCALES + s, p.unit);
 #pragma unroll
             for (int k = 0; k < R::N; k++) {
-                const u32 code = (u32)(packed[k / 8] >> (k % 8 * R::STORED)) & (R::LEVELS - 1);
+                const u32 code = (u32)(packed[k / 8] >> (k % 8 * R::FIELD)) & (R::LEVELS - 1);
                 x[k] = __fmul_rn(mine[code * R::REPLICAS], factor[k * R::SCALES / R::N]);
             }
         } else {

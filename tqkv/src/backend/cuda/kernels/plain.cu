@@ -42,6 +42,8 @@ template <typename R> DEVICE float decode(const Side& s, u64 row, int e) {
     u32 code;
     if (R::PACKING == PACK_BYTE) {
         code = codes[e];
+    } else if (R::PACKING == PACK_PLANES) {
+        code = (u32)load_run<R>(codes, e & ~7) >> e % 8 * 4;
     } else {
         const int byte = e * R::BITS / 8, shift = e * R::BITS % 8;
         code = codes[byte];

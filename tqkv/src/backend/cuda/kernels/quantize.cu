@@ -69,9 +69,9 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
             const uint2 cell = *(const uint2*)(shared + at);
             const u32 code = cell.y + (u > __uint_as_float(cell.x));
             if (R::SCALING == SCALE_CORRECTED) x[i] = squares[code * R::REPLICAS];
-            const int bit = i * R::STORED;
+            const int bit = i * R::FIELD;
             if (bit < 32) low |= code << bit;
-            if (bit < 32 && bit + R::STORED > 32) high |= code >> (32 - bit);
+            if (bit < 32 && bit + R::FIELD > 32) high |= code >> (32 - bit);
             if (bit >= 32) high |= code << (bit - 32);
         }
         return (u64)high << 32 | low;
@@ -100,8 +100,7 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
 #pragma unroll
             for (int r = part * PART / 8; r < (part + 1) * PART / 8; r++) {
                 const u64 packed = assign(s, shared, x + r * 8, gain);
-                u8* const to = codes + R::element(r, lane) / 8 * R::STORED;
-                if (valid) store_bytes<R::STORED, run_align()>(to, finite ? packed : 0);
+                if (valid) store_run_codes<R>(codes, R::element(r, lane), finite ? packed : 0);
             }
             float scale = finite ? norm : __uint_as_float(0x7fc00000u);
             if constexpr (R::SCALING == SCALE_CORRECTED) {
@@ -111,11 +110,6 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
                 ((float*)s.scales)[(u64)row * PARTS + part] = scale;
             }
         }
-    }
-    // Runs of eight codes lie at multiples of STORED bytes.
-    static constexpr int run_align() {
-        constexpr int own = R::STORED & -R::STORED;
-        return own < R::ALIGN ? own : R::ALIGN;
     }
 };
 

@@ -11,6 +11,7 @@
 #define PACK_BYTE 1
 #define PACK_F16 2
 #define PACK_F32 3
+#define PACK_PLANES 4  // 3 bits: three planes of nibbles, see docs/format.md
 
 #define SCALE_NONE 0
 #define SCALE_CORRECTED 1
@@ -242,8 +243,9 @@ template <int D_, int BITS_, int PACKING_, int SCALING_, int ALIGN_> struct Row 
     static constexpr int PACKING = PACKING_;
     static constexpr int SCALING = SCALING_;
     static constexpr int ALIGN = ALIGN_;  // of every row of codes
-    static constexpr bool CODED = PACKING <= PACK_BYTE;
-    static constexpr int STORED = PACKING == PACK_BYTE ? 8 : BITS;  // bits a code takes
+    static constexpr bool CODED = PACKING != PACK_F16 && PACKING != PACK_F32;
+    static constexpr int STORED = PACKING == PACK_BYTE ? 8 : BITS;            // bits a code takes
+    static constexpr int FIELD = PACKING == PACK_PLANES ? 4 : STORED;         // bits it takes in the word that load_run gives
     static constexpr int BYTES = D_ * STORED / 8;
     static constexpr int LEVELS = CODED ? 1 << BITS : 0;
     static constexpr int SCALES = SCALING == SCALE_NONE ? 0 : SCALING == SCALE_BLOCK_RMS ? D_ / 256 : 1;
@@ -252,6 +254,29 @@ template <int D_, int BITS_, int PACKING_, int SCALING_, int ALIGN_> struct Row 
     static constexpr int REPLICAS = LEVELS <= 32 ? 32 : 1024 / (LEVELS ? LEVELS : 1);
     static constexpr int TABLE = LEVELS * REPLICAS;
 };
+
+// The codes of eight elements from `element` on, as fields of FIELD bits; what lies above a code is anything.
+template <typename R> DEVICE u64 load_run(const u8* codes, int element) {
+    if constexpr (R::PACKING == PACK_PLANES) {
+        const u32 a = codes[element / 8], b = codes[(R::D + element) / 8], c = codes[(2 * R::D + element) / 8];
+        return a | b << 8 | c << 16 | ((a >> 3 & 0x11) | (b >> 2 & 0x22) | (c >> 1 & 0x44)) << 24;
+    } else {
+        constexpr int OWN = R::STORED & -R::STORED;
+        return load_bytes<R::STORED, (OWN < R::ALIGN ? OWN : R::ALIGN)>(codes + element / 8 * R::STORED);
+    }
+}
+// Stores them; nothing may lie above a code.
+template <typename R> DEVICE void store_run_codes(u8* codes, int element, u64 fields) {
+    if constexpr (R::PACKING == PACK_PLANES) {
+        const u32 run = (u32)fields;
+#pragma unroll
+        for (int plane = 0; plane < 3; plane++)
+            codes[(plane * R::D + element) / 8] = (u8)(run >> 8 * plane | (run >> (24 + plane) & 0x11) << 3);
+    } else {
+        constexpr int OWN = R::STORED & -R::STORED;
+        store_bytes<R::STORED, (OWN < R::ALIGN ? OWN : R::ALIGN)>(codes + element / 8 * R::STORED, fields);
+    }
+}
 
 // Where positions are: ops::Span, and page tables [sequences, width].
 struct Span {
