@@ -3,6 +3,8 @@
 //! A *vector* is the K or V of one KV head at one position: `head_dim` floats. A *row* is what it is stored as:
 //! `row_bytes` bytes of codes and `scales_per_row` scales. `docs/format.md` describes every byte.
 
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Not every backend needs all of it.
+pub(crate) mod cells;
 mod native_tables;
 mod seed_tables;
 

@@ -9,6 +9,7 @@ use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling, ZERO_NORM};
 use crate::ops::Direction;
 use half::f16;
+use std::mem::MaybeUninit;
 
 /// What the kernels need to know of a row format.
 pub(crate) struct RowCoder {
@@ -30,7 +31,7 @@ impl RowCoder {
             true => (0..d).map(|i| if negated(i) { -0.0 } else { 0.0 }).collect(),
             false => vec![],
         };
-        let table = row.codebook().map(|book| Table::new(&book.levels));
+        let table = row.codebook().map(Table::new);
         RowCoder { row: *row, kernels, d, block: row.block(), signs, table }
     }
 
@@ -268,26 +269,34 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
         codes[..v.len()].fill(code);
         return v.fill(book.levels[code as usize]);
     }
-    let (bounds, levels) = (book.boundaries.as_ptr(), book.levels.as_ptr());
-    assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << coder.row.bits());
-    // SAFETY: whole vectors; n stays below the number of levels.
+    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
+    let (bits, bounds, levels) = (coder.row.bits(), table.bounds.as_ptr(), table.levels.as_ptr());
+    assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << bits);
+    let splat = |x: f32| unsafe { S::splat(x) };
+    let (gain, limit) = (splat(1.0 / norm * unit), splat(table.cells.limit));
+    let (per_unit, first) = (splat(table.cells.per_unit), splat(table.cells.first));
+    // SAFETY: whole vectors; n stays below the number of levels, and cells have numbers within their table.
     unsafe {
-        let gain = S::splat(1.0 / norm * unit);
-        // The number of boundaries below: the top bits by comparing with every 2^k-th, the rest by bisection.
-        let low = 1 << coder.row.bits().saturating_sub(3);
         for i in (0..v.len()).step_by(S::LANES) {
             let x = S::mul(S::load(v.as_ptr().add(i)), gain);
+            // The number of boundaries below.
             let mut n = S::zeros();
-            for b in (low - 1..book.boundaries.len()).step_by(low) {
-                n = S::count(x, S::splat(*bounds.add(b)), n, low as i32);
-            }
-            let mut step = low / 2;
-            while step > 0 {
-                n = S::count(x, S::gather(bounds.add(step - 1), n), n, step as i32);
-                step /= 2;
+            if bits <= 4 {
+                // By bisection: boundaries and levels are in registers.
+                let mut step = 1 << (bits - 1);
+                while step > 0 {
+                    n = S::count(x, S::gather16(bounds.add(step - 1), n), n, step as i32);
+                    step /= 2;
+                }
+                S::store(v.as_mut_ptr().add(i), S::gather16(levels, n));
+            } else {
+                // Those below the cell, and one more if the next is.
+                let cell = S::integer(S::fma(S::clamp(x, limit), per_unit, first));
+                n = S::bits(S::gather(table.below.as_ptr(), cell));
+                n = S::count(x, S::gather(bounds, n), n, 1);
+                S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
             }
             S::store_bytes(codes.as_mut_ptr().add(i), n);
-            S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
         }
     }
 }
@@ -296,8 +305,9 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
 /// folded onto each other.
 #[inline(always)]
 unsafe fn sum_of_squares<S: Simd>(v: &[f32], block: usize) -> f32 {
-    let mut sums = [0f32; MAX_HEAD_DIM];
-    // SAFETY: whole vectors within v, and within sums up to a block.
+    let mut sums = [MaybeUninit::<f32>::uninit(); MAX_HEAD_DIM];
+    let sums = sums.as_mut_ptr().cast::<f32>();
+    // SAFETY: whole vectors within v, and within sums up to a block, which the first loop fills.
     unsafe {
         for j in (0..block).step_by(S::LANES) {
             let x = S::load(v.as_ptr().add(j));
@@ -306,24 +316,24 @@ unsafe fn sum_of_squares<S: Simd>(v: &[f32], block: usize) -> f32 {
                 let x = S::load(v.as_ptr().add(i));
                 sum = S::add(sum, S::mul(x, x));
             }
-            S::store(sums.as_mut_ptr().add(j), sum);
+            S::store(sums.add(j), sum);
         }
         let mut half = block / 2;
         while half >= S::LANES {
             for j in (0..half).step_by(S::LANES) {
-                let to = sums.as_mut_ptr().add(j);
+                let to = sums.add(j);
                 S::store(to, S::add(S::load(to), S::load(to.add(half))));
             }
             half /= 2;
         }
         while half > 0 {
             for j in 0..half {
-                sums[j] += sums[j + half];
+                *sums.add(j) += *sums.add(j + half);
             }
             half /= 2;
         }
+        *sums
     }
-    sums[0]
 }
 
 /// Eight codes of `bits` bits each at a time: neighbours together, then pairs, then fours.

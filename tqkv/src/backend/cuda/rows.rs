@@ -2,11 +2,12 @@
 
 use super::driver::Launch;
 use super::nvrtc::Source;
-use super::tables::{Cells, Tables, Turn, row_defines, scale_unit};
+use super::tables::{Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, Work, address, type_number};
 use crate::backend::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::compute::{Buffer, DType, KernelSource};
 use crate::error::{Error, Result, to_u32};
+use crate::format::cells::Cells;
 use crate::format::{RowFormat, Scaling, ZERO_NORM};
 use crate::ops::{Direction, Domain, PagePool, Positions, RowOrder};
 use bytemuck::{Pod, Zeroable};
@@ -117,6 +118,12 @@ pub(super) struct QuantizeShape<'a> {
     pub code_alignment: u64,
 }
 
+/// Copies of the cells in shared memory, so that neighbouring lanes read different banks.
+fn replicas(cells: &Cells) -> usize {
+    let fit = 8192 / (cells.entries.len() * 8);
+    if fit < 2 { 1 } else { 1 << fit.min(16).ilog2() }
+}
+
 pub(super) fn quantize_source(sides: [QuantizeShape; 2]) -> Source {
     let [a, b] = &sides;
     let kind = |s: &QuantizeShape| (s.row.codec(), s.row.head_dim(), s.input, s.input_aligned, s.code_alignment);
@@ -126,7 +133,7 @@ pub(super) fn quantize_source(sides: [QuantizeShape; 2]) -> Source {
     for (name, side) in ["A_", "B_"].into_iter().zip(sides) {
         let row = side.row;
         options.extend(row_defines(name, row));
-        let (cells, replicas) = side.cells.map_or((1, 1), |c| (c.entries.len(), c.replicas()));
+        let (cells, replicas) = side.cells.map_or((1, 1), |c| (c.entries.len(), replicas(c)));
         options.extend([
             format!("-D{name}TYPE={}", type_number(side.input)),
             format!("-D{name}ALIGNED={}", side.input_aligned),

@@ -3,8 +3,8 @@
 use super::attention::{Shape, Variant, plain_source};
 use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
-use super::tables::Cells;
 use crate::compute::{DType, Device};
+use crate::format::cells::Cells;
 use crate::format::{Codec, RowFormat};
 use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub(super) const MAGIC: [u8; 8] = *b"\x89tqkv\r\n\x1a";
 
 /// The version of the snapshot's own layout; that of the vectors in it is [`FORMAT_VERSION`].
-pub const SNAPSHOT_VERSION: u32 = 1;
+pub const SNAPSHOT_VERSION: u32 = 2;
 
 /// The longest model fingerprint, in bytes.
 pub const MAX_FINGERPRINT: usize = 4096;

@@ -133,6 +133,26 @@ impl Simd for Avx2 {
         unsafe { _mm256_i32gather_ps::<4>(from, n) }
     }
     #[inline(always)]
+    unsafe fn gather16(from: *const f32, n: __m256i) -> __m256 {
+        unsafe {
+            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), n);
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from.add(8)), n);
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(n)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn integer(x: __m256) -> __m256i {
+        unsafe { _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(super::INTEGERS)) }
+    }
+    #[inline(always)]
+    unsafe fn bits(x: __m256) -> __m256i {
+        unsafe { _mm256_castps_si256(x) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: __m256, limit: __m256) -> __m256 {
+        unsafe { _mm256_min_ps(_mm256_max_ps(x, _mm256_sub_ps(_mm256_setzero_ps(), limit)), limit) }
+    }
+    #[inline(always)]
     unsafe fn store_bytes(to: *mut u8, n: __m256i) {
         unsafe {
             let words = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256::<1>(n));

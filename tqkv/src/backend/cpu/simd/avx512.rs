@@ -194,6 +194,22 @@ impl Simd for Avx512 {
         unsafe { _mm512_i32gather_ps::<4>(n, from) }
     }
     #[inline(always)]
+    unsafe fn gather16(from: *const f32, n: __m512i) -> __m512 {
+        unsafe { _mm512_permutexvar_ps(n, _mm512_loadu_ps(from)) }
+    }
+    #[inline(always)]
+    unsafe fn integer(x: __m512) -> __m512i {
+        unsafe { _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(super::INTEGERS)) }
+    }
+    #[inline(always)]
+    unsafe fn bits(x: __m512) -> __m512i {
+        unsafe { _mm512_castps_si512(x) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: __m512, limit: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(_mm512_max_ps(x, _mm512_sub_ps(_mm512_setzero_ps(), limit)), limit) }
+    }
+    #[inline(always)]
     unsafe fn store_bytes(to: *mut u8, n: __m512i) {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(n)) }
     }

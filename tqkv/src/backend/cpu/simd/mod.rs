@@ -14,7 +14,12 @@ mod portable;
 use super::attend::Task;
 use super::rows::RowCoder;
 use crate::error::{Error, Result};
+use crate::format::Codebook;
+use crate::format::cells::Cells;
 use crate::ops::Direction;
+
+/// The bits of 1.5 · 2^23, where floats step by one.
+const INTEGERS: i32 = 0x4b40_0000;
 
 /// A codebook as kernels look it up.
 #[repr(C, align(64))]
@@ -23,13 +28,21 @@ pub(crate) struct Table {
     pub levels: [f32; 256],
     /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one.
     pub planes: [[u8; 128]; 4],
+    /// Decision boundaries; infinite after the last.
+    pub bounds: [f32; 256],
+    /// How many boundaries lie below each of the cells: integers as the bits of floats.
+    pub below: Vec<f32>,
+    pub cells: Cells,
 }
 
 impl Table {
-    pub fn new(levels: &[f32]) -> Self {
-        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
+    pub fn new(book: &Codebook) -> Self {
+        let levels: [f32; 256] = std::array::from_fn(|i| book.levels[i % book.levels.len()]);
         let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
-        Table { levels, planes }
+        let bounds = std::array::from_fn(|i| book.boundaries.get(i).copied().unwrap_or(f32::INFINITY));
+        let cells = Cells::new(&book.boundaries);
+        let below = cells.entries.iter().map(|(_, n)| f32::from_bits(*n)).collect();
+        Table { levels, planes, bounds, below, cells }
     }
 }
 
@@ -79,6 +92,14 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn zeros() -> Self::I;
     /// `from[n]`, lane by lane.
     unsafe fn gather(from: *const f32, n: Self::I) -> Self::F;
+    /// The same from 16 entries, all of which can be read.
+    unsafe fn gather16(from: *const f32, n: Self::I) -> Self::F;
+    /// The integer n of x = 1.5 · 2^23 + n.
+    unsafe fn integer(x: Self::F) -> Self::I;
+    /// Bits as integers.
+    unsafe fn bits(x: Self::F) -> Self::I;
+    /// The nearer of x and the ends of -limit to limit.
+    unsafe fn clamp(x: Self::F, limit: Self::F) -> Self::F;
     /// Lanes of 0..=255 as bytes.
     unsafe fn store_bytes(to: *mut u8, n: Self::I);
     /// Stores past the caches; the address must be a multiple of 64 bytes or so many lanes further.

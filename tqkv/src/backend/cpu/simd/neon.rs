@@ -105,6 +105,28 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn gather16(from: *const f32, n: int32x4x2_t) -> F {
+        unsafe { Self::gather(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn integer(x: F) -> int32x4x2_t {
+        unsafe {
+            let (bits, base) = (Self::bits(x), vdupq_n_s32(super::INTEGERS));
+            int32x4x2_t(vsubq_s32(bits.0, base), vsubq_s32(bits.1, base))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bits(x: F) -> int32x4x2_t {
+        unsafe { int32x4x2_t(vreinterpretq_s32_f32(x.0), vreinterpretq_s32_f32(x.1)) }
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: F, limit: F) -> F {
+        unsafe {
+            let one = |x, limit| vminq_f32(vmaxq_f32(x, vnegq_f32(limit)), limit);
+            float32x4x2_t(one(x.0, limit.0), one(x.1, limit.1))
+        }
+    }
+    #[inline(always)]
     unsafe fn store_bytes(to: *mut u8, n: int32x4x2_t) {
         unsafe {
             let words = vcombine_s16(vmovn_s32(n.0), vmovn_s32(n.1));

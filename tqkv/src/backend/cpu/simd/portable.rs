@@ -98,6 +98,23 @@ impl Simd for Portable {
         n.map(|n| unsafe { *from.add(n as usize) })
     }
     #[inline(always)]
+    unsafe fn gather16(from: *const f32, n: [i32; 8]) -> F {
+        // SAFETY: the caller's.
+        unsafe { Self::gather(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn integer(x: F) -> [i32; 8] {
+        x.map(|x| (x.to_bits() as i32).wrapping_sub(super::INTEGERS))
+    }
+    #[inline(always)]
+    unsafe fn bits(x: F) -> [i32; 8] {
+        x.map(|x| x.to_bits() as i32)
+    }
+    #[inline(always)]
+    unsafe fn clamp(x: F, limit: F) -> F {
+        std::array::from_fn(|i| x[i].max(-limit[i]).min(limit[i]))
+    }
+    #[inline(always)]
     unsafe fn store_bytes(to: *mut u8, n: [i32; 8]) {
         // SAFETY: eight writable bytes by contract.
         unsafe { to.cast::<[u8; 8]>().write_unaligned(n.map(|n| n as u8)) }
