@@ -96,8 +96,10 @@ fn kernels_translate_to_metal() {
                             check(format!("rotate {name}"), rotate::source(&spec, &caps));
                         }
                     }
-                    let spec = quantize::Spec { pool: rows, x };
-                    check(format!("quantize {name}"), quantize::source(&spec, &caps));
+                    let part = quantize::Part { pool: rows, x };
+                    for parts in [vec![part], vec![part, part]] {
+                        check(format!("quantize {name}"), quantize::source(&quantize::Spec { parts }, &caps));
+                    }
                     for restore in [false, true].into_iter().filter(|r| !r || row.is_rotated()) {
                         let spec =
                             dequantize::Spec { pool: rows, out: x, restore, head_major: restore, listed: !restore };
@@ -108,9 +110,9 @@ fn kernels_translate_to_metal() {
                         attention::JoinSpec { value: rows, out: x, restore: row.is_rotated(), sinks, lse: !sinks };
                     check(format!("join {name}"), attention::join_source(&spec, &caps));
                 }
-                // As many rows as a workgroup may have, and one.
+                // As many rows as a workgroup may have, some, and one.
                 let most = caps.query_rows.min(attention::QUERY_FLOATS / d);
-                for (heads, queries) in [(most, 1), (1, most), (1, 1)] {
+                for (heads, queries) in [(most, 1), (1, most), (most.min(4), 1), (1, 1)] {
                     let spec = attention::Spec {
                         key: rows,
                         value: rows,
@@ -118,6 +120,7 @@ fn kernels_translate_to_metal() {
                         rotate: row.is_rotated(),
                         heads,
                         queries,
+                        positions: attention::most_positions(d, heads * queries, &caps),
                         causal: heads > 1,
                         window: heads > 1,
                         softcap: queries > 1,

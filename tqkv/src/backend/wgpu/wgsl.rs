@@ -112,43 +112,36 @@ impl Tensor {
         b.push("}");
     }
 
-    /// `fn {name}_store(i, v: Eight)`.
+    /// Elements of 16 bytes, which a thread stores at a time: neighbouring threads write neighbouring vectors.
+    pub fn unit(self) -> usize {
+        16 / self.dtype.size()
+    }
+
+    /// `fn {name}_store(i, v)`: v is a unit, a vector of four or an `Eight`.
     pub fn store(self, b: &mut Builder, name: &str) {
-        let (index, values) = match self.dtype {
-            DType::F32 => ("i", vec!["bitcast<vec4<u32>>(v.a)", "bitcast<vec4<u32>>(v.b)"]),
-            DType::F16 => ("(i >> 1u)", vec!["pack_f16_eight(v)"]),
-            _ => ("(i >> 1u)", vec!["pack_bf16_eight(v)"]),
+        let (v, index, value) = match self.dtype {
+            DType::F32 => ("vec4<f32>", "i", "bitcast<vec4<u32>>(v)"),
+            DType::F16 => ("Eight", "(i >> 1u)", "pack_f16_eight(v)"),
+            _ => ("Eight", "(i >> 1u)", "pack_bf16_eight(v)"),
         };
-        line!(b, "fn {name}_store(i: u32, v: Eight) {{\n  let j = a.{name}_off + {index};");
-        for (k, value) in values.iter().enumerate() {
-            line!(b, "  let w{k} = {value};");
-            if self.wide {
-                line!(b, "  {name}[(j >> 2u) + {k}u] = w{k};");
-            } else {
-                for (c, component) in "xyzw".chars().enumerate() {
-                    line!(b, "  {name}[j + {}u] = w{k}.{component};", 4 * k + c);
-                }
+        line!(b, "fn {name}_store(i: u32, v: {v}) {{\n  let j = a.{name}_off + {index};\n  let w = {value};");
+        if self.wide {
+            line!(b, "  {name}[j >> 2u] = w;");
+        } else {
+            for (c, component) in "xyzw".chars().enumerate() {
+                line!(b, "  {name}[j + {c}u] = w.{component};");
             }
         }
         b.push("}");
     }
-}
 
-/// `fn {name}_store4(i, v: vec4<f32>)`: four elements of an f32 tensor, so that neighbouring threads write
-/// neighbouring vectors.
-pub fn store4(tensor: Tensor, b: &mut Builder, name: &str) {
-    line!(
-        b,
-        "fn {name}_store4(i: u32, v: vec4<f32>) {{\n  let j = a.{name}_off + i;\n  let w = bitcast<vec4<u32>>(v);"
-    );
-    if tensor.wide {
-        line!(b, "  {name}[j >> 2u] = w;");
-    } else {
-        for (c, component) in "xyzw".chars().enumerate() {
-            line!(b, "  {name}[j + {c}u] = w.{component};");
+    /// The text that stores the Eight `v` at element `i`.
+    pub fn store_eight(self, name: &str, i: &str, v: &str) -> String {
+        match self.unit() {
+            4 => format!("{name}_store({i}, {v}.a); {name}_store({i} + 4u, {v}.b);"),
+            _ => format!("{name}_store({i}, {v});"),
         }
     }
-    b.push("}");
 }
 
 /// A vector of `n` ≤ 4 consecutive words, zeros after them.
@@ -357,87 +350,112 @@ pub fn levels(row: &RowFormat) -> Vec<u32> {
     row.codebook().map_or(vec![], |book| book.levels.iter().map(|x| x.to_bits()).collect())
 }
 
-/// Where the vectors of four of the workgroup array `buf` lie.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Layout {
-    /// One after the other.
-    Plain,
-    /// With a hole after every eighth, so that strides of eight meet different banks.
-    Padded,
-}
-
-impl Layout {
-    /// Declares `buf` for so many vectors, and `at`.
-    pub fn declare(self, b: &mut Builder, vectors: usize) {
-        let (size, at) = match self {
-            Layout::Plain => (vectors, "i"),
-            Layout::Padded => (vectors + vectors.div_ceil(8), "i + (i >> 3u)"),
-        };
-        line!(b, "var<workgroup> buf: array<vec4<f32>, {size}>;");
-        line!(b, "fn at(i: u32) -> u32 {{ return {at}; }}");
-    }
-}
-
-/// `fn flip(i, v: Eight) -> Eight` negates elements i to i + 7 as the signs say.
+/// `fn flip4(i, v)` and `fn flip8(i, v)` negate elements i to i + 3 or i + 7 as the signs say.
 pub fn flip(b: &mut Builder) {
     b.push(include_str!("flip.wgsl"));
 }
 
-/// `fn transform(rows, tid)`: the orthogonal transform of the first `rows` rows of `buf`, to the last bit as the CPU does
-/// it. A barrier stands before and after.
-pub fn transform(b: &mut Builder, row: &RowFormat) {
-    let (d, block) = (row.head_dim(), row.block());
-    let (vectors, block_vectors) = (d / 4, block / 4);
-    let norm = float(1.0 / (block as f32).sqrt());
-    b.push("fn transform(rows: u32, tid: u32) {\n  workgroupBarrier();");
-    let (mut low, mut first) = (1usize, true);
-    while first || low < block_vectors {
-        // Each task takes `span` vectors at stride `low`: a butterfly network in registers.
-        let span = (block_vectors / low).min(8);
-        let last = low * span >= block_vectors;
-        line!(b, "  for (var u = tid; u < rows * {}u; u += WG) {{", vectors / span);
-        let (shift, mask) = (low.ilog2(), low - 1);
-        line!(b, "    let base = ((u >> {shift}u) * {}u) + (u & {mask}u);", span * low);
-        for k in 0..span {
-            line!(b, "    var x{k} = buf[at(base + {}u)];", k * low);
-        }
-        if first {
-            for k in 0..span {
-                line!(b, "    x{k} = vec4(x{k}.x + x{k}.y, x{k}.x - x{k}.y, x{k}.z + x{k}.w, x{k}.z - x{k}.w);");
-                line!(b, "    x{k} = vec4(x{k}.xy + x{k}.zw, x{k}.xy - x{k}.zw);");
+/// The orthogonal transform by a workgroup, to the last bit as the CPU does it, with one exchange between threads.
+///
+/// A row is `per` chunks of `columns` elements. A thread takes a chunk, does the butterflies within it and spreads it over
+/// the workgroup's `buf`; after a barrier a thread takes a column, the elements of one number in every chunk, in which
+/// all other butterflies lie, and the reflection too.
+pub struct Transform {
+    row: RowFormat,
+    /// 8 or 16, so that a column is no more than 64 elements; blocks of the transform are multiples of 16.
+    pub columns: usize,
+    /// Elements of a column.
+    pub per: usize,
+    /// Rows that `buf` holds, at most one column a thread.
+    pub rows: usize,
+}
+
+impl Transform {
+    pub fn new(row: &RowFormat) -> Self {
+        let d = row.head_dim();
+        let columns = if d <= 128 { 8 } else { 16 };
+        Transform { row: *row, columns, per: d / columns, rows: (THREADS / columns).min(3072 / d) }
+    }
+
+    pub fn with_rows(self, rows: usize) -> Self {
+        Transform { rows, ..self }
+    }
+
+    /// Declares `buf` (of `least` floats or more), `spread`, which is given a chunk's first element and its `Eight`s, and
+    /// `gather4` and `gather8`; elements are counted over all rows.
+    pub fn declare(&self, b: &mut Builder, least: usize) {
+        let columns = self.columns;
+        // A hole after every chunk, so that neither chunks nor columns meet in one bank; scalars, since vectors may be moved
+        // as such and would then meet.
+        let size = (self.rows * self.per * (columns + 1)).max(least);
+        line!(b, "var<workgroup> buf: array<f32, {size}>;");
+        line!(b, "fn at(e: u32) -> u32 {{ return e + (e >> {}u); }}", columns.ilog2());
+        b.push(include_str!("spread.wgsl"));
+        b.push(match columns {
+            8 => "fn spread(e: u32, v0: Eight) { put8(at(e), chunk8(v0)); }",
+            _ => {
+                "fn spread(e: u32, v0: Eight, v1: Eight) {\n\
+                 \x20 let x = chunk8(v0);\n  let y = chunk8(v1);\n\
+                 \x20 put8(at(e), Eight(x.a + y.a, x.b + y.b));\n\
+                 \x20 put8(at(e) + 8u, Eight(x.a - y.a, x.b - y.b));\n}"
             }
+        });
+    }
+
+    /// Spreads the first `n` rows: `eight(e)` is the text of the Eight at element `e` of row `i`.
+    pub fn spread(&self, b: &mut Builder, n: &str, eight: impl Fn(&str) -> String) {
+        let (columns, per) = (self.columns, self.per);
+        line!(b, "  for (var u = tid; u < {n} * {per}u; u += WG) {{\n    let i = u / {per}u;");
+        line!(b, "    let e = (u % {per}u) * {columns}u;");
+        let eights: Vec<_> = (0..columns).step_by(8).map(|k| eight(&format!("e + {k}u"))).collect();
+        line!(b, "    spread(u * {columns}u, {});\n  }}", eights.join(", "));
+    }
+
+    /// Loads column c of row i into variables `y0` … and finishes their transform.
+    pub fn column(&self, b: &mut Builder) {
+        let (per, stride) = (self.per, self.columns + 1);
+        let block = self.row.block() / self.columns;
+        line!(b, "    let column = i * {}u + c;", per * stride);
+        for k in 0..per {
+            line!(b, "    var y{k} = buf[column + {}u];", k * stride);
         }
         let mut h = 1;
-        while h < span {
-            for k in (0..span).filter(|k| k & h == 0) {
+        while h < block {
+            for k in (0..per).filter(|k| k & h == 0) {
                 let j = k + h;
-                line!(b, "    {{ let t = x{k}; x{k} = t + x{j}; x{j} = t - x{j}; }}");
+                line!(b, "    {{ let t = y{k}; y{k} = t + y{j}; y{j} = t - y{j}; }}");
             }
             h *= 2;
         }
-        for k in 0..span {
-            let scale = if last { format!(" * {norm}") } else { String::new() };
-            line!(b, "    buf[at(base + {}u)] = x{k}{scale};", k * low);
+        let norm = float(1.0 / (self.row.block() as f32).sqrt());
+        let blocks = per / block;
+        for k in 0..per {
+            let product = format!("y{k} * {norm}");
+            line!(b, "    y{k} = {};", if blocks > 1 { format!("keep({product})") } else { product });
         }
-        b.push("  }\n  workgroupBarrier();");
-        low *= span;
-        first = false;
+        for j in (0..block).filter(|_| blocks > 1) {
+            line!(b, "    var sum{j} = y{j};");
+            for k in 1..blocks {
+                line!(b, "    sum{j} = sum{j} + y{};", k * block + j);
+            }
+            line!(b, "    sum{j} = keep(sum{j} * {});", float(2.0 / blocks as f32));
+            for k in 0..blocks {
+                line!(b, "    y{0} = y{0} - sum{j};", k * block + j);
+            }
+        }
     }
-    let blocks = d / block;
-    if blocks > 1 {
-        line!(b, "  for (var u = tid; u < rows * {block_vectors}u; u += WG) {{");
-        line!(b, "    let base = (u / {block_vectors}u) * {vectors}u + u % {block_vectors}u;");
-        b.push("    var sum = buf[at(base)];");
-        for k in 1..blocks {
-            line!(b, "    sum = sum + buf[at(base + {}u)];", k * block_vectors);
+
+    /// `fn mix(n, tid)`: finishes the first n rows of `buf`. Barriers are the caller's.
+    pub fn mix(&self, b: &mut Builder) {
+        let columns = self.columns;
+        line!(b, "fn mix(n: u32, tid: u32) {{\n  for (var u = tid; u < n * {columns}u; u += WG) {{");
+        line!(b, "    let i = u / {columns}u;\n    let c = u % {columns}u;");
+        self.column(b);
+        for k in 0..self.per {
+            line!(b, "    buf[column + {}u] = y{k};", k * (columns + 1));
         }
-        line!(b, "    sum = keep4(sum * {});", float(2.0 / blocks as f32));
-        for k in 0..blocks {
-            line!(b, "    buf[at(base + {0}u)] = buf[at(base + {0}u)] - sum;", k * block_vectors);
-        }
-        b.push("  }\n  workgroupBarrier();");
+        b.push("  }\n}");
     }
-    b.push("}");
 }
 
 /// The signs as the parameters' table holds them.
