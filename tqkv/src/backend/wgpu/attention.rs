@@ -102,7 +102,6 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let (key, value) = (spec.key.format(), spec.value.format());
     let d = key.head_dim();
     let (vectors, rows, tile) = (d / 4, spec.rows(), spec.tile());
-    let row_vectors = rows.div_ceil(4);
     let value_scales = value.scales_per_row().max(1);
     let chunk = spec.chunk(caps);
     let chunks = d / chunk;
@@ -134,18 +133,16 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     spec.key.fetch(&mut b, "k", key_fetch);
     let value_fetch = spec.value.fetch_size(chunk);
     spec.value.fetch(&mut b, "v", value_fetch);
-    // Few rows are rotated at a time, in memory that later adds up the threads' sums.
-    let transform = Transform::new(&key);
-    let most = transform.rows.min(rows).min(1024 / d);
-    let transform = transform.with_rows(if spec.rotate { most } else { 0 });
-    transform.declare(&mut b, lanes * (d + chunks));
+    // The memory that rotates queries then holds weights and in the end adds up the threads' sums, some lanes at a time.
+    let transform = Transform::new(&key, caps);
+    let lanes_at_once = (caps.held / (d + chunks)).clamp(1, lanes);
+    let transform = transform.with_rows(if spec.rotate { rows } else { 0 });
+    transform.declare(&mut b, (tile * value_scales * rows).max(lanes_at_once * (d + chunks)));
     if spec.rotate {
         wgsl::flip(&mut b);
-        transform.mix(&mut b);
     }
     line!(b, "var<workgroup> query: array<vec4<f32>, {}>;", rows * vectors);
     line!(b, "var<workgroup> row_of: array<u32, {tile}>;");
-    line!(b, "var<workgroup> weights: array<vec4<f32>, {}>;", tile * value_scales * row_vectors);
     reducer(&mut b, caps, rows);
     b.push("fn query_load(token0: u32, queries: u32, kv_head: u32, head0: u32, r: u32, e: u32) -> Eight {");
     line!(b, "  let j = r / {0}u;\n  let h = head0 + r % {0}u;", spec.heads);
@@ -188,8 +185,8 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     line!(b, "  let c = tid % {chunks}u;\n  let lane_v = tid / {chunks}u;");
     line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {tile}u) {{");
     scores(&mut b, spec, key_fetch);
-    softmax(&mut b, spec, chunk, value_scales, row_vectors);
-    values(&mut b, spec, chunk, value_fetch, lanes, row_vectors, value_scales);
+    softmax(&mut b, spec, chunk, value_scales);
+    values(&mut b, spec, chunk, value_fetch, lanes);
     b.push("  }");
 
     // The threads' sums into one.
@@ -202,15 +199,18 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     let stride = d + chunks;
     for r in 0..rows {
-        line!(b, "  if (lane_v < {lanes}u) {{");
+        line!(b, "  for (var low = 0u; low < {lanes}u; low += {lanes_at_once}u) {{");
+        line!(b, "    let high = min({lanes}u, low + {lanes_at_once}u);\n    if (lane_v >= low && lane_v < high) {{");
         for e in 0..chunk {
             let component = ["x", "y", "z", "w"][e % 4];
-            line!(b, "    buf[lane_v * {stride}u + {}u + c] = o{r}_{}.{component};", e * chunks, e / 4);
+            let at = format!("(lane_v - low) * {stride}u + {}u + c", e * chunks);
+            line!(b, "      buf[{at}] = bitcast<u32>(o{r}_{}.{component});", e / 4);
         }
-        line!(b, "  }}\n  workgroupBarrier();\n  for (var x = tid; x < {d}u; x += WG) {{\n    var sum = buf[x];");
-        line!(b, "    for (var k = 1u; k < {lanes}u; k++) {{ sum += buf[k * {stride}u + x]; }}");
-        line!(b, "    let e = (x % {chunks}u) * {chunk}u + x / {chunks}u;");
-        line!(b, "    query[{}u + (e >> 2u)][e & 3u] = sum;\n  }}\n  workgroupBarrier();", r * vectors);
+        line!(b, "    }}\n    workgroupBarrier();\n    for (var x = tid; x < {d}u; x += WG) {{");
+        line!(b, "      let e = {}u + (x % {chunks}u) * {chunk}u + x / {chunks}u;", r * d);
+        b.push("      var sum = select(query[e >> 2u][e & 3u], 0.0, low == 0u);");
+        line!(b, "      for (var k = low; k < high; k++) {{ sum += bitcast<f32>(buf[(k - low) * {stride}u + x]); }}");
+        b.push("      query[e >> 2u][e & 3u] = sum;\n    }\n    workgroupBarrier();\n  }");
     }
     line!(b, "  for (var u = tid; u < {}u; u += WG) {{\n    let r = u / {vectors}u;", rows * vectors);
     line!(b, "    let j = r / {0}u;\n    let h = head0 + r % {0}u;", spec.heads);
@@ -242,14 +242,15 @@ fn queries(b: &mut Builder, spec: &Spec, transform: &Transform) {
         b.push("    query[(e >> 2u) + 1u] = v.b * bitcast<f32>(a.scale);\n  }\n  workgroupBarrier();");
         return;
     }
-    for first in (0..rows).step_by(transform.rows) {
-        let n = transform.rows.min(rows - first);
-        transform.spread(b, &format!("{n}u"), |e| format!("flip8({e}, {})", load(&format!("{first}u + i"), e)));
-        line!(b, "  workgroupBarrier();\n  mix({n}u, tid);\n  workgroupBarrier();");
-        line!(b, "  for (var u = tid; u < {}u; u += WG) {{", n * d / 4);
-        line!(b, "    query[{}u + u] = gather4(4u * u) * bitcast<f32>(a.scale);", first * d / 4);
-        b.push("  }\n  workgroupBarrier();");
+    let columns = transform.columns;
+    b.push("  {");
+    transform.columns(b, &format!("{rows}u"), |r, e| format!("flip8({e}, {})", load(r, e)));
+    line!(b, "  if (i < {rows}u) {{");
+    for k in 0..transform.per {
+        let at = format!("query[i * {}u + {}u + (c >> 2u)][c & 3u]", d / 4, k * columns / 4);
+        line!(b, "    {at} = y{k} * bitcast<f32>(a.scale);");
     }
+    b.push("  }\n  }\n  workgroupBarrier();");
 }
 
 /// As [`Builder::main`], with the subgroup's numbers where they are used.
@@ -399,7 +400,7 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
 
 /// The running maximum, and the weight of the thread's positions for every row: zero where one is not seen. The factor of
 /// the value is in the weight, so that what an unseen row holds, NaN too, is never added.
-fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize, row_vectors: usize) {
+fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize) {
     let (rows, positions) = (spec.rows(), spec.positions);
     for r in 0..rows {
         let largest = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
@@ -430,14 +431,12 @@ fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize, row_vector
             if rotated {
                 line!(b, "    let vf{s}_{p} = v_factor(row_{p}, {s}u);");
             }
-            for x in 0..row_vectors {
-                let weight = |i: usize| match 4 * x + i {
-                    r if r < rows && rotated => format!("select(0.0, p{r}_{p} * vf{s}_{p}, ok{r}_{p})"),
-                    r if r < rows => format!("p{r}_{p}"),
-                    _ => "0.0".to_owned(),
+            for r in 0..rows {
+                let weight = match rotated {
+                    true => format!("select(0.0, p{r}_{p} * vf{s}_{p}, ok{r}_{p})"),
+                    false => format!("p{r}_{p}"),
                 };
-                let vector = format!("vec4<f32>({}, {}, {}, {})", weight(0), weight(1), weight(2), weight(3));
-                line!(b, "    weights[(({i}) * {scales}u + {s}u) * {row_vectors}u + {x}u] = {vector};");
+                line!(b, "    buf[{}u + {i}] = bitcast<u32>({weight});", (s * rows + r) * spec.tile());
             }
         }
     }
@@ -445,7 +444,7 @@ fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize, row_vector
 }
 
 /// Adds the tile's weighted values to `o{r}_{x}`.
-fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize, row_vectors: usize, scales: usize) {
+fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize) {
     let (rows, tile) = (spec.rows(), spec.tile());
     // Loads of several positions before any is used keep more of them in flight.
     let unroll = if tile.is_multiple_of(4 * lanes) { 4 } else { 1 };
@@ -466,12 +465,12 @@ fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize
             line!(b, "          let x{x} = {value};");
         }
         let scale = spec.value.scale_of("c", chunk);
-        line!(b, "          let at = ((i + {}u) * {scales}u + {scale}) * {row_vectors}u;", k * lanes);
-        for v in 0..row_vectors {
-            line!(b, "          let p{v} = weights[at + {v}u];");
+        for r in 0..rows {
+            let at = format!("({scale} * {rows}u + {r}u) * {tile}u + i + {}u", k * lanes);
+            line!(b, "          let p{r} = bitcast<f32>(buf[{at}]);");
         }
         for r in 0..rows {
-            let p = format!("p{}.{}", r / 4, ["x", "y", "z", "w"][r % 4]);
+            let p = format!("p{r}");
             for x in 0..chunk / 4 {
                 let sum = format!("fma(vec4({p}), x{x}, o{r}_{x})");
                 match spec.value.format().is_rotated() {
@@ -508,11 +507,10 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     line!(b, "var<workgroup> lane_sums: array<vec4<f32>, {}>;", lanes * vectors);
     b.push("fn total(c: u32) -> vec4<f32> {\n  var sum = lane_sums[c];");
     line!(b, "  for (var k = 1u; k < {lanes}u; k++) {{ sum += lane_sums[k * {vectors}u + c]; }}\n  return sum;\n}}");
-    let transform = Transform::new(&row).with_rows(1);
+    let transform = Transform::new(&row, caps).with_rows(1);
     if spec.restore {
         wgsl::flip(&mut b);
         transform.declare(&mut b, 0);
-        transform.mix(&mut b);
     }
     b.push("const NONE = -3e38;");
     line!(b, "var<workgroup> weight_of: array<f32, {MOST_SPLITS}>;");
@@ -549,16 +547,16 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     b.push("      }");
     line!(b, "      lane_sums[lane * {vectors}u + c] = sum;\n    }}\n  }}\n  workgroupBarrier();");
     b.push("  let none = l == 0.0;\n  let scale = 1.0 / select(l, 1.0, none);");
-    let eight = |e: &str| format!("times8(Eight(total(({e}) >> 2u), total((({e}) >> 2u) + 1u)), scale)");
-    let eight = if spec.restore {
-        transform.spread(&mut b, "1u", eight);
-        b.push("  workgroupBarrier();\n  mix(1u, tid);\n  workgroupBarrier();");
-        "flip8(e, gather8(e))".to_owned()
+    let eight = |e: &str| format!("times8(Eight(total({e} >> 2u), total(({e} >> 2u) + 1u)), scale)");
+    let to = format!("(a.row_base + wg) * {d}u + e");
+    if spec.restore {
+        let unit = spec.out.unit();
+        transform.columns(&mut b, "1u", |_, e| eight(e));
+        transform.rows(&mut b, "1u", unit, &format!("out_store({to}, flip{unit}(e, v));"));
     } else {
-        eight("e")
-    };
-    line!(b, "  for (var e = 8u * tid; e < {d}u; e += 8u * WG) {{\n    let v = {eight};");
-    line!(b, "    {}\n  }}", spec.out.store_eight("out", &format!("(a.row_base + wg) * {d}u + e"), "v"));
+        line!(b, "  for (var e = 8u * tid; e < {d}u; e += 8u * WG) {{\n    let v = {};", eight("e"));
+        line!(b, "    {}\n  }}", spec.out.store_eight("out", &to, "v"));
+    }
     if spec.lse {
         b.push("  if (tid == 0u) {");
         b.push("    let value = select(m + log(select(l, 1.0, none)), bitcast<f32>(a.neg_inf), none);");

@@ -20,9 +20,9 @@ pub(super) struct Spec {
 
 impl Spec {
     /// Rows that a workgroup decodes: more where they need not be held.
-    fn rows(&self) -> usize {
+    fn rows(&self, caps: &Caps) -> usize {
         let row = self.pool.format();
-        if self.restore { Transform::new(&row).rows } else { (64 * wgsl::THREADS / row.head_dim()).max(1) }
+        if self.restore { Transform::new(&row, caps).rows } else { (64 * wgsl::THREADS / row.head_dim()).max(1) }
     }
 }
 
@@ -42,7 +42,7 @@ const FIELDS: [&str; 11] = [
 
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let row = spec.pool.format();
-    let (d, rows, scales) = (row.head_dim(), spec.rows(), row.scales_per_row());
+    let (d, rows, scales) = (row.head_dim(), spec.rows(caps), row.scales_per_row());
     let mut b = Builder::new(caps);
     spec.pool.bind(&mut b, "p");
     b.storage("table", "u32", false);
@@ -67,15 +67,14 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     decode(&mut b, spec, unit, n);
     line!(b, "var<workgroup> row_of: array<u32, {rows}>;");
     line!(b, "var<workgroup> factor_of: array<f32, {}>;", rows * scales.max(1));
-    let transform = Transform::new(&row);
+    let transform = Transform::new(&row, caps);
     if spec.restore {
         wgsl::flip(&mut b);
         transform.declare(&mut b, 0);
-        transform.mix(&mut b);
     }
     b.main();
-    line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);\n  {}", spec.pool.fill("p"));
-    b.push("  for (var i = tid; i < n; i += WG) {\n    let r = first + i;");
+    line!(b, "  let first_row = wg * {rows}u;\n  let n = min({rows}u, a.rows - first_row);\n  {}", spec.pool.fill("p"));
+    b.push("  for (var i = tid; i < n; i += WG) {\n    let r = first_row + i;");
     b.push(match spec.head_major {
         true => "    let head = r / a.n;\n    let k = r % a.n;",
         false => "    let head = r % a.kv_heads;\n    let k = r / a.kv_heads;",
@@ -89,15 +88,15 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     b.push("  }\n  workgroupBarrier();");
     let unit = spec.out.unit();
-    let v = if spec.restore {
-        transform.spread(&mut b, "n", |e| format!("decoded(i, {e})"));
-        b.push("  workgroupBarrier();\n  mix(n, tid);\n  workgroupBarrier();");
-        format!("flip{unit}(e % {d}u, gather{unit}(e))")
-    } else {
-        format!("decoded(e / {d}u, e % {d}u)")
-    };
+    if spec.restore {
+        transform.columns(&mut b, "n", |i, e| format!("decoded({i}, {e})"));
+        let store = format!("out_store(first_row * {d}u + e, flip{unit}(e % {d}u, v));");
+        transform.rows(&mut b, "n", unit, &store);
+        b.push("}");
+        return b.finish();
+    }
     line!(b, "  for (var e = {unit}u * tid; e < n * {d}u; e += {unit}u * WG) {{");
-    line!(b, "    out_store(first * {d}u + e, {v});\n  }}\n}}");
+    line!(b, "    out_store(first_row * {d}u + e, decoded(e / {d}u, e % {d}u));\n  }}\n}}");
     b.finish()
 }
 
@@ -152,7 +151,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Dequantize) -> Result<()>
         slots.push(recorder.list("the list of positions", list)?);
     }
     slots.push(out);
-    let groups = (n * kv_heads).div_ceil(spec.rows());
+    let groups = (n * kv_heads).div_ceil(spec.rows(&context.caps));
     let (levels, signs) = (wgsl::levels(&row), wgsl::signs(&row));
     let mut tables: Vec<&[u32]> = vec![];
     if !levels.is_empty() {

@@ -105,25 +105,21 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.params(&fields, &tables);
     // All parts have the rows' shape in common, and take turns in the workgroup's memory.
     let row = spec.parts[0].pool.format();
-    let transform = Transform::new(&row);
+    let transform = Transform::new(&row, caps);
     line!(b, "var<workgroup> row_of: array<u32, {}>;", transform.rows);
     b.push(include_str!("locate.wgsl"));
     let formats: Vec<_> = spec.parts.iter().map(|p| p.pool.format()).collect();
     let most = |f: &dyn Fn(&RowFormat) -> usize| formats.iter().filter(|f| f.is_rotated()).map(f).max().unwrap_or(0);
     if formats.iter().any(|f| f.is_rotated()) {
         let scales = most(&|f| f.scales_per_row());
-        transform.declare(&mut b, 0);
+        // Codes wait for being packed where the rows were exchanged.
+        transform.declare(&mut b, packs(&row, &transform) * transform.rows * (transform.columns + 1));
         line!(
             b,
             "var<workgroup> norm_of: array<f32, {0}>;\nvar<workgroup> gain_of: array<f32, {0}>;",
             scales * transform.rows
         );
         line!(b, "var<workgroup> sums: array<f32, {}>;", scales * transform.rows * (transform.columns + 1));
-        line!(
-            b,
-            "var<workgroup> code_of: array<u32, {}>;",
-            packs(&row, &transform) * transform.rows * (transform.columns + 1)
-        );
         line!(b, "var<workgroup> level: array<f32, {}>;", most(&|f| 4 * vectors(f)));
         let cells = most(&|f| Grid::new(f).cells.len());
         line!(b, "var<workgroup> cell_code: array<u32, {cells}>;\nvar<workgroup> cell_bound: array<f32, {cells}>;");
@@ -194,7 +190,7 @@ fn dense(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
 /// `fn part{i}(wg, tid)`: rows into codes and scales.
 fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     let row = part.pool.format();
-    let (d, columns, scales, rows) = (row.head_dim(), transform.columns, row.scales_per_row(), transform.rows);
+    let (d, scales) = (row.head_dim(), row.scales_per_row());
     let p = format!("p{i}");
     if part.shared() {
         b.push(&include_str!("put_shared.wgsl").replace("p_", &format!("{p}_")));
@@ -221,12 +217,9 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     );
     line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = a.{p}_cells[t >> 2u][t & 3u];");
     line!(b, "    cell_code[t] = code;\n    cell_bound[t] = a.{p}_bounds[code >> 2u][code & 3u];\n  }}");
-    line!(b, "  let i = min(tid / {columns}u, {}u);\n  let c = tid % {columns}u;", rows - 1);
-    line!(b, "  let mine = tid < {}u;", rows * columns);
     rounds(b, transform);
-    transform.spread(b, "n", |e| format!("{p}_flip8({e}, x{i}_load((first + i) * {d}u + {e}))"));
     b.push("    workgroupBarrier();");
-    transform.column(b);
+    transform.columns(b, "n", |row, e| format!("{p}_flip8({e}, x{i}_load((first + {row}) * {d}u + {e}))"));
     squares(b, transform, &row, "y");
     // One thread a norm.
     line!(b, "    for (var t = tid; t < n * {scales}u; t += WG) {{");
@@ -278,7 +271,7 @@ fn squares(b: &mut Builder, transform: &Transform, row: &RowFormat, name: &str) 
             }
             half /= 2;
         }
-        line!(b, "    if (mine) {{ sums[(i * {scales}u + {s}u) * {}u + c] = {name}_sum{s}_0; }}", columns + 1);
+        line!(b, "    sums[(i * {scales}u + {s}u) * {}u + c] = {name}_sum{s}_0;", columns + 1);
     }
     b.push("    workgroupBarrier();");
 }
@@ -300,7 +293,7 @@ fn folded(b: &mut Builder, transform: &Transform) {
     b.push("  return s0;\n}");
 }
 
-/// The codes of a column, a byte each in `code_of`, and with corrected scales their levels as variables.
+/// The codes of a column, a byte each in `buf`, and with corrected scales their levels as variables.
 fn codes(b: &mut Builder, p: &str, transform: &Transform, row: &RowFormat) {
     let (scales, columns, per) = (row.scales_per_row(), transform.columns, transform.per);
     let packs = packs(row, transform);
@@ -317,7 +310,7 @@ fn codes(b: &mut Builder, p: &str, transform: &Transform, row: &RowFormat) {
         }
         let bytes: Vec<_> = (0..together).map(|k| format!("(code{} << {}u)", g * together + k, 8 * k)).collect();
         let at = format!("(i * {packs}u + {g}u) * {}u + c", columns + 1);
-        line!(b, "    if (mine) {{ code_of[{at}] = {}; }}", bytes.join(" | "));
+        line!(b, "    buf[{at}] = {};", bytes.join(" | "));
     }
 }
 
@@ -332,7 +325,7 @@ fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
     // All codes are one value for a zero vector and for one that is not finite.
     line!(b, "      let norm = norm_of[i * {scales}u + {}];", part.pool.scale_of("c", unit));
     for c in 0..columns {
-        line!(b, "      let c{c} = code_of[u * {}u + {c}u];", columns + 1);
+        line!(b, "      let c{c} = buf[u * {}u + {c}u];", columns + 1);
     }
     let mut packed = vec![vec![]; words];
     let mut filled = vec![0; words];
@@ -393,7 +386,7 @@ fn record_parts(recorder: &mut WgpuRecorder, op: &Quantize, parts: &[(Buffer, Pa
     let spans = Slot::new(&context, "the spans", op.batch.device_spans())?;
     let pool = &parts[0].1;
     let (count, width) = (op.batch.tokens() * pool.kv_heads(), op.batch.width());
-    let rounds_of_rows = count.div_ceil(Transform::new(pool.row()).rows);
+    let rounds_of_rows = count.div_ceil(Transform::new(pool.row(), &context.caps).rows);
     let rounds = rounds_of_rows.div_ceil(MOST_GROUPS);
     let groups = rounds_of_rows.div_ceil(rounds);
     let mut fields = vec![

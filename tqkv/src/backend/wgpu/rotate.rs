@@ -19,7 +19,7 @@ pub(super) struct Spec {
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let row = spec.row.format();
     let d = row.head_dim();
-    let transform = Transform::new(&row);
+    let transform = Transform::new(&row, caps);
     let mut b = Builder::new(caps);
     b.storage("x", spec.x.element(), spec.out.is_none());
     if let Some(out) = spec.out {
@@ -38,18 +38,16 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     wgsl::flip(&mut b);
     transform.declare(&mut b, 0);
-    transform.mix(&mut b);
     b.main();
-    line!(b, "  let first = wg * {0}u;\n  let n = min({0}u, a.rows - first);", transform.rows);
-    transform.spread(&mut b, "n", |e| {
-        let x = format!("x_load((first + i) * {d}u + {e})");
+    line!(b, "  let first_row = wg * {0}u;\n  let n = min({0}u, a.rows - first_row);", transform.rows);
+    transform.columns(&mut b, "n", |i, e| {
+        let x = format!("x_load((first_row + {i}) * {d}u + {e})");
         if spec.forward { format!("flip8({e}, {x})") } else { x }
     });
-    b.push("  workgroupBarrier();\n  mix(n, tid);\n  workgroupBarrier();");
     let unit = out.unit();
-    line!(b, "  for (var e = {unit}u * tid; e < n * {d}u; e += {unit}u * WG) {{");
-    let v = if spec.forward { format!("gather{unit}(e)") } else { format!("flip{unit}(e % {d}u, gather{unit}(e))") };
-    line!(b, "    {to}_store(first * {d}u + e, {v});\n  }}\n}}");
+    let v = if spec.forward { "v".to_owned() } else { format!("flip{unit}(e % {d}u, v)") };
+    transform.rows(&mut b, "n", unit, &format!("{to}_store(first_row * {d}u + e, {v});"));
+    b.push("}");
     b.finish()
 }
 
@@ -67,7 +65,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Rotate) -> Result<()> {
     let rows = op.x.len() / op.row.head_dim();
     let fields = [rows as u32, x.words(), out.words()];
     let slots = if in_place { vec![x] } else { vec![x, out] };
-    let groups = rows.div_ceil(Transform::new(&op.row).rows);
+    let groups = rows.div_ceil(Transform::new(&op.row, &context.caps).rows);
     let signs = wgsl::signs(&op.row);
     recorder.dispatch(&recorder::Spec::Rotate(spec), || source(&spec, &context.caps), slots, groups, &fields, &[&signs])
 }

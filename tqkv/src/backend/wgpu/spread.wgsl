@@ -9,14 +9,13 @@ fn chunk8(v: Eight) -> Eight {
   return Eight(x + y, x - y);
 }
 fn put8(j: u32, v: Eight) {
-  buf[j] = v.a.x; buf[j + 1u] = v.a.y; buf[j + 2u] = v.a.z; buf[j + 3u] = v.a.w;
-  buf[j + 4u] = v.b.x; buf[j + 5u] = v.b.y; buf[j + 6u] = v.b.z; buf[j + 7u] = v.b.w;
+  let a = bitcast<vec4<u32>>(v.a);
+  let b = bitcast<vec4<u32>>(v.b);
+  buf[j] = a.x; buf[j + 1u] = a.y; buf[j + 2u] = a.z; buf[j + 3u] = a.w;
+  buf[j + 4u] = b.x; buf[j + 5u] = b.y; buf[j + 6u] = b.z; buf[j + 7u] = b.w;
 }
 fn gather4(e: u32) -> vec4<f32> {
   let j = at(e);
-  return vec4(buf[j], buf[j + 1u], buf[j + 2u], buf[j + 3u]);
+  return bitcast<vec4<f32>>(vec4(buf[j], buf[j + 1u], buf[j + 2u], buf[j + 3u]));
 }
-fn gather8(e: u32) -> Eight {
-  let j = at(e);
-  return Eight(vec4(buf[j], buf[j + 1u], buf[j + 2u], buf[j + 3u]), vec4(buf[j + 4u], buf[j + 5u], buf[j + 6u], buf[j + 7u]));
-}
+fn gather8(e: u32) -> Eight { return Eight(gather4(e), gather4(e + 4u)); }

@@ -68,7 +68,7 @@ const SHAPES: [(Codec, usize); 14] = [
 #[test]
 fn kernels_translate_to_metal() {
     for (native_f16, subgroups) in [(true, true), (false, false)] {
-        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16 };
+        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16, held: 1024 };
         let mut kernels = 0;
         let mut check = |name: String, source: Source| {
             check_for_metal(&name, &source);

@@ -359,39 +359,40 @@ pub fn flip(b: &mut Builder) {
 ///
 /// A row is `per` chunks of `columns` elements. A thread takes a chunk, does the butterflies within it and spreads it over
 /// the workgroup's `buf`; after a barrier a thread takes a column, the elements of one number in every chunk, in which
-/// all other butterflies lie, and the reflection too.
+/// all other butterflies lie, and the reflection too. `buf` holds few rows at a time, since what a workgroup holds decides
+/// how many of them a GPU runs at once; columns wait in registers.
 pub struct Transform {
     row: RowFormat,
     /// 8 or 16, so that a column is no more than 64 elements; blocks of the transform are multiples of 16.
     pub columns: usize,
     /// Elements of a column.
     pub per: usize,
-    /// Rows that `buf` holds, at most one column a thread.
+    /// Rows of a workgroup: a column a thread.
     pub rows: usize,
+    /// Rows that `buf` holds.
+    pass: usize,
 }
 
 impl Transform {
-    pub fn new(row: &RowFormat) -> Self {
+    pub fn new(row: &RowFormat, caps: &Caps) -> Self {
         let d = row.head_dim();
         let columns = if d <= 128 { 8 } else { 16 };
-        Transform { row: *row, columns, per: d / columns, rows: (THREADS / columns).min(3072 / d) }
+        let rows = THREADS / columns;
+        Transform { row: *row, columns, per: d / columns, rows, pass: (caps.held / d).clamp(1, rows) }
     }
 
     pub fn with_rows(self, rows: usize) -> Self {
-        Transform { rows, ..self }
+        Transform { rows, pass: self.pass.min(rows), ..self }
     }
 
-    /// Declares `buf` (of `least` floats or more), `spread`, which is given a chunk's first element and its `Eight`s, and
-    /// `gather4` and `gather8`; elements are counted over all rows.
+    /// Declares `buf` (of `least` words or more) and what reaches it; elements are counted over the rows that it holds.
     pub fn declare(&self, b: &mut Builder, least: usize) {
-        let columns = self.columns;
-        // A hole after every chunk, so that neither chunks nor columns meet in one bank; scalars, since vectors may be moved
-        // as such and would then meet.
-        let size = (self.rows * self.per * (columns + 1)).max(least);
-        line!(b, "var<workgroup> buf: array<f32, {size}>;");
-        line!(b, "fn at(e: u32) -> u32 {{ return e + (e >> {}u); }}", columns.ilog2());
+        // A hole after every chunk, so that neither chunks nor columns meet in one bank.
+        let words = self.pass * self.per * (self.columns + 1);
+        line!(b, "var<workgroup> buf: array<u32, {}>;", words.max(least));
+        line!(b, "fn at(e: u32) -> u32 {{ return e + (e >> {}u); }}", self.columns.ilog2());
         b.push(include_str!("spread.wgsl"));
-        b.push(match columns {
+        b.push(match self.columns {
             8 => "fn spread(e: u32, v0: Eight) { put8(at(e), chunk8(v0)); }",
             _ => {
                 "fn spread(e: u32, v0: Eight, v1: Eight) {\n\
@@ -402,28 +403,74 @@ impl Transform {
         });
     }
 
-    /// Spreads the first `n` rows: `eight(e)` is the text of the Eight at element `e` of row `i`.
-    pub fn spread(&self, b: &mut Builder, n: &str, eight: impl Fn(&str) -> String) {
-        let (columns, per) = (self.columns, self.per);
-        line!(b, "  for (var u = tid; u < {n} * {per}u; u += WG) {{\n    let i = u / {per}u;");
-        line!(b, "    let e = (u % {per}u) * {columns}u;");
-        let eights: Vec<_> = (0..columns).step_by(8).map(|k| eight(&format!("e + {k}u"))).collect();
-        line!(b, "    spread(u * {columns}u, {});\n  }}", eights.join(", "));
+    /// Transforms the first `n` rows: column `c` of row `i` ends in the thread's variables `y0`, `y1`, …
+    /// `eight(row, e)` is the text of the Eight at element `e` of a row. Without a barrier after it, a thread may write its
+    /// column of `buf` only.
+    pub fn columns(&self, b: &mut Builder, n: &str, eight: impl Fn(&str, &str) -> String) {
+        let (columns, per, pass, stride) = (self.columns, self.per, self.pass, self.columns + 1);
+        line!(b, "  let i = tid / {columns}u;\n  let c = tid % {columns}u;");
+        line!(b, "  let chunk_row = tid / {per}u;\n  let chunk = (tid % {per}u) * {columns}u;");
+        for k in 0..per {
+            line!(b, "  var y{k} = 0.0;");
+        }
+        let passes = self.rows.div_ceil(pass);
+        let names = |j: usize| (0..columns / 8).map(move |x| format!("v{j}_{x}"));
+        let load = |b: &mut Builder, j: usize, first: &str| {
+            names(j).for_each(|v| line!(b, "  var {v} = Eight(vec4(0.0), vec4(0.0));"));
+            line!(b, "  if (chunk_row < {pass}u && {first} + chunk_row < {n}) {{");
+            for (x, v) in names(j).enumerate() {
+                let value = eight(&format!("({first} + chunk_row)"), &format!("(chunk + {}u)", 8 * x));
+                line!(b, "    {v} = {value};");
+            }
+            b.push("  }");
+        };
+        let take = |b: &mut Builder, number: &str| {
+            line!(b, "  if (i / {pass}u == {number}) {{");
+            line!(b, "    let column = (i % {pass}u) * {}u + c;", per * stride);
+            for k in 0..per {
+                line!(b, "    y{k} = bitcast<f32>(buf[column + {}u]);", k * stride);
+            }
+            b.push("  }");
+        };
+        let exchange = |b: &mut Builder, j: usize, number: &str| {
+            let values: Vec<_> = names(j).collect();
+            line!(b, "  if (chunk_row < {pass}u) {{ spread(tid * {columns}u, {}); }}", values.join(", "));
+            b.push("  workgroupBarrier();");
+            take(b, number);
+            b.push("  workgroupBarrier();");
+        };
+        match passes {
+            1 => {
+                line!(b, "  for (var u = tid; u < {n} * {per}u; u += WG) {{");
+                let value = |e| eight(&format!("(u / {per}u)"), &format!("(u % {per}u * {columns}u + {e}u)"));
+                let values: Vec<_> = (0..columns).step_by(8).map(value).collect();
+                line!(b, "    spread(u * {columns}u, {});\n  }}\n  workgroupBarrier();", values.join(", "));
+                take(b, "0u");
+            }
+            2 => {
+                // Both loads before the first barrier.
+                (0..2).for_each(|j| load(b, j, &format!("{}u", j * pass)));
+                (0..2).for_each(|j| exchange(b, j, &format!("{j}u")));
+            }
+            _ => {
+                line!(b, "  for (var turn = 0u; turn < {passes}u; turn++) {{");
+                load(b, 0, &format!("turn * {pass}u"));
+                exchange(b, 0, "turn");
+                b.push("  }");
+            }
+        }
+        self.mix(b);
     }
 
-    /// Loads column c of row i into variables `y0` … and finishes their transform.
-    pub fn column(&self, b: &mut Builder) {
-        let (per, stride) = (self.per, self.columns + 1);
+    /// All butterflies between the elements of a column, and the reflection.
+    fn mix(&self, b: &mut Builder) {
+        let per = self.per;
         let block = self.row.block() / self.columns;
-        line!(b, "    let column = i * {}u + c;", per * stride);
-        for k in 0..per {
-            line!(b, "    var y{k} = buf[column + {}u];", k * stride);
-        }
         let mut h = 1;
         while h < block {
             for k in (0..per).filter(|k| k & h == 0) {
                 let j = k + h;
-                line!(b, "    {{ let t = y{k}; y{k} = t + y{j}; y{j} = t - y{j}; }}");
+                line!(b, "  {{ let t = y{k}; y{k} = t + y{j}; y{j} = t - y{j}; }}");
             }
             h *= 2;
         }
@@ -431,30 +478,37 @@ impl Transform {
         let blocks = per / block;
         for k in 0..per {
             let product = format!("y{k} * {norm}");
-            line!(b, "    y{k} = {};", if blocks > 1 { format!("keep({product})") } else { product });
+            line!(b, "  y{k} = {};", if blocks > 1 { format!("keep({product})") } else { product });
         }
         for j in (0..block).filter(|_| blocks > 1) {
-            line!(b, "    var sum{j} = y{j};");
+            line!(b, "  var sum{j} = y{j};");
             for k in 1..blocks {
-                line!(b, "    sum{j} = sum{j} + y{};", k * block + j);
+                line!(b, "  sum{j} = sum{j} + y{};", k * block + j);
             }
-            line!(b, "    sum{j} = keep(sum{j} * {});", float(2.0 / blocks as f32));
+            line!(b, "  sum{j} = keep(sum{j} * {});", float(2.0 / blocks as f32));
             for k in 0..blocks {
-                line!(b, "    y{0} = y{0} - sum{j};", k * block + j);
+                line!(b, "  y{0} = y{0} - sum{j};", k * block + j);
             }
         }
     }
 
-    /// `fn mix(n, tid)`: finishes the first n rows of `buf`. Barriers are the caller's.
-    pub fn mix(&self, b: &mut Builder) {
-        let columns = self.columns;
-        line!(b, "fn mix(n: u32, tid: u32) {{\n  for (var u = tid; u < n * {columns}u; u += WG) {{");
-        line!(b, "    let i = u / {columns}u;\n    let c = u % {columns}u;");
-        self.column(b);
-        for k in 0..self.per {
-            line!(b, "    buf[column + {}u] = y{k};", k * (columns + 1));
+    /// Brings the columns back: `store` is the text that takes element `e` of all rows and the unit `v` that starts there.
+    pub fn rows(&self, b: &mut Builder, n: &str, unit: usize, store: &str) {
+        let (columns, per, pass, d) = (self.columns, self.per, self.pass, self.row.head_dim());
+        line!(b, "  for (var first = 0u; first < {n}; first += {pass}u) {{");
+        line!(
+            b,
+            "    if (i / {pass}u == first / {pass}u) {{\n      let column = (i % {pass}u) * {}u + c;",
+            per * (columns + 1)
+        );
+        for k in 0..per {
+            line!(b, "      buf[column + {}u] = bitcast<u32>(y{k});", k * (columns + 1));
         }
-        b.push("  }\n}");
+        b.push("    }\n    workgroupBarrier();");
+        line!(b, "    let end = min({pass}u, {n} - first) * {d}u;");
+        line!(b, "    for (var held = {unit}u * tid; held < end; held += {unit}u * WG) {{");
+        line!(b, "      let e = first * {d}u + held;\n      let v = gather{unit}(held);\n      {store}\n    }}");
+        b.push("    workgroupBarrier();\n  }");
     }
 }
 
