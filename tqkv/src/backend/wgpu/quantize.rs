@@ -218,7 +218,6 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = a.{p}_cells[t >> 2u][t & 3u];");
     line!(b, "    cell_code[t] = code;\n    cell_bound[t] = a.{p}_bounds[code >> 2u][code & 3u];\n  }}");
     rounds(b, transform);
-    b.push("    workgroupBarrier();");
     transform.columns(b, "n", |row, e| format!("{p}_flip8({e}, x{i}_load((first + {row}) * {d}u + {e}))"));
     squares(b, transform, &row, "y");
     // One thread a norm.

@@ -120,7 +120,7 @@ fn kernels_translate_to_metal() {
                         rotate: row.is_rotated(),
                         heads,
                         queries,
-                        positions: attention::most_positions(d, heads * queries, &caps),
+                        positions: attention::most_positions(heads * queries, &caps),
                         causal: heads > 1,
                         window: heads > 1,
                         softcap: queries > 1,
