@@ -1,7 +1,6 @@
 //! The operations against a device's bandwidth, measured in the same run: `ops_bench [DEVICE] [SCALE]`.
 //!
-//! Times are differences between submissions of many and of few operations, so that launch costs outside the device drop
-//! out. Buffers are larger than caches. Attention is compared with float64. SCALE divides the sizes.
+//! Times are the device's: from the hand-over to the end, and differences between submissions of many and of few operations. Buffers are larger than caches. Attention is compared with float64. SCALE divides the sizes.
 
 use std::time::Instant;
 use tqkv::compute::KernelSource;
@@ -27,22 +26,17 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   for (var i = id.x; i < arrayLength(&x); i += 1048576u) { y[i] = x[i]; }
 }";
 
-static ENCODE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-
 /// Seconds of one operation, the median of some differences.
 fn time(device: &Device, mut op: impl FnMut(&mut CommandEncoder, usize) -> Result<()>) -> Result<f64> {
     let mut run = |n: usize| -> Result<f64> {
         let mut encoder = device.encoder()?;
         (0..n).try_for_each(|i| op(&mut encoder, i))?;
-        let start = Instant::now();
         let submitted = encoder.submit()?;
-        let encoded = start.elapsed().as_secs_f64();
+        let start = Instant::now();
         submitted.wait()?;
-        ENCODE.store((encoded / n as f64 * 1e9) as u64, std::sync::atomic::Ordering::Relaxed);
-        Ok(start.elapsed().as_secs_f64() - encoded)
+        Ok(start.elapsed().as_secs_f64())
     };
-    run(2)?;
-    let once = (run(22)? - run(2)?).max(1e-5) / 20.0;
+    let once = run(2)?.min(run(2)?) / 2.0;
     let n = ((0.03 / once) as usize).clamp(2, 100);
     let mut times = (0..5).map(|_| Ok((run(3 * n)? - run(n)?) / (2 * n) as f64)).collect::<Result<Vec<_>>>()?;
     times.sort_by(f64::total_cmp);
@@ -51,13 +45,7 @@ fn time(device: &Device, mut op: impl FnMut(&mut CommandEncoder, usize) -> Resul
 
 fn report(what: &str, seconds: f64, bytes: usize, peak: f64) {
     let rate = bytes as f64 / seconds;
-    let encode = ENCODE.load(std::sync::atomic::Ordering::Relaxed) as f64 / 1e3;
-    println!(
-        "{what:<44} {:>9.1} us {:>8.1} GB/s {:>6.1} %  encode {encode:.1} us",
-        seconds * 1e6,
-        rate / 1e9,
-        100.0 * rate / peak
-    );
+    println!("{what:<44} {:>9.1} us {:>8.1} GB/s {:>6.1} %", seconds * 1e6, rate / 1e9, 100.0 * rate / peak);
 }
 
 fn noise(n: usize) -> Vec<f32> {
@@ -83,13 +71,10 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let device = Device::open(&args.next().unwrap_or_else(|| "wgpu".to_owned()))?;
     let scale: usize = args.next().and_then(|s| s.parse().ok()).unwrap_or(1);
-    let only = args.next().unwrap_or_default();
-    if only.is_empty() {
-        println!("{:?}", device.info());
-    }
+    println!("{:?}", device.info());
     let (d, kv_heads, heads) = (128, 8, 32);
 
-    let bytes = (1 << 30) / scale / if only.is_empty() { 1 } else { 8 };
+    let bytes = (1 << 30) / scale;
     let x = device.upload(&noise(bytes / 4), &[bytes / 4])?;
     let y = device.zeros(DType::F32, &[bytes / 4])?;
     let commanded = 2.0 * bytes as f64 / time(&device, |e, _| copy(e, &x, &y))?;
@@ -102,60 +87,46 @@ fn main() -> Result<()> {
     println!("read {:.1} GB/s", reading / 1e9);
     drop((x, y));
 
-    if only.is_empty() || only.contains('d') {
-        let tokens = (64 << 20) / d / kv_heads / scale;
-        let x = device.upload(&noise(tokens * kv_heads * d), &[tokens, kv_heads, d])?;
-        for codec in if only.is_empty() {
-            vec![Codec::tq(4), Codec::seed(4), Codec::tq(3), Codec::tq(5), Codec::tq(8)]
-        } else {
-            vec![Codec::tq(4)]
-        } {
-            let row = RowFormat::new(codec, d)?;
-            let pools = [filled(&device, row, kv_heads, &x)?, filled(&device, row, kv_heads, &x)?];
-            let batch = Batch::contiguous(&device, tokens, 0, tokens, 0)?;
-            for dtype in [DType::F16, DType::F32] {
-                for domain in [Domain::Rotated, Domain::Original] {
-                    let out = device.zeros(dtype, &[kv_heads, tokens, d])?;
-                    let seconds = time(&device, |e, i| {
-                        dequantize(e, &pools[i % 2], &batch, 0, 0..tokens, domain, RowOrder::HeadMajor, &out)
-                    })?;
-                    let bytes = tokens * kv_heads * (row.bytes() + d * dtype.size());
-                    report(&format!("dequantize {codec} -> {dtype} {domain:?}"), seconds, bytes, copying);
-                }
+    let tokens = (64 << 20) / d / kv_heads / scale;
+    let x = device.upload(&noise(tokens * kv_heads * d), &[tokens, kv_heads, d])?;
+    for codec in [Codec::tq(4), Codec::seed(4), Codec::tq(3), Codec::tq(5), Codec::tq(8)] {
+        let row = RowFormat::new(codec, d)?;
+        let pools = [filled(&device, row, kv_heads, &x)?, filled(&device, row, kv_heads, &x)?];
+        let batch = Batch::contiguous(&device, tokens, 0, tokens, 0)?;
+        for dtype in [DType::F16, DType::F32] {
+            for domain in [Domain::Rotated, Domain::Original] {
+                let out = device.zeros(dtype, &[kv_heads, tokens, d])?;
+                let seconds = time(&device, |e, i| {
+                    dequantize(e, &pools[i % 2], &batch, 0, 0..tokens, domain, RowOrder::HeadMajor, &out)
+                })?;
+                let bytes = tokens * kv_heads * (row.bytes() + d * dtype.size());
+                report(&format!("dequantize {codec} -> {dtype} {domain:?}"), seconds, bytes, copying);
             }
         }
-        drop(x);
     }
-    if only.is_empty() || only.contains('q') {
-        let tokens = 32768 / scale;
-        let x = device.upload(&noise(tokens * kv_heads * d), &[tokens, kv_heads, d])?;
-        let halves: Vec<half::f16> = noise(tokens * kv_heads * d).into_iter().map(half::f16::from_f32).collect();
-        let halves = device.upload(&halves, &[tokens, kv_heads, d])?;
-        for codec in if only.is_empty() {
-            vec![Codec::tq(4), Codec::seed(4), Codec::tq(8), Codec::F16]
-        } else {
-            vec![Codec::tq(4)]
-        } {
-            let row = RowFormat::new(codec, d)?;
-            let pools =
-                [PagePool::new(&device, row, kv_heads, tokens, 1)?, PagePool::new(&device, row, kv_heads, tokens, 1)?];
-            let batch = Batch::contiguous(&device, tokens, 0, tokens, tokens)?;
-            for x in [&x, &halves] {
-                let seconds = time(&device, |e, i| quantize(e, &[(x, &pools[i % 2])], &batch))?;
-                let bytes = tokens * kv_heads * (row.bytes() + d * x.dtype().size());
-                report(&format!("quantize {} -> {codec} {tokens}x{kv_heads}x{d}", x.dtype()), seconds, bytes, copying);
-            }
-        }
-        let out = device.zeros(DType::F32, x.shape())?;
-        let row = RowFormat::new(Codec::tq(4), d)?;
-        let seconds = time(&device, |e, _| rotate(e, &row, Direction::Forward, &x, &out))?;
-        report("rotate f32", seconds, 2 * x.bytes(), copying);
-    }
-    if !only.is_empty() && !only.contains('a') {
-        return Ok(());
-    }
+    drop(x);
 
-    for tokens in if only.contains('s') { vec![131_072 / scale] } else { vec![131_072 / scale, 8192 / scale] } {
+    let tokens = 32768 / scale;
+    let x = device.upload(&noise(tokens * kv_heads * d), &[tokens, kv_heads, d])?;
+    let halves: Vec<half::f16> = noise(tokens * kv_heads * d).into_iter().map(half::f16::from_f32).collect();
+    let halves = device.upload(&halves, &[tokens, kv_heads, d])?;
+    for codec in [Codec::tq(4), Codec::seed(4), Codec::tq(8), Codec::F16] {
+        let row = RowFormat::new(codec, d)?;
+        let pools =
+            [PagePool::new(&device, row, kv_heads, tokens, 1)?, PagePool::new(&device, row, kv_heads, tokens, 1)?];
+        let batch = Batch::contiguous(&device, tokens, 0, tokens, tokens)?;
+        for x in [&x, &halves] {
+            let seconds = time(&device, |e, i| quantize(e, &[(x, &pools[i % 2])], &batch))?;
+            let bytes = tokens * kv_heads * (row.bytes() + d * x.dtype().size());
+            report(&format!("quantize {} -> {codec} {tokens}x{kv_heads}x{d}", x.dtype()), seconds, bytes, copying);
+        }
+    }
+    let out = device.zeros(DType::F32, x.shape())?;
+    let row = RowFormat::new(Codec::tq(4), d)?;
+    let seconds = time(&device, |e, _| rotate(e, &row, Direction::Forward, &x, &out))?;
+    report("rotate f32", seconds, 2 * x.bytes(), copying);
+
+    for tokens in [131_072 / scale, 8192 / scale] {
         let x = noise(tokens * kv_heads * d);
         let x = device.upload(&x, &[tokens, kv_heads, d])?;
         let q = noise(heads * d);
@@ -168,9 +139,6 @@ fn main() -> Result<()> {
             (Codec::seed(4), Codec::seed(4)),
             (Codec::F16, Codec::F16),
         ] {
-            if !only.is_empty() && k != Codec::tq(4) {
-                continue;
-            }
             let (k_row, v_row) = (RowFormat::new(k, d)?, RowFormat::new(v, d)?);
             let keys = [filled(&device, k_row, kv_heads, &x)?, filled(&device, k_row, kv_heads, &x)?];
             let values = [filled(&device, v_row, kv_heads, &x)?, filled(&device, v_row, kv_heads, &x)?];
@@ -181,7 +149,7 @@ fn main() -> Result<()> {
                 time(&device, |e, i| attention(e, &query, &keys[i % 2], &values[i % 2], &batch, &params, &out, None))?;
             let bytes = tokens * kv_heads * (k_row.bytes() + v_row.bytes());
             report(&format!("attention {k}/{v} 32/8 heads, {tokens} positions"), seconds, bytes, reading);
-            if k == Codec::tq(4) && only.is_empty() {
+            if k == Codec::tq(4) {
                 println!("  error against float64: {:.2e}", error(&keys[0], &values[0], &q, heads, &out)?);
             }
         }

@@ -53,11 +53,13 @@ impl Spec {
 
     /// Elements of a value that a thread sums up, for all rows.
     fn chunk(&self, caps: &Caps) -> usize {
-        match 2 * caps.query_rows / self.rows() {
+        let most = match 2 * caps.query_rows / self.rows() {
             16.. => 16,
             8.. => 8,
             _ => 4,
-        }
+        };
+        // Every element needs a thread.
+        most.max(self.key.format().head_dim().div_ceil(THREADS).next_power_of_two())
     }
 }
 
@@ -185,7 +187,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {tile}u) {{");
     scores(&mut b, spec, key_fetch);
     softmax(&mut b, spec, chunk, value_scales);
-    values(&mut b, spec, caps, chunk, value_fetch, lanes);
+    values(&mut b, spec, chunk, value_fetch, lanes);
     b.push("  }");
 
     // The threads' sums into one.
@@ -337,10 +339,6 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
             line!(b, "    let f_{p} = k_factor(row_{p}, 0u);");
         }
     }
-    // What the next run needs is loaded while this one is computed.
-    for (p, i) in (0..positions).flat_map(|p| (0..together).map(move |i| (p, i))) {
-        line!(b, "    var next{i}_{p} = k_fetch(row_{p}, {i}u);");
-    }
     line!(b, "    for (var g = 0u; g < {}u; g++) {{", d / group);
     for p in 0..positions {
         if several {
@@ -353,12 +351,7 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     let runs = group / fetch / together;
     line!(b, "      for (var run = g * {runs}u; run < (g + 1u) * {runs}u; run++) {{");
     for (p, i) in (0..positions).flat_map(|p| (0..together).map(move |i| (p, i))) {
-        line!(b, "        var w{i}_{p} = next{i}_{p};");
-        line!(
-            b,
-            "        next{i}_{p} = k_fetch(row_{p}, min(run + 1u, {}u) * {together}u + {i}u);",
-            d / group * runs - 1
-        );
+        line!(b, "        var w{i}_{p} = k_fetch(row_{p}, run * {together}u + {i}u);");
     }
     line!(
         b,
@@ -452,25 +445,18 @@ fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize) {
 }
 
 /// Adds the tile's weighted values to `o{r}_{x}`.
-fn values(b: &mut Builder, spec: &Spec, caps: &Caps, chunk: usize, fetch: usize, lanes: usize) {
+fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize) {
     let (rows, tile) = (spec.rows(), spec.tile());
-    // The next positions are loaded while these are computed: how much is in flight decides the speed.
-    let mut unroll = caps.query_rows / 2;
-    while unroll > 1 && !tile.is_multiple_of(unroll * lanes) {
-        unroll /= 2;
-    }
-    let step = unroll * lanes;
+    // Loads of several positions before any is used keep more of them in flight.
+    let unroll = if tile.is_multiple_of(4 * lanes) { 4 } else { 1 };
     let fetches = chunk / fetch;
-    let load = |k: usize, f: usize, i: &str| format!("v_fetch(row_of[{i} + {}u], c * {fetches}u + {f}u)", k * lanes);
-    let all = || (0..unroll).flat_map(|k| (0..fetches).map(move |f| (k, f)));
-    line!(b, "    if (lane_v < {lanes}u) {{");
-    for (k, f) in all() {
-        line!(b, "      var next{k}_{f} = {};", load(k, f, "lane_v"));
-    }
-    line!(b, "      let end = min({tile}u, to_pos - tile);\n      for (var i = lane_v; i < end; i += {step}u) {{");
-    line!(b, "        let after = select(i, i + {step}u, i + {step}u < {tile}u);");
-    for (k, f) in all() {
-        line!(b, "        let w{k}_{f} = next{k}_{f};\n        next{k}_{f} = {};", load(k, f, "after"));
+    let count = if unroll > 1 { format!("{tile}u") } else { format!("min({tile}u, to_pos - tile)") };
+    line!(b, "    if (lane_v < {lanes}u) {{\n      let count = {count};");
+    line!(b, "      for (var i = lane_v; i < count; i += {}u) {{", unroll * lanes);
+    for k in 0..unroll {
+        for f in 0..fetches {
+            line!(b, "        let w{k}_{f} = v_fetch(row_of[i + {}u], c * {fetches}u + {f}u);", k * lanes);
+        }
     }
     for k in 0..unroll {
         b.push("        {");

@@ -139,7 +139,7 @@ fn kernels_translate_to_metal() {
 }
 
 #[test]
-fn attention_takes_two_dispatches() {
+fn a_step_takes_three_dispatches_a_layer() {
     let Ok(wgpu) = backend::wgpu::open(None) else {
         assert!(!std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")), "wgpu is required");
         eprintln!("SKIPPED: no wgpu device");
@@ -155,6 +155,10 @@ fn attention_takes_two_dispatches() {
     let mut recorder = recorder::WgpuRecorder::new(&context);
     let layers = 3;
     for _ in 0..layers {
+        // Keys and values in one, attention in two.
+        let token = || (device.zeros(DType::F32, &[1, 2, 64]).unwrap(), pool());
+        let op = backend::Quantize { parts: vec![token(), token()], batch: batch.clone() };
+        recorder.record(Op::Quantize(op)).unwrap();
         let zeros = || device.zeros(DType::F32, &[1, 8, 64]).unwrap();
         let op = backend::Attention {
             q: zeros(),
@@ -168,6 +172,6 @@ fn attention_takes_two_dispatches() {
         };
         recorder.record(Op::Attention(op)).unwrap();
     }
-    assert_eq!(recorder.dispatches(), 2 * layers);
+    assert_eq!(recorder.dispatches(), 3 * layers);
     Box::new(recorder).submit().unwrap().wait().unwrap();
 }
