@@ -256,6 +256,31 @@ fn quantize_writes_the_codes(device: &Device) {
     assert!(differ as f64 <= 1e-5 * elements as f64, "{differ} of {elements} codes differ");
 }
 
+fn codes_are_the_cpus(device: &Device) {
+    let (tokens, kv_heads, d) = (2048, 4, 128);
+    let cpu = Device::cpu();
+    let (mut elements, mut differ) = (0usize, 0usize);
+    for codec in [Codec::tq(4), Codec::tq(8), Codec::seed(6)] {
+        let row = RowFormat::new(codec, d).unwrap();
+        let x = Rng(9).normals(tokens * kv_heads * d);
+        let bytes = [device, &cpu].map(|device| {
+            let pool = PagePool::new(device, row, kv_heads, tokens, 1).unwrap();
+            let batch = Batch::contiguous(device, tokens, 0, tokens, tokens).unwrap();
+            let x = device.upload(&x, &[tokens, kv_heads, d]).unwrap();
+            run(device, |e| quantize(e, &[(&x, &pool)], &batch));
+            pool.codes().read::<u8>().unwrap()
+        });
+        for (a, b) in bytes[0].chunks(row.row_bytes()).zip(bytes[1].chunks(row.row_bytes())) {
+            elements += d;
+            if a != b {
+                differ += (0..d).filter(|&i| row.get_code(a, i) != row.get_code(b, i)).count();
+            }
+        }
+    }
+    println!("{differ} of {elements} codes differ from the CPU's");
+    assert!((differ as f64) < 1e-6 * elements as f64, "{differ} of {elements} codes differ");
+}
+
 fn vectors_that_are_not_finite_decode_to_nan(device: &Device) {
     for codec in [Codec::tq(3), Codec::tq(8), Codec::seed(4), Codec::seed(5)] {
         for d in [64, 512] {
@@ -722,7 +747,7 @@ fn nothing_is_no_error(device: &Device) {
 macro_rules! suite {
     ($($device:ident),*) => { $(
         mod $device {
-            suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes,
+            suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
                 vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_is_close_to_float64,
                 merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
                 nothing_is_no_error);
@@ -737,3 +762,17 @@ macro_rules! suite {
 }
 
 suite!(cpu, wgpu, cuda);
+
+/// The kernels that use subgroups, on a device that has none.
+#[cfg(feature = "wgpu")]
+#[test]
+fn wgpu_without_subgroups() {
+    on("wgpu", |_| {
+        let (device, queue) = engine();
+        // SAFETY: the queue is the device's, which nothing else uses.
+        let device = unsafe { Device::from_wgpu(device, queue) }.unwrap();
+        merged_parts_equal_the_whole(&device);
+        a_batch_equals_its_sequences(&device);
+        a_truncated_cache_forgets(&device);
+    });
+}

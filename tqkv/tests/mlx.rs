@@ -634,10 +634,12 @@ fn encoders_are_used_once(device: &Device) {
     let other = MlxDevice::from(Device::cpu_with_threads(1).unwrap());
     let mut e = device.command_encoder().unwrap();
     let wrong = dispatch_fwht_sign_undo_f32(&mut e, &mut r, &other, &data, 1, 256);
-    assert!(invalid(wrong).contains("device is on cpu"));
+    let said = invalid(wrong);
+    assert!(said.contains("device is on") && said.contains("cpu"), "{said}");
     let far = poisoned(&other, DType::F32, 256);
     let wrong = dispatch_fwht_sign_undo_f32(&mut e, &mut r, &device, &far, 1, 256);
-    assert!(invalid(wrong).contains("x is on cpu"));
+    let said = invalid(wrong);
+    assert!(said.contains("x is on") && said.contains("cpu"), "{said}");
 }
 
 fn buffers(device: &Device) {

@@ -22,26 +22,6 @@ fn on_wgpu(body: impl FnOnce(&Device)) {
     on("wgpu", body);
 }
 
-fn ready<T>(future: impl Future<Output = T>) -> T {
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    let mut future = std::pin::pin!(future);
-    loop {
-        if let std::task::Poll::Ready(value) = future.as_mut().poll(&mut context) {
-            return value;
-        }
-    }
-}
-
-/// A wgpu device as an engine would have it.
-fn engine() -> (wgpu::Device, wgpu::Queue) {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.flags = wgpu::InstanceFlags::empty();
-    let adapters = ready(wgpu::Instance::new(descriptor).enumerate_adapters(wgpu::Backends::PRIMARY));
-    let adapter = adapters.first().expect("an adapter, as tqkv has found one");
-    let descriptor = wgpu::DeviceDescriptor { required_limits: adapter.limits(), ..Default::default() };
-    ready(adapter.request_device(&descriptor)).expect("a device")
-}
-
 #[test]
 fn own_kernels_run_between_operations() {
     on_wgpu(|device| {

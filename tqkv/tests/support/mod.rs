@@ -11,6 +11,7 @@ use tqkv::{Buffer, CommandEncoder, DType, Device};
 ///
 /// `TQKV_REQUIRE=wgpu,cuda` names devices that must be there: then a missing one fails the test.
 pub fn device(name: &str) -> Option<Device> {
+    watch_wgpu();
     match Device::open(name) {
         Ok(device) => Some(device),
         Err(e) => {
@@ -28,11 +29,59 @@ pub fn device(name: &str) -> Option<Device> {
     }
 }
 
-/// Runs a test body on a device of this name, if there is one.
+/// Runs a test body on a device of this name, if there is one. wgpu and naga must have nothing to complain about.
 pub fn on(name: &str, body: impl FnOnce(&Device)) {
     if let Some(device) = device(name) {
         body(&device);
+        let complaints = COMPLAINTS.lock().unwrap();
+        assert!(name != "wgpu" || complaints.is_empty(), "logged at warn or error: {complaints:#?}");
     }
+}
+
+/// What wgpu and naga have logged as warnings or errors in this process.
+static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Collects complaints from here on.
+fn watch_wgpu() {
+    struct Watch;
+    impl log::Log for Watch {
+        fn enabled(&self, metadata: &log::Metadata) -> bool {
+            metadata.level() <= log::Level::Warn
+                && ["wgpu", "naga"].iter().any(|name| metadata.target().starts_with(name))
+        }
+        fn log(&self, record: &log::Record) {
+            if self.enabled(record.metadata()) {
+                COMPLAINTS.lock().unwrap().push(format!("{} {}: {}", record.level(), record.target(), record.args()));
+            }
+        }
+        fn flush(&self) {}
+    }
+    if log::set_logger(&Watch).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+}
+
+#[cfg(feature = "wgpu")]
+fn ready<T>(future: impl Future<Output = T>) -> T {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let std::task::Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+    }
+}
+
+/// A wgpu device as an engine would have it: without optional features, subgroups among them.
+#[cfg(feature = "wgpu")]
+pub fn engine() -> (tqkv::wgpu::Device, tqkv::wgpu::Queue) {
+    use tqkv::wgpu;
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    let adapters = ready(wgpu::Instance::new(descriptor).enumerate_adapters(wgpu::Backends::PRIMARY));
+    let adapter = adapters.first().expect("an adapter, as tqkv has found one");
+    let descriptor = wgpu::DeviceDescriptor { required_limits: adapter.limits(), ..Default::default() };
+    ready(adapter.request_device(&descriptor)).expect("a device")
 }
 
 /// Records, submits, waits.

@@ -94,6 +94,7 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
             && std::env::var_os("TQKV_WGPU_NO_SUBGROUPS").is_none(),
         busy: if software { 16 } else { 1024 },
         query_rows: if software { 4 } else { 16 },
+        held: if software { 8192 } else { 1024 },
     };
     let context = Context::new(device, queue, info, caps);
     let threads = super::wgsl::THREADS as u32;

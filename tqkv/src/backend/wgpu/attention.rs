@@ -1,14 +1,14 @@
 //! Attention over compressed rows: a pass that is split over the context, and one that joins the splits.
 //!
 //! A workgroup takes the query heads of one KV head (for several queries, some of them) and a run of positions. For each
-//! tile of positions: one thread a position decodes the key and scores it against all its queries; a softmax step with a
-//! running maximum; then each thread decodes its elements of the values. So each row is decoded once for all queries.
+//! tile of positions: a thread decodes the keys of some positions and scores them against all its queries; a softmax step
+//! with a running maximum; then each thread decodes its elements of the values. So each row is decoded once for all queries.
 //!
 //! Scores are sums of two floats (Knuth's two-sum): in the hundreds, one f32 steps by 3e-5, and what is subtracted before
 //! exp must be finer.
 
 use super::recorder::{self, WgpuRecorder, pool_slots};
-use super::wgsl::{self, Builder, Layout, Rows, Source, THREADS, Tensor, line};
+use super::wgsl::{self, Builder, Rows, Source, THREADS, Tensor, Transform, line};
 use super::{Caps, Slot};
 use crate::backend::Attention;
 use crate::error::Result;
@@ -25,6 +25,8 @@ pub(super) struct Spec {
     pub heads: usize,
     /// Queries of a workgroup.
     pub queries: usize,
+    /// Positions of a thread and tile: each query that is read from the workgroup's memory serves them all.
+    pub positions: usize,
     pub causal: bool,
     pub window: bool,
     pub softcap: bool,
@@ -39,11 +41,35 @@ pub(super) struct JoinSpec {
     pub lse: bool,
 }
 
-/// Positions of a tile: one a thread.
-const TILE: usize = THREADS;
+impl Spec {
+    fn rows(&self) -> usize {
+        self.heads * self.queries
+    }
+
+    /// Positions of a tile.
+    fn tile(&self) -> usize {
+        self.positions * THREADS
+    }
+
+    /// Elements of a value that a thread sums up, for all rows.
+    fn chunk(&self, caps: &Caps) -> usize {
+        let most = match 2 * caps.query_rows / self.rows() {
+            16.. => 16,
+            8.. => 8,
+            _ => 4,
+        };
+        // Every element needs a thread.
+        most.max(self.key.format().head_dim().div_ceil(THREADS).next_power_of_two())
+    }
+}
+
+/// The most positions of a thread: two are faster than one and than four on an H200, where registers get short.
+pub(super) fn most_positions(rows: usize, caps: &Caps) -> usize {
+    (caps.query_rows / rows).clamp(1, 2)
+}
 
 /// The most floats of queries that a workgroup holds, so that everything fits 32 KiB.
-pub(super) const QUERY_FLOATS: usize = 3072;
+pub(super) const QUERY_FLOATS: usize = 2048;
 const FIELDS: [&str; 19] = [
     "q_off",
     "k_codes_off",
@@ -76,11 +102,9 @@ const TASK: usize = 8;
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let (key, value) = (spec.key.format(), spec.value.format());
     let d = key.head_dim();
-    let (vectors, rows) = (d / 4, spec.heads * spec.queries);
-    let row_vectors = rows.div_ceil(4);
+    let (vectors, rows, tile) = (d / 4, spec.rows(), spec.tile());
     let value_scales = value.scales_per_row().max(1);
-    // Elements of a value that a thread sums up, for all rows.
-    let chunk = if rows <= 8 { 8 } else { 4 };
+    let chunk = spec.chunk(caps);
     let chunks = d / chunk;
     let lanes = THREADS / chunks;
 
@@ -110,14 +134,21 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     spec.key.fetch(&mut b, "k", key_fetch);
     let value_fetch = spec.value.fetch_size(chunk);
     spec.value.fetch(&mut b, "v", value_fetch);
-    Layout::Plain.declare(&mut b, rows * vectors);
+    // The memory that rotates queries then holds weights and in the end adds up the threads' sums, some lanes at a time.
+    let transform = Transform::new(&key, caps);
+    let lanes_at_once = (caps.held / (d + chunks)).clamp(1, lanes);
+    let transform = transform.with_rows(if spec.rotate { rows } else { 0 });
+    transform.declare(&mut b, (tile * value_scales * rows).max(lanes_at_once * (d + chunks)));
     if spec.rotate {
         wgsl::flip(&mut b);
-        wgsl::transform(&mut b, &key);
     }
-    line!(b, "var<workgroup> row_of: array<u32, {TILE}>;");
-    line!(b, "var<workgroup> weights: array<vec4<f32>, {}>;", TILE * value_scales * row_vectors);
+    line!(b, "var<workgroup> query: array<vec4<f32>, {}>;", rows * vectors);
+    line!(b, "var<workgroup> row_of: array<u32, {tile}>;");
     reducer(&mut b, caps, rows);
+    b.push("fn query_load(token0: u32, queries: u32, kv_head: u32, head0: u32, r: u32, e: u32) -> Eight {");
+    line!(b, "  let j = r / {0}u;\n  let h = head0 + r % {0}u;", spec.heads);
+    b.push("  if (j >= queries || h >= a.group) { return Eight(vec4(0.0), vec4(0.0)); }");
+    line!(b, "  return q_load(((token0 + j) * a.heads + kv_head * a.group + h) * {d}u + e);\n}}");
     b.push("const NONE = -3e38;");
     if spec.softcap {
         b.push(include_str!("capped.wgsl"));
@@ -134,21 +165,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     b.push("  let from_pos = start + split * a.per_split;\n  let to_pos = min(stop, from_pos + a.per_split);");
     line!(b, "  {}\n  {}", spec.key.fill("k"), spec.value.fill("v"));
-
-    // Queries, rotated and scaled.
-    let eights = d / 8;
-    line!(b, "  for (var u = tid; u < {}u; u += WG) {{\n    let r = u / {eights}u;", rows * eights);
-    line!(b, "    let j = r / {0}u;\n    let h = head0 + r % {0}u;", spec.heads);
-    b.push("    var v = Eight(vec4(0.0), vec4(0.0));\n    if (j < queries && h < a.group) {");
-    line!(b, "      let i = (token0 + j) * a.heads + kv_head * a.group + h;");
-    line!(b, "      v = q_load(i * {d}u + 8u * (u % {eights}u));");
-    if spec.rotate {
-        line!(b, "      v = flip(8u * (u % {eights}u), v);");
-    }
-    b.push("    }\n    buf[2u * u] = v.a;\n    buf[2u * u + 1u] = v.b;\n  }");
-    b.push(&if spec.rotate { format!("  transform({rows}u, tid);") } else { "  workgroupBarrier();".to_owned() });
-    line!(b, "  for (var u = tid; u < {}u; u += WG) {{ buf[u] = buf[u] * bitcast<f32>(a.scale); }}", rows * vectors);
-    b.push("  workgroupBarrier();");
+    queries(&mut b, spec, &transform);
 
     // What each query sees.
     for j in 0..spec.queries {
@@ -167,11 +184,10 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         }
     }
     line!(b, "  let c = tid % {chunks}u;\n  let lane_v = tid / {chunks}u;");
-    line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {TILE}u) {{");
-    b.push("    let pos = tile + tid;");
-    scores(&mut b, spec, key_fetch, rows);
-    softmax(&mut b, spec, rows, chunk, value_scales, row_vectors);
-    values(&mut b, spec, rows, chunk, value_fetch, lanes, row_vectors, value_scales);
+    line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {tile}u) {{");
+    scores(&mut b, spec, key_fetch);
+    softmax(&mut b, spec, chunk, value_scales);
+    values(&mut b, spec, chunk, value_fetch, lanes);
     b.push("  }");
 
     // The threads' sums into one.
@@ -182,19 +198,26 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     for r in 0..rows {
         line!(b, "  l{r} = taken({r}u, true);");
     }
-    line!(b, "  for (var k = 0u; k < {lanes}u; k++) {{\n    if (lane_v == k) {{");
+    let stride = d + chunks;
     for r in 0..rows {
-        for x in 0..chunk / 4 {
-            let at = format!("buf[{}u + c * {}u + {x}u]", r * vectors, chunk / 4);
-            line!(b, "      {at} = select({at}, vec4(0.0), k == 0u) + o{r}_{x};");
+        line!(b, "  for (var low = 0u; low < {lanes}u; low += {lanes_at_once}u) {{");
+        line!(b, "    let high = min({lanes}u, low + {lanes_at_once}u);\n    if (lane_v >= low && lane_v < high) {{");
+        for e in 0..chunk {
+            let component = ["x", "y", "z", "w"][e % 4];
+            let at = format!("(lane_v - low) * {stride}u + {}u + c", e * chunks);
+            line!(b, "      buf[{at}] = bitcast<u32>(o{r}_{}.{component});", e / 4);
         }
+        line!(b, "    }}\n    workgroupBarrier();\n    for (var x = tid; x < {d}u; x += WG) {{");
+        line!(b, "      let e = {}u + (x % {chunks}u) * {chunk}u + x / {chunks}u;", r * d);
+        b.push("      var sum = select(query[e >> 2u][e & 3u], 0.0, low == 0u);");
+        line!(b, "      for (var k = low; k < high; k++) {{ sum += bitcast<f32>(buf[(k - low) * {stride}u + x]); }}");
+        b.push("      query[e >> 2u][e & 3u] = sum;\n    }\n    workgroupBarrier();\n  }");
     }
-    b.push("    }\n    workgroupBarrier();\n  }");
     line!(b, "  for (var u = tid; u < {}u; u += WG) {{\n    let r = u / {vectors}u;", rows * vectors);
     line!(b, "    let j = r / {0}u;\n    let h = head0 + r % {0}u;", spec.heads);
     b.push("    if (j < queries && h < a.group) {");
     b.push("      let row = (token0 - a.token_base + j) * a.heads + kv_head * a.group + h;");
-    line!(b, "      parts[(row * a.splits + split) * {vectors}u + u % {vectors}u] = buf[u];\n    }}\n  }}");
+    line!(b, "      parts[(row * a.splits + split) * {vectors}u + u % {vectors}u] = query[u];\n    }}\n  }}");
     for r in 0..rows {
         let (j, h) = (r / spec.heads, r % spec.heads);
         line!(b, "  if (tid == {r}u && {j}u < queries && head0 + {h}u < a.group) {{");
@@ -206,6 +229,29 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     b.push("}");
     b.finish()
+}
+
+/// The workgroup's rows of queries into `query`, rotated and scaled.
+fn queries(b: &mut Builder, spec: &Spec, transform: &Transform) {
+    let d = spec.key.format().head_dim();
+    let rows = spec.rows();
+    let load = |r: &str, e: &str| format!("query_load(token0, queries, kv_head, head0, {r}, {e})");
+    if !spec.rotate {
+        line!(b, "  for (var e = 8u * tid; e < {}u; e += 8u * WG) {{", rows * d);
+        line!(b, "    let v = {};", load(&format!("e / {d}u"), &format!("e % {d}u")));
+        b.push("    query[e >> 2u] = v.a * bitcast<f32>(a.scale);");
+        b.push("    query[(e >> 2u) + 1u] = v.b * bitcast<f32>(a.scale);\n  }\n  workgroupBarrier();");
+        return;
+    }
+    let columns = transform.columns;
+    b.push("  {");
+    transform.columns(b, &format!("{rows}u"), |r, e| format!("flip8({e}, {})", load(r, e)));
+    line!(b, "  if (i < {rows}u) {{");
+    for k in 0..transform.per {
+        let at = format!("query[i * {}u + {}u + (c >> 2u)][c & 3u]", d / 4, k * columns / 4);
+        line!(b, "    {at} = y{k} * bitcast<f32>(a.scale);");
+    }
+    b.push("  }\n  }\n  workgroupBarrier();");
 }
 
 /// As [`Builder::main`], with the subgroup's numbers where they are used.
@@ -245,17 +291,17 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
              \x20   y = select(max(y, x), y + x, sum);\n  }}\n  return y;\n}}"
         );
     } else {
-        line!(b, "var<workgroup> offered: array<f32, {}>;", rows * TILE);
+        line!(b, "var<workgroup> offered: array<f32, {}>;", rows * THREADS);
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * 8);
         line!(
             b,
-            "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{ offered[r * {TILE}u + tid] = x; }}\n\
+            "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{ offered[r * {THREADS}u + tid] = x; }}\n\
              fn settle(tid: u32, sum: bool) {{\n\
              \x20 workgroupBarrier();\n\
              \x20 for (var u = tid; u < {}u; u += WG) {{\n\
-             \x20   let base = (u >> 3u) * {TILE}u + (u & 7u);\n\
+             \x20   let base = (u >> 3u) * {THREADS}u + (u & 7u);\n\
              \x20   var y = offered[base];\n\
-             \x20   for (var k = 8u; k < {TILE}u; k += 8u) {{\n\
+             \x20   for (var k = 8u; k < {THREADS}u; k += 8u) {{\n\
              \x20     let x = offered[base + k];\n\
              \x20     y = select(max(y, x), y + x, sum);\n    }}\n\
              \x20   reduced[u] = y;\n  }}\n  workgroupBarrier();\n}}\n\
@@ -269,60 +315,97 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
     }
 }
 
-/// `h{r}` + `e{r}`: the score of row r at the thread's position.
-fn scores(b: &mut Builder, spec: &Spec, fetch: usize, rows: usize) {
+/// `h{r}_{p}` + `e{r}_{p}`: the score of row r at the thread's position p.
+fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     let row = spec.key.format();
-    let d = row.head_dim();
+    let (d, rows, positions) = (row.head_dim(), spec.rows(), spec.positions);
     // Elements between two exact additions.
-    let group = if d.is_multiple_of(32) { 32 } else { 16 };
-    let (groups, fetches) = (d / group, group / fetch);
-    b.push("    let slot = min(pos, to_pos - 1u) % a.slots;");
-    b.push("    let page = table[a.table_off + table_base + slot / a.page_size];");
-    b.push("    let row = (page * a.kv_heads + kv_head) * a.page_size + slot % a.page_size;");
-    for r in 0..rows {
-        line!(b, "    var h{r} = 0.0;\n    var e{r} = 0.0;");
-    }
+    let group = if d.is_multiple_of(64) { 64 } else { if d.is_multiple_of(32) { 32 } else { 16 } };
+    // Fetches that are loaded together: 32 bytes a position at most, so that memory's sectors are used whole.
+    let together = (group / fetch).min(2);
     let several = row.scales_per_row() > 1;
-    if !several && row.is_rotated() {
-        b.push("    let f = k_factor(row, 0u);");
-    }
-    line!(b, "    for (var g = 0u; g < {groups}u; g++) {{");
-    for i in 0..fetches {
-        line!(b, "      let w{i} = k_fetch(row, g * {fetches}u + {i}u);");
-    }
-    if several {
-        line!(b, "      let f = k_factor(row, {});", spec.key.scale_of("g", group));
-    }
-    for j in 0..group / 4 {
-        let per_fetch = fetch / 4;
-        let value = spec.key.value("k", &format!("w{}", j / per_fetch), j % per_fetch);
-        line!(b, "      let x{j} = {value};");
-    }
-    for r in 0..rows {
-        line!(b, "      {{\n        let at = {}u + g * {}u;\n        var t = x0 * buf[at];", r * d / 4, group / 4);
-        for j in 1..group / 4 {
-            line!(b, "        t = fma(x{j}, buf[at + {j}u], t);");
+    for p in 0..positions {
+        line!(
+            b,
+            "    let pos_{p} = tile + {}u + tid;\n    let slot_{p} = min(pos_{p}, to_pos - 1u) % a.slots;",
+            p * THREADS
+        );
+        line!(b, "    let page_{p} = table[a.table_off + table_base + slot_{p} / a.page_size];");
+        line!(b, "    let row_{p} = (page_{p} * a.kv_heads + kv_head) * a.page_size + slot_{p} % a.page_size;");
+        for r in 0..rows {
+            line!(b, "    var h{r}_{p} = 0.0;\n    var e{r}_{p} = 0.0;");
         }
-        let factor = if row.is_rotated() { " * f" } else { "" };
-        line!(b, "        let s = ((t.x + t.y) + (t.z + t.w)){factor};");
-        line!(b, "        let y = keep(h{r} + s);\n        let z = keep(y - h{r});");
-        line!(b, "        e{r} += (h{r} - (y - z)) + (s - z);\n        h{r} = y;\n      }}");
+        if !several && row.is_rotated() {
+            line!(b, "    let f_{p} = k_factor(row_{p}, 0u);");
+        }
+    }
+    line!(b, "    for (var g = 0u; g < {}u; g++) {{", d / group);
+    for p in 0..positions {
+        if several {
+            line!(b, "      let f_{p} = k_factor(row_{p}, {});", spec.key.scale_of("g", group));
+        }
+        for r in 0..rows {
+            line!(b, "      var t{r}_{p} = 0.0;");
+        }
+    }
+    let runs = group / fetch / together;
+    line!(b, "      for (var run = g * {runs}u; run < (g + 1u) * {runs}u; run++) {{");
+    for (p, i) in (0..positions).flat_map(|p| (0..together).map(move |i| (p, i))) {
+        line!(b, "        var w{i}_{p} = k_fetch(row_{p}, run * {together}u + {i}u);");
+    }
+    line!(
+        b,
+        "        for (var i = 0u; i < {together}u; i++) {{\n          let at = (run * {together}u + i) * {}u;",
+        fetch / 4
+    );
+    for j in 0..fetch / 4 {
+        b.push("          {");
+        for p in 0..positions {
+            line!(b, "            let x{p} = {};", spec.key.value("k", &format!("w0_{p}"), j));
+        }
+        for r in 0..rows {
+            line!(b, "            let q{r} = query[at + {}u];", r * d / 4 + j);
+            for p in 0..positions {
+                let product = |sum: String, c: &str| format!("fma(x{p}.{c}, q{r}.{c}, {sum})");
+                let sum = ["x", "y", "z", "w"].iter().fold(format!("t{r}_{p}"), |sum, c| product(sum, c));
+                line!(b, "            t{r}_{p} = {sum};");
+            }
+        }
+        b.push("          }");
+    }
+    for p in (0..positions).filter(|_| together > 1) {
+        line!(b, "          w0_{p} = w1_{p};");
+    }
+    b.push("        }\n      }");
+    for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
+        let (h, e, factor) = (
+            format!("h{r}_{p}"),
+            format!("e{r}_{p}"),
+            if row.is_rotated() { format!(" * f_{p}") } else { String::new() },
+        );
+        line!(
+            b,
+            "      {{\n        let s = t{r}_{p}{factor};\n        let y = keep({h} + s);\n        let z = keep(y - {h});"
+        );
+        line!(b, "        {e} += ({h} - (y - z)) + (s - z);\n        {h} = y;\n      }}");
     }
     b.push("    }");
-    for r in 0..rows {
+    for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         let j = r / spec.heads;
         if spec.softcap {
-            line!(b, "    h{r} = capped(h{r} + e{r});\n    e{r} = 0.0;");
+            line!(b, "    h{r}_{p} = capped(h{r}_{p} + e{r}_{p});\n    e{r}_{p} = 0.0;");
         }
-        line!(b, "    let ok{r} = pos < to_pos && pos >= low{j} && pos < high{j};");
+        line!(b, "    let ok{r}_{p} = pos_{p} < to_pos && pos_{p} >= low{j} && pos_{p} < high{j};");
     }
 }
 
-/// The running maximum, and the weight of the thread's position for every row: zero where it is not seen. The factor of
+/// The running maximum, and the weight of the thread's positions for every row: zero where one is not seen. The factor of
 /// the value is in the weight, so that what an unseen row holds, NaN too, is never added.
-fn softmax(b: &mut Builder, spec: &Spec, rows: usize, chunk: usize, scales: usize, row_vectors: usize) {
+fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize) {
+    let (rows, positions) = (spec.rows(), spec.positions);
     for r in 0..rows {
-        line!(b, "    offer({r}u, select(NONE, h{r}, ok{r}), tid, false);");
+        let largest = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
+        line!(b, "    offer({r}u, {}, tid, false);", (0..positions).fold("NONE".to_owned(), largest));
     }
     b.push("    settle(tid, false);");
     for r in 0..rows {
@@ -330,46 +413,44 @@ fn softmax(b: &mut Builder, spec: &Spec, rows: usize, chunk: usize, scales: usiz
             b,
             "    let n{r} = max(m{r}, taken({r}u, false));\n    let shrink{r} = exp(m{r} - n{r});\n    m{r} = n{r};"
         );
-        line!(b, "    let p{r} = select(0.0, exp((h{r} - m{r}) + e{r}), ok{r});\n    l{r} = l{r} * shrink{r} + p{r};");
+        line!(b, "    l{r} *= shrink{r};");
+        for p in 0..positions {
+            line!(
+                b,
+                "    let p{r}_{p} = select(0.0, exp((h{r}_{p} - m{r}) + e{r}_{p}), ok{r}_{p});\n    l{r} += p{r}_{p};"
+            );
+        }
         for x in 0..chunk / 4 {
             line!(b, "    o{r}_{x} *= shrink{r};");
         }
     }
-    b.push("    row_of[tid] = row;");
     let rotated = spec.value.format().is_rotated();
-    for s in 0..scales {
-        if rotated {
-            line!(b, "    let vf{s} = v_factor(row, {s}u);");
-        }
-        for x in 0..row_vectors {
-            let weight = |i: usize| match 4 * x + i {
-                r if r < rows && rotated => format!("select(0.0, p{r} * vf{s}, ok{r})"),
-                r if r < rows => format!("p{r}"),
-                _ => "0.0".to_owned(),
-            };
-            let vector = format!("vec4<f32>({}, {}, {}, {})", weight(0), weight(1), weight(2), weight(3));
-            line!(b, "    weights[(tid * {scales}u + {s}u) * {row_vectors}u + {x}u] = {vector};");
+    for p in 0..positions {
+        let i = format!("{}u + tid", p * THREADS);
+        line!(b, "    row_of[{i}] = row_{p};");
+        for s in 0..scales {
+            if rotated {
+                line!(b, "    let vf{s}_{p} = v_factor(row_{p}, {s}u);");
+            }
+            for r in 0..rows {
+                let weight = match rotated {
+                    true => format!("select(0.0, p{r}_{p} * vf{s}_{p}, ok{r}_{p})"),
+                    false => format!("p{r}_{p}"),
+                };
+                line!(b, "    buf[{}u + {i}] = bitcast<u32>({weight});", (s * rows + r) * spec.tile());
+            }
         }
     }
     b.push("    workgroupBarrier();");
 }
 
 /// Adds the tile's weighted values to `o{r}_{x}`.
-#[allow(clippy::too_many_arguments)] // Each is a size of its own.
-fn values(
-    b: &mut Builder,
-    spec: &Spec,
-    rows: usize,
-    chunk: usize,
-    fetch: usize,
-    lanes: usize,
-    row_vectors: usize,
-    scales: usize,
-) {
+fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize) {
+    let (rows, tile) = (spec.rows(), spec.tile());
     // Loads of several positions before any is used keep more of them in flight.
-    let unroll = if TILE.is_multiple_of(4 * lanes) { 4 } else { 1 };
+    let unroll = if tile.is_multiple_of(4 * lanes) { 4 } else { 1 };
     let fetches = chunk / fetch;
-    let count = if unroll > 1 { format!("{TILE}u") } else { format!("min({TILE}u, to_pos - tile)") };
+    let count = if unroll > 1 { format!("{tile}u") } else { format!("min({tile}u, to_pos - tile)") };
     line!(b, "    if (lane_v < {lanes}u) {{\n      let count = {count};");
     line!(b, "      for (var i = lane_v; i < count; i += {}u) {{", unroll * lanes);
     for k in 0..unroll {
@@ -385,12 +466,12 @@ fn values(
             line!(b, "          let x{x} = {value};");
         }
         let scale = spec.value.scale_of("c", chunk);
-        line!(b, "          let at = ((i + {}u) * {scales}u + {scale}) * {row_vectors}u;", k * lanes);
-        for v in 0..row_vectors {
-            line!(b, "          let p{v} = weights[at + {v}u];");
+        for r in 0..rows {
+            let at = format!("({scale} * {rows}u + {r}u) * {tile}u + i + {}u", k * lanes);
+            line!(b, "          let p{r} = bitcast<f32>(buf[{at}]);");
         }
         for r in 0..rows {
-            let p = format!("p{}.{}", r / 4, ["x", "y", "z", "w"][r % 4]);
+            let p = format!("p{r}");
             for x in 0..chunk / 4 {
                 let sum = format!("fma(vec4({p}), x{x}, o{r}_{x})");
                 match spec.value.format().is_rotated() {
@@ -424,10 +505,13 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     let fields = ["splits", "out_off", "sinks_off", "lse_off", "heads", "row_base", "neg_inf"];
     b.params(&fields, if spec.restore { &[("signs", "u32", 8)] } else { &[] });
     spec.out.store(&mut b, "out");
-    Layout::Plain.declare(&mut b, (lanes * vectors).max(vectors));
+    line!(b, "var<workgroup> lane_sums: array<vec4<f32>, {}>;", lanes * vectors);
+    b.push("fn total(c: u32) -> vec4<f32> {\n  var sum = lane_sums[c];");
+    line!(b, "  for (var k = 1u; k < {lanes}u; k++) {{ sum += lane_sums[k * {vectors}u + c]; }}\n  return sum;\n}}");
+    let transform = Transform::new(&row, caps).with_rows(1);
     if spec.restore {
         wgsl::flip(&mut b);
-        wgsl::transform(&mut b, &row);
+        transform.declare(&mut b, 0);
     }
     b.push("const NONE = -3e38;");
     line!(b, "var<workgroup> weight_of: array<f32, {MOST_SPLITS}>;");
@@ -462,17 +546,18 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
         line!(b, "        if (w{k} != 0.0) {{ sum += w{k} * o{k}; }}");
     }
     b.push("      }");
-    line!(b, "      buf[lane * {vectors}u + c] = sum;\n    }}\n  }}\n  workgroupBarrier();");
+    line!(b, "      lane_sums[lane * {vectors}u + c] = sum;\n    }}\n  }}\n  workgroupBarrier();");
     b.push("  let none = l == 0.0;\n  let scale = 1.0 / select(l, 1.0, none);");
-    line!(b, "  for (var c = tid; c < {vectors}u; c += WG) {{\n    var sum = buf[c];");
-    line!(b, "    for (var k = 1u; k < {lanes}u; k++) {{ sum += buf[k * {vectors}u + c]; }}");
-    b.push("    buf[c] = sum * scale;\n  }");
-    b.push(if spec.restore { "  transform(1u, tid);" } else { "  workgroupBarrier();" });
-    line!(b, "  for (var u = tid; u < {}u; u += WG) {{\n    var v = Eight(buf[2u * u], buf[2u * u + 1u]);", d / 8);
+    let eight = |e: &str| format!("times8(Eight(total({e} >> 2u), total(({e} >> 2u) + 1u)), scale)");
+    let to = format!("(a.row_base + wg) * {d}u + e");
     if spec.restore {
-        b.push("    v = flip(8u * u, v);");
+        let unit = spec.out.unit();
+        transform.columns(&mut b, "1u", |_, e| eight(e));
+        transform.rows(&mut b, "1u", unit, &format!("out_store({to}, flip{unit}(e, v));"));
+    } else {
+        line!(b, "  for (var e = 8u * tid; e < {d}u; e += 8u * WG) {{\n    let v = {};", eight("e"));
+        line!(b, "    {}\n  }}", spec.out.store_eight("out", &to, "v"));
     }
-    line!(b, "    out_store((a.row_base + wg) * {d}u + 8u * u, v);\n  }}");
     if spec.lse {
         b.push("  if (tid == 0u) {");
         b.push("    let value = select(m + log(select(l, 1.0, none)), bitcast<f32>(a.neg_inf), none);");
@@ -505,6 +590,13 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     let heads_at_once = group.div_ceil(parts);
     let longest = spans.iter().map(|s| s.new as usize).max().unwrap_or(1);
     let queries = (most / heads_at_once).clamp(1, longest.max(1));
+    let tasks = tasks(op, queries);
+    let longest = tasks.iter().map(|t| t.seen).max().unwrap_or(0);
+    // Fewer positions a thread where the device would not be busy.
+    let mut positions = most_positions(heads_at_once * queries, &context.caps);
+    while positions > 1 && tasks.len() * kv_heads * parts * (longest / (positions * THREADS)) < context.caps.busy / 8 {
+        positions /= 2;
+    }
     let original = op.params.domain == Domain::Original;
     let spec = Spec {
         key,
@@ -513,6 +605,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         rotate: original && op.key.row().is_rotated(),
         heads: heads_at_once,
         queries,
+        positions,
         causal: op.params.causal,
         window: op.params.window.is_some(),
         softcap: op.params.softcap.is_some(),
@@ -524,10 +617,10 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         sinks: sinks.is_some(),
         lse: lse.is_some(),
     };
-    let tasks = tasks(op, queries);
     // A split's results take memory for every query, so that very many queries go in turns.
     let row_bytes = (d + 4) * 4;
     let room = context.limits.max_storage_buffer_binding_size.min(256 << 20) as usize / (row_bytes * heads);
+    let tile = spec.tile();
     let mut next = 0;
     while next < tasks.len() {
         let mut end = next;
@@ -539,7 +632,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         let turn = &tasks[next..end];
         next = end;
         let blocks = turn.len() * kv_heads * parts;
-        let tiles = turn.iter().map(|t| t.seen).max().unwrap_or(0).div_ceil(TILE).max(1);
+        let tiles = turn.iter().map(|t| t.seen).max().unwrap_or(0).div_ceil(tile).max(1);
         let splits = context.caps.busy.div_ceil(blocks).clamp(1, tiles.min(MOST_SPLITS)).min((room / tokens).max(1));
         let per_split = tiles.div_ceil(splits);
         let splits = tiles.div_ceil(per_split);
@@ -557,7 +650,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
             group as u32,
             parts as u32,
             splits as u32,
-            (per_split * TILE) as u32,
+            (per_split * tile) as u32,
             op.key.page_size() as u32,
             (op.batch.width() * op.key.page_size()) as u32,
             op.params.scale.to_bits(),

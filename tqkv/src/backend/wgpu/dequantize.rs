@@ -1,10 +1,9 @@
 //! The cache back into floats.
 
 use super::recorder::{self, WgpuRecorder, pool_slots};
-use super::wgsl::{self, Builder, Layout, Rows, Source, Tensor, line};
-use super::{Caps, Slot, rotate};
+use super::wgsl::{self, Builder, Rows, Source, Tensor, Transform, line};
+use super::{Caps, Slot};
 use crate::backend::Dequantize;
-use crate::compute::DType;
 use crate::error::Result;
 use crate::ops::{Domain, Positions, RowOrder};
 
@@ -21,9 +20,9 @@ pub(super) struct Spec {
 
 impl Spec {
     /// Rows that a workgroup decodes: more where they need not be held.
-    fn rows(&self) -> usize {
-        let d = self.pool.format().head_dim();
-        if self.restore { rotate::rows_at_once(d) } else { (64 * wgsl::THREADS / d).max(1) }
+    fn rows(&self, caps: &Caps) -> usize {
+        let row = self.pool.format();
+        if self.restore { Transform::new(&row, caps).rows } else { (64 * wgsl::THREADS / row.head_dim()).max(1) }
     }
 }
 
@@ -43,7 +42,7 @@ const FIELDS: [&str; 11] = [
 
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let row = spec.pool.format();
-    let (d, rows, scales) = (row.head_dim(), spec.rows(), row.scales_per_row());
+    let (d, rows, scales) = (row.head_dim(), spec.rows(caps), row.scales_per_row());
     let mut b = Builder::new(caps);
     spec.pool.bind(&mut b, "p");
     b.storage("table", "u32", false);
@@ -61,25 +60,21 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.params(&FIELDS, &tables);
     spec.pool.book(&mut b, "p");
     spec.pool.factor(&mut b, "p");
-    // A thread writes 16 bytes at a time.
-    let four = spec.out.dtype == DType::F32 && !spec.restore;
-    if four {
-        wgsl::store4(spec.out, &mut b, "out");
-    } else {
-        spec.out.store(&mut b, "out");
-    }
-    let n = spec.pool.fetch_size(if four { 4 } else { 8 });
+    spec.out.store(&mut b, "out");
+    let unit = if spec.restore { 8 } else { spec.out.unit() };
+    let n = spec.pool.fetch_size(unit);
     spec.pool.fetch(&mut b, "p", n);
+    decode(&mut b, spec, unit, n);
     line!(b, "var<workgroup> row_of: array<u32, {rows}>;");
     line!(b, "var<workgroup> factor_of: array<f32, {}>;", rows * scales.max(1));
+    let transform = Transform::new(&row, caps);
     if spec.restore {
-        Layout::Padded.declare(&mut b, rows * d / 4);
         wgsl::flip(&mut b);
-        wgsl::transform(&mut b, &row);
+        transform.declare(&mut b, 0);
     }
     b.main();
-    line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);\n  {}", spec.pool.fill("p"));
-    b.push("  for (var i = tid; i < n; i += WG) {\n    let r = first + i;");
+    line!(b, "  let first_row = wg * {rows}u;\n  let n = min({rows}u, a.rows - first_row);\n  {}", spec.pool.fill("p"));
+    b.push("  for (var i = tid; i < n; i += WG) {\n    let r = first_row + i;");
     b.push(match spec.head_major {
         true => "    let head = r / a.n;\n    let k = r % a.n;",
         false => "    let head = r % a.kv_heads;\n    let k = r / a.kv_heads;",
@@ -92,45 +87,35 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         line!(b, "    factor_of[i * {scales}u + {s}u] = p_factor(row, {s}u);");
     }
     b.push("  }\n  workgroupBarrier();");
-    if four {
-        let fours = d / 4;
-        line!(
-            b,
-            "  for (var u = tid; u < n * {fours}u; u += WG) {{\n    let i = u / {fours}u;\n    let c = u % {fours}u;"
-        );
-        line!(b, "    let w = p_fetch(row_of[i], c);\n    var v = {};", spec.pool.value("p", "w", 0));
-        if scales > 0 {
-            line!(b, "    v = v * factor_of[i * {scales}u + {}];", spec.pool.scale_of("c", 4));
-        }
-        line!(b, "    out_store4(first * {d}u + 4u * u, v);\n  }}\n}}");
+    let unit = spec.out.unit();
+    if spec.restore {
+        transform.columns(&mut b, "n", |i, e| format!("decoded({i}, {e})"));
+        let store = format!("out_store(first_row * {d}u + e, flip{unit}(e % {d}u, v));");
+        transform.rows(&mut b, "n", unit, &store);
+        b.push("}");
         return b.finish();
     }
-    let eights = d / 8;
-    line!(
-        b,
-        "  for (var u = tid; u < n * {eights}u; u += WG) {{\n    let i = u / {eights}u;\n    let c = u % {eights}u;"
-    );
-    if n == 8 {
-        b.push("    let w = p_fetch(row_of[i], c);");
-        line!(b, "    var v = Eight({}, {});", spec.pool.value("p", "w", 0), spec.pool.value("p", "w", 1));
-    } else {
-        b.push("    let w0 = p_fetch(row_of[i], 2u * c);\n    let w1 = p_fetch(row_of[i], 2u * c + 1u);");
-        line!(b, "    var v = Eight({}, {});", spec.pool.value("p", "w0", 0), spec.pool.value("p", "w1", 0));
-    }
-    if scales > 0 {
-        line!(b, "    let f = factor_of[i * {scales}u + {}];", spec.pool.scale_of("c", 8));
-        b.push("    v = Eight(v.a * f, v.b * f);");
-    }
-    if spec.restore {
-        b.push("    buf[at(2u * u)] = v.a;\n    buf[at(2u * u + 1u)] = v.b;\n  }\n  transform(n, tid);");
-        line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{");
-        line!(b, "    let v = flip(8u * (u % {eights}u), Eight(buf[at(2u * u)], buf[at(2u * u + 1u)]));");
-        line!(b, "    out_store(first * {d}u + 8u * u, v);");
-    } else {
-        line!(b, "    out_store(first * {d}u + 8u * u, v);");
-    }
-    b.push("  }\n}");
+    line!(b, "  for (var e = {unit}u * tid; e < n * {d}u; e += {unit}u * WG) {{");
+    line!(b, "    out_store(first_row * {d}u + e, decoded(e / {d}u, e % {d}u));\n  }}\n}}");
     b.finish()
+}
+
+/// `fn decoded(i, e)`: 4 or 8 (`unit`) elements from element e of the workgroup's row i on, by fetches of n.
+fn decode(b: &mut Builder, spec: &Spec, unit: usize, n: usize) {
+    let ty = if unit == 4 { "vec4<f32>" } else { "Eight" };
+    line!(b, "fn decoded(i: u32, e: u32) -> {ty} {{");
+    for k in 0..unit / n {
+        line!(b, "  let w{k} = p_fetch(row_of[i], e / {n}u + {k}u);");
+    }
+    let four = |j: usize| spec.pool.value("p", &format!("w{}", 4 * j / n), j % (n / 4));
+    let v = if unit == 4 { four(0) } else { format!("Eight({}, {})", four(0), four(1)) };
+    match spec.pool.format().scales_per_row() {
+        0 => line!(b, "  return {v};\n}}"),
+        scales => {
+            let scale = spec.pool.scale_of("e", 1);
+            line!(b, "  return times{unit}({v}, factor_of[i * {scales}u + {scale}]);\n}}");
+        }
+    }
 }
 
 pub(super) fn record(recorder: &mut WgpuRecorder, op: &Dequantize) -> Result<()> {
@@ -166,7 +151,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Dequantize) -> Result<()>
         slots.push(recorder.list("the list of positions", list)?);
     }
     slots.push(out);
-    let groups = (n * kv_heads).div_ceil(spec.rows());
+    let groups = (n * kv_heads).div_ceil(spec.rows(&context.caps));
     let (levels, signs) = (wgsl::levels(&row), wgsl::signs(&row));
     let mut tables: Vec<&[u32]> = vec![];
     if !levels.is_empty() {

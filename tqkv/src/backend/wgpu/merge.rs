@@ -37,7 +37,8 @@ pub(super) fn source(tensors: &[Tensor], lse: bool, caps: &Caps) -> Source {
         line!(b, "  let v{i} = part{i}_load(8u * u);\n  sum = Eight(sum.a + w{i} * v{i}.a, sum.b + w{i} * v{i}.b);");
     }
     b.push("  let none = total == 0.0;\n  let d = select(total, 1.0, none);");
-    b.push("  out_store(8u * u, Eight(sum.a / d, sum.b / d));");
+    b.push("  let v = Eight(sum.a / d, sum.b / d);");
+    line!(b, "  {}", out.store_eight("out", "8u * u", "v"));
     if lse {
         b.push(
             "  if (u % a.eights == 0u) { lse[a.lse_off + r] = select(most + log(d), bitcast<f32>(a.neg_inf), none); }",

@@ -35,6 +35,9 @@ pub(crate) struct Caps {
     busy: usize,
     /// The most query rows of a workgroup of attention. Few in software, where each makes kernels slower to compile.
     query_rows: usize,
+    /// Floats that a workgroup holds for exchange. Few, so that many workgroups run at once; many in software, where each
+    /// barrier makes kernels slower to compile.
+    held: usize,
 }
 
 pub(crate) struct Wgpu(Arc<Context>);

@@ -5,6 +5,9 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 fn keep(x: f32) -> f32 { return bitcast<f32>(bitcast<u32>(x) ^ a.zero); }
 fn keep4(x: vec4<f32>) -> vec4<f32> { return bitcast<vec4<f32>>(bitcast<vec4<u32>>(x) ^ vec4(a.zero)); }
 
+fn times4(v: vec4<f32>, f: f32) -> vec4<f32> { return v * f; }
+fn times8(v: Eight, f: f32) -> Eight { return Eight(v.a * f, v.b * f); }
+
 fn is_finite(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u; }
 
 // x·y - p exactly, for p = x·y rounded: Dekker's product (Numerische Mathematik 18, 1971) over halves of 12 bits.

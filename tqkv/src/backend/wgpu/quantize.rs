@@ -1,39 +1,38 @@
 //! Floats into the cache.
 
 use super::recorder::{self, WgpuRecorder, pool_slots};
-use super::wgsl::{self, Align, Builder, Layout, Rows, Source, Tensor, float, line};
-use super::{Caps, Slot, rotate};
+use super::wgsl::{self, Align, Builder, Rows, Source, Tensor, Transform, float, line};
+use super::{Caps, Slot};
+use crate::Buffer;
 use crate::backend::Quantize;
 use crate::error::Result;
-use crate::format::{RowFormat, Scaling, ZERO_NORM};
+use crate::format::{Packing, RowFormat, Scaling, ZERO_NORM};
 use crate::ops::PagePool;
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+/// One input and its pool, or two in one dispatch.
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Spec {
+    pub parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Part {
     pub pool: Rows,
     pub x: Tensor,
 }
 
-const FIELDS: [&str; 11] = [
-    "rows",
-    "x_off",
-    "p_codes_off",
-    "p_scales_off",
-    "table_off",
-    "spans_off",
-    "sequences",
-    "kv_heads",
-    "page_size",
-    "slots",
-    "width",
-];
+/// Parameters of the batch, then those of every part (`{}` is its number).
+const FIELDS: [&str; 10] =
+    ["rows", "table_off", "spans_off", "sequences", "kv_heads", "page_size", "slots", "width", "groups_each", "rounds"];
+const PART_FIELDS: [&str; 3] = ["x{}_off", "p{}_codes_off", "p{}_scales_off"];
 
 /// Equal cells over the boundaries, so narrow that each holds one at most: the cell of an element, and one comparison, give
 /// its code.
 pub(super) struct Grid {
-    /// An element's cell is the whole part of element · scale + shift.
+    /// An element's cell is the last cell · (element · scale + shift), rounded, where what is in brackets is between 0 and 1.
     scale: f32,
     shift: f32,
+    last: f32,
     /// By cell: how many boundaries lie in cells before it.
     cells: Vec<u32>,
 }
@@ -42,19 +41,22 @@ impl Grid {
     pub fn new(row: &RowFormat) -> Self {
         let bounds = row.codebook().map_or(&[][..], |book| &book.boundaries);
         let (Some(&low), Some(&high)) = (bounds.first(), bounds.last()) else {
-            return Grid { scale: 1.0, shift: 0.0, cells: vec![0; 4] };
+            return Grid { scale: 1.0, shift: 0.0, last: 1.0, cells: vec![0; 4] };
         };
         let gap = bounds.windows(2).map(|w| w[1] - w[0]).fold(f32::INFINITY, f32::min);
         let mut scale = 1.01 / gap;
         loop {
-            let shift = 1.37 - low * scale;
-            let cell = |b: f32| b * scale + shift;
+            // The lowest boundary lies in cell 1.
+            let shift = 0.87 - low * scale;
+            let cell = |b: f32| (b * scale + shift + 0.5) as u32;
             // No boundary so near a cell's edge that a device's rounding could move it into another.
-            let clear = bounds.iter().all(|&b| (1e-3..=0.999).contains(&cell(b).fract()));
-            if clear && bounds.windows(2).all(|w| cell(w[0]) as u32 != cell(w[1]) as u32) {
-                let count = (cell(high) as usize + 2).next_multiple_of(4);
-                let before = |i| bounds.iter().filter(|&&b| (cell(b) as usize) < i).count() as u32;
-                return Grid { scale, shift, cells: (0..count).map(before).collect() };
+            let clear = bounds.iter().all(|&b| (1e-3..=0.999).contains(&(b * scale + shift + 0.5).fract()));
+            if clear && bounds.windows(2).all(|w| cell(w[0]) != cell(w[1])) {
+                let last = (cell(high) + 1) as f32;
+                let before = |i| bounds.iter().filter(|&&b| cell(b) < i).count() as u32;
+                // A power of two, so that a mask keeps whatever comes within the table.
+                let cells = (0..(cell(high) + 2).next_power_of_two().max(4)).map(before).collect();
+                return Grid { scale: scale / last, shift: shift / last, last, cells };
             }
             scale *= 1.003;
         }
@@ -66,199 +68,301 @@ fn unit(d: usize) -> usize {
     if d.is_multiple_of(32) { 32 } else { 16 }
 }
 
+/// Parts that go into one dispatch, as far as bindings allow.
+const PARTS: usize = 2;
+
+/// Workgroups that a dispatch has when there is work for more: each does several rounds of rows, for one copy of tables.
+const MOST_GROUPS: usize = 4096;
+
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
-    let row = spec.pool.format();
-    let d = row.head_dim();
-    let (rows, eights) = (rotate::rows_at_once(d), d / 8);
-    // Rows that do not end on words share them with their neighbours, which other workgroups may be writing.
-    let shared = spec.pool.align == Align::Byte;
     let mut b = Builder::new(caps);
-    b.storage("x", spec.x.element(), false);
-    b.storage("p_codes", if shared { "atomic<u32>" } else { spec.pool.element() }, true);
-    let f16_scales = row.scaling() == Scaling::Corrected;
-    if row.scales_per_row() > 0 {
-        b.storage("p_scales", if f16_scales { "atomic<u32>" } else { "u32" }, true);
+    let mut fields: Vec<String> = FIELDS.map(str::to_owned).into();
+    let mut tables = vec![];
+    for (i, part) in spec.parts.iter().enumerate() {
+        let row = part.pool.format();
+        b.storage(&format!("x{i}"), part.x.element(), false);
+        let element = if part.shared() { "atomic<u32>" } else { part.pool.element() };
+        b.storage(&format!("p{i}_codes"), element, true);
+        if row.scales_per_row() > 0 {
+            b.storage(&format!("p{i}_scales"), if part.f16_scales() { "atomic<u32>" } else { "u32" }, true);
+        }
+        fields.extend(PART_FIELDS.map(|f| f.replace("{}", &i.to_string())));
+        if row.is_rotated() {
+            let vectors = part.pool.book_vectors();
+            let sizes = [
+                ("levels", "f32", vectors),
+                ("bounds", "f32", vectors),
+                ("cells", "u32", Grid::new(&row).cells.len() / 4),
+                ("signs", "u32", 8),
+            ];
+            tables.extend(sizes.map(|(name, ty, n)| (format!("p{i}_{name}"), ty, n)));
+        }
     }
     b.storage("table", "u32", false);
     b.storage("spans", "u32", false);
-    let vectors = spec.pool.book_vectors();
-    let grid = Grid::new(&row);
-    let cells = grid.cells.len();
-    let tables = [
-        ("signs", "u32", 8),
-        ("p_levels", "f32", vectors),
-        ("p_bounds", "f32", vectors),
-        ("p_cells", "u32", cells / 4),
-    ];
-    b.params(&FIELDS, if vectors > 0 { &tables } else { &[] });
-    spec.x.load(&mut b, "x");
-    line!(b, "var<workgroup> row_of: array<u32, {rows}>;");
+    let fields: Vec<_> = fields.iter().map(String::as_str).collect();
+    let tables: Vec<_> = tables.iter().map(|(name, ty, n)| (name.as_str(), *ty, *n)).collect();
+    b.params(&fields, &tables);
+    // All parts have the rows' shape in common, and take turns in the workgroup's memory.
+    let row = spec.parts[0].pool.format();
+    let transform = Transform::new(&row, caps);
+    line!(b, "var<workgroup> row_of: array<u32, {}>;", transform.rows);
     b.push(include_str!("locate.wgsl"));
-    b.push(if shared { include_str!("put_shared.wgsl") } else { "" });
-    if !row.is_rotated() {
-        dense(&mut b, spec, d, rows, eights);
-        return b.finish();
+    let formats: Vec<_> = spec.parts.iter().map(|p| p.pool.format()).collect();
+    let most = |f: &dyn Fn(&RowFormat) -> usize| formats.iter().filter(|f| f.is_rotated()).map(f).max().unwrap_or(0);
+    if formats.iter().any(|f| f.is_rotated()) {
+        let scales = most(&|f| f.scales_per_row());
+        // Codes wait for being packed where the rows were exchanged.
+        transform.declare(&mut b, packs(&row, &transform) * transform.rows * (transform.columns + 1));
+        line!(
+            b,
+            "var<workgroup> norm_of: array<f32, {0}>;\nvar<workgroup> gain_of: array<f32, {0}>;",
+            scales * transform.rows
+        );
+        line!(b, "var<workgroup> sums: array<f32, {}>;", scales * transform.rows * (transform.columns + 1));
+        line!(b, "var<workgroup> level: array<f32, {}>;", most(&|f| 4 * vectors(f)));
+        let cells = most(&|f| Grid::new(f).cells.len());
+        line!(b, "var<workgroup> cell_code: array<u32, {cells}>;\nvar<workgroup> cell_bound: array<f32, {cells}>;");
+        folded(&mut b, &transform);
     }
-    Layout::Padded.declare(&mut b, rows * d / 4);
-    wgsl::flip(&mut b);
-    wgsl::transform(&mut b, &row);
-    squares(&mut b, &row, rows);
-    spec.pool.book(&mut b, "p");
-    let scales = row.scales_per_row();
-    line!(b, "var<workgroup> p_bound: array<f32, {}>;", 4 * vectors);
-    line!(b, "var<workgroup> norm_of: array<f32, {}>;", rows * scales);
-    line!(b, "var<workgroup> gain_of: array<f32, {}>;", rows * scales);
-    if f16_scales {
-        b.push(include_str!("put_scale.wgsl"));
+    for (i, part) in spec.parts.iter().enumerate() {
+        part.x.load(&mut b, &format!("x{i}"));
+        match part.pool.format().is_rotated() {
+            true => encode(&mut b, part, i, &transform),
+            false => dense(&mut b, part, i, &transform),
+        }
     }
-    line!(b, "var<workgroup> p_cell: array<u32, {cells}>;");
-    b.push("fn code4(u: vec4<f32>) -> vec4<u32> {");
-    line!(b, "  let t = clamp(u * {} + {}, vec4(0.0), vec4({}.0));", float(grid.scale), float(grid.shift), cells - 1);
-    line!(b, "  let i = min(vec4<u32>(t), vec4({}u));", cells - 1);
-    b.push("  let c = vec4(p_cell[i.x], p_cell[i.y], p_cell[i.z], p_cell[i.w]);");
-    b.push("  let bound = vec4(p_bound[c.x], p_bound[c.y], p_bound[c.z], p_bound[c.w]);");
-    b.push("  return c + select(vec4(0u), vec4(1u), u > bound);\n}");
     b.main();
-    line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);\n  p_fill(tid);");
-    line!(b, "  for (var i = tid; i < {}u; i += WG) {{ p_bound[i] = a.p_bounds[i >> 2u][i & 3u]; }}", 4 * vectors);
-    line!(b, "  for (var i = tid; i < {cells}u; i += WG) {{ p_cell[i] = a.p_cells[i >> 2u][i & 3u]; }}");
-    b.push("  for (var i = tid; i < n; i += WG) { row_of[i] = locate(first + i); }");
-    line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{");
-    line!(b, "    let v = flip(8u * (u % {eights}u), x_load(first * {d}u + 8u * u));");
-    b.push("    buf[at(2u * u)] = v.a;\n    buf[at(2u * u + 1u)] = v.b;\n  }\n  transform(n, tid);\n  fold(n, tid);");
-    // One thread a norm.
-    line!(b, "  for (var i = tid; i < n * {scales}u; i += WG) {{\n    let squares = folded(i);");
-    let block_rms = row.scaling() == Scaling::BlockRms;
-    line!(
-        b,
-        "    let norm = exact_sqrt(squares{});",
-        if block_rms { format!(" * {}", float(scales as f32 / d as f32)) } else { String::new() }
-    );
-    let unit_norm = if block_rms { row.scale_factor_d512() } else { (d as f32).sqrt() };
-    line!(b, "    norm_of[i] = norm;\n    gain_of[i] = keep(exact_div(1.0, norm)) * {};", float(unit_norm));
-    if !f16_scales {
-        b.push("    let stored = select(0x7fc00000u, bitcast<u32>(norm), is_finite(norm));");
-        line!(b, "    p_scales[(a.p_scales_off >> 2u) + row_of[i / {scales}u] * {scales}u + i % {scales}u] = stored;");
-    }
-    b.push("  }\n  workgroupBarrier();");
-    codes(&mut b, spec, &row);
-    if f16_scales {
-        b.push("  workgroupBarrier();\n  fold(n, tid);\n  for (var i = tid; i < n; i += WG) {");
-        b.push("    let norm = norm_of[i];\n    let scale = f16_bits(exact_div(norm, exact_sqrt(folded(i))));");
-        b.push("    put_scale(row_of[i], select(0x7e00u, scale, is_finite(norm)));\n  }");
+    for i in 0..spec.parts.len() {
+        let before = format!("{i}u * a.groups_each");
+        line!(b, "  if (wg >= {before} && wg < {before} + a.groups_each) {{ part{i}(wg - {before}, tid); }}");
     }
     b.push("}");
     b.finish()
 }
 
+fn vectors(row: &RowFormat) -> usize {
+    row.codebook().map_or(0, |book| book.levels.len() / 4)
+}
+
+/// Words in which a column's codes wait for being packed, a byte a code.
+fn packs(row: &RowFormat, transform: &Transform) -> usize {
+    row.head_dim() / unit(row.head_dim()).max(transform.columns)
+}
+
+impl Part {
+    /// Rows that do not end on words share them with their neighbours, which other workgroups may be writing.
+    fn shared(&self) -> bool {
+        self.pool.align == Align::Byte
+    }
+
+    fn f16_scales(&self) -> bool {
+        self.pool.format().scaling() == Scaling::Corrected
+    }
+}
+
+/// Text that both kinds of parts begin with: a loop over rounds, and where their rows are.
+fn rounds(b: &mut Builder, transform: &Transform) {
+    let rows = transform.rows;
+    line!(b, "  for (var round = 0u; round < a.rounds; round++) {{");
+    line!(b, "    let first = (wg * a.rounds + round) * {rows}u;");
+    line!(b, "    let n = select(0u, min({rows}u, a.rows - first), first < a.rows);");
+    b.push("    for (var t = tid; t < n; t += WG) { row_of[t] = locate(first + t); }");
+}
+
 /// Dense floats are stored as they are.
-fn dense(b: &mut Builder, spec: &Spec, d: usize, rows: usize, eights: usize) {
-    let crate::format::Packing::Float(dtype) = spec.pool.format().packing() else {
-        unreachable!("checked by the caller")
-    };
-    Tensor { dtype, wide: spec.pool.align == Align::Vector }.store(b, "p_codes");
-    b.main();
-    line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);");
-    b.push("  for (var i = tid; i < n; i += WG) { row_of[i] = locate(first + i); }\n  workgroupBarrier();");
-    line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{");
-    line!(b, "    let v = x_load(first * {d}u + 8u * u);");
-    line!(b, "    p_codes_store(row_of[u / {eights}u] * {d}u + 8u * (u % {eights}u), v);\n  }}\n}}");
-}
-
-/// `fold(rows, tid)` and `folded(i)`: the sum of squares of part i of `buf` for every scale, in the order in which the CPU
-/// sums: blocks one after the other, then halves folded onto each other.
-fn squares(b: &mut Builder, row: &RowFormat, rows: usize) {
-    let scales = row.scales_per_row();
-    let vectors = row.head_dim() / scales / 4;
-    let block = if scales > 1 { vectors } else { row.block() / 4 };
-    let blocks = vectors / block;
-    let span = block.min(8);
-    let tasks = block / span;
-    line!(b, "var<workgroup> sums: array<vec4<f32>, {}>;", rows * scales * tasks);
-    line!(b, "fn fold(rows: u32, tid: u32) {{\n  for (var u = tid; u < rows * {}u; u += WG) {{", scales * tasks);
-    line!(b, "    let base = (u / {tasks}u) * {vectors}u + u % {tasks}u;");
-    for k in 0..span {
-        line!(b, "    let v{k} = buf[at(base + {}u)];\n    var s{k} = keep4(v{k} * v{k});", k * tasks);
-        for i in 1..blocks {
-            line!(b, "    let v{k}_{i} = buf[at(base + {}u)];", i * block + k * tasks);
-            line!(b, "    s{k} = s{k} + keep4(v{k}_{i} * v{k}_{i});");
-        }
-    }
-    let mut half = span / 2;
-    while half > 0 {
-        for k in 0..half {
-            line!(b, "    s{k} = s{k} + s{};", k + half);
-        }
-        half /= 2;
-    }
-    b.push("    sums[u] = s0;\n  }\n  workgroupBarrier();\n}");
-    line!(b, "fn folded(i: u32) -> f32 {{");
-    for k in 0..tasks {
-        line!(b, "  var s{k} = sums[i * {tasks}u + {k}u];");
-    }
-    let mut half = tasks / 2;
-    while half > 0 {
-        for k in 0..half {
-            line!(b, "  s{k} = s{k} + s{};", k + half);
-        }
-        half /= 2;
-    }
-    b.push("  let pair = s0.xy + s0.zw;\n  return pair.x + pair.y;\n}");
-}
-
-/// Codes of all elements, packed and stored; with corrected scales their levels take the elements' place.
-fn codes(b: &mut Builder, spec: &Spec, row: &RowFormat) {
-    let (d, unit) = (row.head_dim(), unit(row.head_dim()));
-    let (scales, per_row) = (row.scales_per_row(), row.head_dim() / unit);
-    let planes = row.packing() == crate::format::Packing::Planes;
-    let field = if planes { 4 } else { row.row_bytes() * 8 / d };
-    let words = (unit * field).div_ceil(32);
+fn dense(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
+    let row = part.pool.format();
+    let (d, Packing::Float(dtype)) = (row.head_dim(), row.packing()) else { unreachable!("the row is not rotated") };
+    let tensor = Tensor { dtype, wide: part.pool.align == Align::Vector };
+    tensor.store(b, &format!("p{i}_codes"));
+    line!(b, "fn part{i}(wg: u32, tid: u32) {{");
+    rounds(b, transform);
+    line!(b, "    workgroupBarrier();\n    for (var e = 8u * tid; e < n * {d}u; e += 8u * WG) {{");
+    line!(b, "      let v = x{i}_load(first * {d}u + e);\n      let to = row_of[e / {d}u] * {d}u + e % {d}u;");
     line!(
         b,
-        "  for (var u = tid; u < n * {per_row}u; u += WG) {{\n    let i = u / {per_row}u;\n    let c = u % {per_row}u;"
+        "      {}\n    }}\n    workgroupBarrier();\n  }}\n}}",
+        tensor.store_eight(&format!("p{i}_codes"), "to", "v")
     );
-    line!(b, "    let s = i * {scales}u + {};", spec.pool.scale_of("c", unit));
-    b.push("    let norm = norm_of[s];\n    let gain = gain_of[s];");
-    // All codes are one value for a zero vector and for one that is not finite.
-    let zero = row.codebook().map_or(0, |book| book.zero_code());
-    line!(b, "    let fill = select(0u, {zero}u, is_finite(norm));");
-    line!(b, "    let filled = vec4(!is_finite(norm) || norm <= {});", float(ZERO_NORM));
-    for k in 0..words {
-        line!(b, "    var w{k} = 0u;");
+}
+
+/// `fn part{i}(wg, tid)`: rows into codes and scales.
+fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
+    let row = part.pool.format();
+    let (d, scales) = (row.head_dim(), row.scales_per_row());
+    let p = format!("p{i}");
+    if part.shared() {
+        b.push(&include_str!("put_shared.wgsl").replace("p_", &format!("{p}_")));
     }
-    for j in 0..unit / 4 {
-        line!(b, "    let at{j} = at(u * {}u + {j}u);", unit / 4);
-        line!(b, "    let c{j} = select(code4(buf[at{j}] * gain), vec4(fill), filled);");
-        if row.scaling() == Scaling::Corrected {
-            line!(b, "    buf[at{j}] = vec4<f32>(p_book[c{j}.x], p_book[c{j}.y], p_book[c{j}.z], p_book[c{j}.w]);");
-        }
-        for (e, component) in "xyzw".chars().enumerate() {
-            let bit = (4 * j + e) * field;
-            let (k, shift) = (bit / 32, bit % 32);
-            line!(b, "    w{k} |= c{j}.{component} << {shift}u;");
-            if shift + row.bits() > 32 {
-                line!(b, "    w{} |= c{j}.{component} >> {}u;", k + 1, 32 - shift);
+    if part.f16_scales() {
+        b.push(&include_str!("put_scale.wgsl").replace("p_", &format!("{p}_")));
+    }
+    b.push(
+        &include_str!("flip.wgsl").replace("flip", &format!("{p}_flip")).replace("a.signs", &format!("a.{p}_signs")),
+    );
+    let grid = Grid::new(&row);
+    let cells = grid.cells.len();
+    line!(b, "fn {p}_code(u: f32) -> u32 {{");
+    line!(b, "  let t = saturate(fma(u, {}, {}));", float(grid.scale), float(grid.shift));
+    // Adding 2^23 rounds, and leaves the whole number in the low bits.
+    line!(b, "  let cell = bitcast<u32>(fma(t, {}, 8388608.0)) & {}u;", float(grid.last), cells - 1);
+    b.push("  return cell_code[cell] + select(0u, 1u, u > cell_bound[cell]);\n}");
+
+    line!(b, "fn part{i}(wg: u32, tid: u32) {{");
+    line!(
+        b,
+        "  for (var t = tid; t < {}u; t += WG) {{ level[t] = a.{p}_levels[t >> 2u][t & 3u]; }}",
+        4 * vectors(&row)
+    );
+    line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = a.{p}_cells[t >> 2u][t & 3u];");
+    line!(b, "    cell_code[t] = code;\n    cell_bound[t] = a.{p}_bounds[code >> 2u][code & 3u];\n  }}");
+    rounds(b, transform);
+    transform.columns(b, "n", |row, e| format!("{p}_flip8({e}, x{i}_load((first + {row}) * {d}u + {e}))"));
+    squares(b, transform, &row, "y");
+    // One thread a norm.
+    line!(b, "    for (var t = tid; t < n * {scales}u; t += WG) {{");
+    let block_rms = row.scaling() == Scaling::BlockRms;
+    let mean = if block_rms { format!(" * {}", float(scales as f32 / d as f32)) } else { String::new() };
+    let unit_norm = if block_rms { row.scale_factor_d512() } else { (d as f32).sqrt() };
+    line!(b, "      let norm = exact_sqrt(folded(t){mean});\n      norm_of[t] = norm;");
+    line!(b, "      gain_of[t] = keep(exact_div(1.0, norm)) * {};", float(unit_norm));
+    if !part.f16_scales() {
+        b.push("      let stored = select(0x7fc00000u, bitcast<u32>(norm), is_finite(norm));");
+        line!(
+            b,
+            "      {p}_scales[(a.{p}_scales_off >> 2u) + row_of[t / {scales}u] * {scales}u + t % {scales}u] = stored;"
+        );
+    }
+    b.push("    }\n    workgroupBarrier();");
+    codes(b, &p, transform, &row);
+    if part.f16_scales() {
+        squares(b, transform, &row, "level");
+        // By the last threads, since the first pack codes.
+        b.push("    let t = WG - 1u - tid;\n    if (t < n) {\n      let norm = norm_of[t];");
+        b.push("      let scale = f16_bits(exact_div(norm, exact_sqrt(folded(t))));");
+        line!(b, "      {p}_put_scale(row_of[t], select(0x7e00u, scale, is_finite(norm)));\n    }}");
+    } else {
+        b.push("    workgroupBarrier();");
+    }
+    pack(b, part, &p, transform);
+    b.push("    workgroupBarrier();\n  }\n}");
+}
+
+/// The squares of a column's variables added up for every scale, in the order in which the CPU sums: blocks one after the
+/// other, then halves folded onto each other. The rest of the folding is `folded`'s.
+fn squares(b: &mut Builder, transform: &Transform, row: &RowFormat, name: &str) {
+    let (scales, columns) = (row.scales_per_row(), transform.columns);
+    let part = transform.per / scales;
+    let block = if scales > 1 { part } else { row.block() / columns };
+    for s in 0..scales {
+        let element = |k: usize| format!("{name}{}", s * part + k);
+        for k in 0..block {
+            line!(b, "    var {name}_sum{s}_{k} = keep({0} * {0});", element(k));
+            for other in (k + block..part).step_by(block) {
+                line!(b, "    {name}_sum{s}_{k} += keep({0} * {0});", element(other));
             }
         }
+        let mut half = block / 2;
+        while half > 0 {
+            for k in 0..half {
+                line!(b, "    {name}_sum{s}_{k} += {name}_sum{s}_{};", k + half);
+            }
+            half /= 2;
+        }
+        line!(b, "    sums[(i * {scales}u + {s}u) * {}u + c] = {name}_sum{s}_0;", columns + 1);
+    }
+    b.push("    workgroupBarrier();");
+}
+
+/// `fn folded(t)`: the columns' sums of scale t into one.
+fn folded(b: &mut Builder, transform: &Transform) {
+    let columns = transform.columns;
+    b.push("fn folded(t: u32) -> f32 {");
+    for c in 0..columns {
+        line!(b, "  var s{c} = sums[t * {}u + {c}u];", columns + 1);
+    }
+    let mut half = columns / 2;
+    while half > 0 {
+        for c in 0..half {
+            line!(b, "  s{c} += s{};", c + half);
+        }
+        half /= 2;
+    }
+    b.push("  return s0;\n}");
+}
+
+/// The codes of a column, a byte each in `buf`, and with corrected scales their levels as variables.
+fn codes(b: &mut Builder, p: &str, transform: &Transform, row: &RowFormat) {
+    let (scales, columns, per) = (row.scales_per_row(), transform.columns, transform.per);
+    let packs = packs(row, transform);
+    let together = per / packs;
+    for s in 0..scales {
+        line!(b, "    let gain{s} = gain_of[i * {scales}u + {s}u];");
+    }
+    for g in 0..packs {
+        for k in g * together..(g + 1) * together {
+            line!(b, "    let code{k} = {p}_code(y{k} * gain{});", k * scales / per);
+            if row.scaling() == Scaling::Corrected {
+                line!(b, "    let level{k} = level[code{k}];");
+            }
+        }
+        let bytes: Vec<_> = (0..together).map(|k| format!("(code{} << {}u)", g * together + k, 8 * k)).collect();
+        let at = format!("(i * {packs}u + {g}u) * {}u + c", columns + 1);
+        line!(b, "    buf[{at}] = {};", bytes.join(" | "));
+    }
+}
+
+/// Packs and stores the codes of all rows.
+fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
+    let row = part.pool.format();
+    let (d, unit, columns, scales) = (row.head_dim(), unit(row.head_dim()), transform.columns, row.scales_per_row());
+    let planes = row.packing() == Packing::Planes;
+    let (per_row, field) = (d / unit, if planes { 4 } else { row.row_bytes() * 8 / d });
+    let words = (unit * field).div_ceil(32);
+    line!(b, "    for (var u = tid; u < n * {per_row}u; u += WG) {{");
+    line!(b, "      let i = u / {per_row}u;\n      let c = u % {per_row}u;");
+    // All codes are one value for a zero vector and for one that is not finite.
+    line!(b, "      let norm = norm_of[i * {scales}u + {}];", part.pool.scale_of("c", unit));
+    for c in 0..columns {
+        line!(b, "      let c{c} = buf[u * {}u + {c}u];", columns + 1);
+    }
+    let mut packed = vec![vec![]; words];
+    let mut filled = vec![0; words];
+    let zero = row.codebook().map_or(0, |book| book.zero_code() as u32);
+    for e in 0..unit {
+        let (bit, from) = (e * field, 8 * (e / columns));
+        let (k, shift) = (bit / 32, bit % 32);
+        let code = format!("((c{} >> {from}u) & 0xffu)", e % columns);
+        packed[k].push(format!("({code} << {shift}u)"));
+        filled[k] |= zero << shift;
+        if shift + row.bits() > 32 {
+            packed[k + 1].push(format!("({code} >> {}u)", 32 - shift));
+            filled[k + 1] |= zero >> (32 - shift);
+        }
+    }
+    line!(b, "      let filled = !is_finite(norm) || norm <= {};", float(ZERO_NORM));
+    for (k, (packed, filled)) in packed.iter().zip(filled).enumerate() {
+        line!(b, "      let w{k} = select({}, select(0u, {filled:#x}u, is_finite(norm)), filled);", packed.join(" | "));
     }
     let row_bytes = row.row_bytes();
     if planes {
-        store_planes(b, spec, d, words);
-        return b.push("  }");
+        store_planes(b, part, p, words);
+        return b.push("    }");
     }
-    match spec.pool.align {
+    match part.pool.align {
         Align::Byte => {
-            line!(b, "    let byte = a.p_codes_off + row_of[i] * {row_bytes}u + c * {}u;", unit * field / 8);
+            line!(b, "      let byte = a.{p}_codes_off + row_of[i] * {row_bytes}u + c * {}u;", unit * field / 8);
             for k in 0..words {
-                line!(b, "    put(byte + {}u, w{k}, {}u);", 4 * k, (unit * field - 32 * k).min(32));
+                line!(b, "      {p}_put(byte + {}u, w{k}, {}u);", 4 * k, (unit * field - 32 * k).min(32));
             }
         }
         align => {
-            line!(b, "    let word = (a.p_codes_off >> 2u) + row_of[i] * {}u + c * {words}u;", row_bytes / 4);
+            line!(b, "      let word = (a.{p}_codes_off >> 2u) + row_of[i] * {}u + c * {words}u;", row_bytes / 4);
             if align == Align::Vector && words.is_multiple_of(4) {
                 for k in (0..words).step_by(4) {
                     let vector = format!("vec4(w{}, w{}, w{}, w{})", k, k + 1, k + 2, k + 3);
-                    line!(b, "    p_codes[(word >> 2u) + {}u] = {vector};", k / 4);
+                    line!(b, "      {p}_codes[(word >> 2u) + {}u] = {vector};", k / 4);
                 }
             } else {
                 for k in 0..words {
@@ -266,57 +370,54 @@ fn codes(b: &mut Builder, spec: &Spec, row: &RowFormat) {
                         Align::Vector => format!("(word + {k}u) >> 2u][(word + {k}u) & 3u"),
                         _ => format!("word + {k}u"),
                     };
-                    line!(b, "    p_codes[{place}] = w{k};");
+                    line!(b, "      {p}_codes[{place}] = w{k};");
                 }
             }
         }
     }
-    b.push("  }");
+    b.push("    }");
 }
 
 /// Stores nibbles in the words w0, w1, …, eight elements each, as three planes.
-fn store_planes(b: &mut Builder, spec: &Spec, d: usize, words: usize) {
+fn store_planes(b: &mut Builder, part: &Part, p: &str, words: usize) {
+    let d = part.pool.format().head_dim();
     for plane in 0..3 {
         let byte = |k: usize| {
             format!("(((w{k} >> {}u) & 0x77u) | (((w{k} >> {}u) & 0x11u) << 3u)) << {}u", 8 * plane, 24 + plane, 8 * k)
         };
         let bytes: Vec<String> = (0..words).map(byte).collect();
-        line!(b, "    let plane{plane} = {};", bytes.join(" | "));
+        line!(b, "      let plane{plane} = {};", bytes.join(" | "));
         line!(
             b,
-            "    let byte{plane} = a.p_codes_off + row_of[i] * {}u + {}u + c * {words}u;",
+            "      let byte{plane} = a.{p}_codes_off + row_of[i] * {}u + {}u + c * {words}u;",
             3 * d / 8,
             plane * d / 8
         );
-        match spec.pool.align {
-            Align::Byte => line!(b, "    put(byte{plane}, plane{plane}, {}u);", 8 * words),
-            Align::Word => line!(b, "    p_codes[byte{plane} >> 2u] = plane{plane};"),
-            Align::Vector => line!(b, "    p_codes[byte{plane} >> 4u][(byte{plane} >> 2u) & 3u] = plane{plane};"),
+        match part.pool.align {
+            Align::Byte => line!(b, "      {p}_put(byte{plane}, plane{plane}, {}u);", 8 * words),
+            Align::Word => line!(b, "      {p}_codes[byte{plane} >> 2u] = plane{plane};"),
+            Align::Vector => line!(b, "      {p}_codes[byte{plane} >> 4u][(byte{plane} >> 2u) & 3u] = plane{plane};"),
         }
     }
 }
 
 pub(super) fn record(recorder: &mut WgpuRecorder, op: &Quantize) -> Result<()> {
-    // A dispatch a part: K and V may differ in codec.
-    op.parts.iter().try_for_each(|(x, pool)| record_part(recorder, op, x, pool))
+    // A part binds an input, codes and scales; all need the page table and the spans.
+    let most = (recorder.context.limits.max_storage_buffers_per_shader_stage as usize).saturating_sub(2) / 3;
+    op.parts.chunks(most.clamp(1, PARTS)).try_for_each(|parts| record_parts(recorder, op, parts))
 }
 
-fn record_part(recorder: &mut WgpuRecorder, op: &Quantize, x: &crate::Buffer, pool: &PagePool) -> Result<()> {
+fn record_parts(recorder: &mut WgpuRecorder, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Result<()> {
     let context = recorder.context.clone();
-    let (x, x_tensor) = Slot::tensor(&context, "x", x)?;
-    let (pool_slots, rows, [codes_off, scales_off]) = pool_slots(&context, "the pool's codes", pool)?;
-    let row = *pool.row();
-    if !row.is_rotated() && rows.align == Align::Byte {
-        return Err(context.unsupported("store dense floats at a byte offset that is no multiple of 4".into()));
-    }
     let table = Slot::new(&context, "the page table", op.batch.device_table())?;
     let spans = Slot::new(&context, "the spans", op.batch.device_spans())?;
+    let pool = &parts[0].1;
     let (count, width) = (op.batch.tokens() * pool.kv_heads(), op.batch.width());
-    let fields = [
+    let rounds_of_rows = count.div_ceil(Transform::new(pool.row(), &context.caps).rows);
+    let rounds = rounds_of_rows.div_ceil(MOST_GROUPS);
+    let groups = rounds_of_rows.div_ceil(rounds);
+    let mut fields = vec![
         count as u32,
-        x.words(),
-        if row.is_rotated() { codes_off } else { codes_off / 4 },
-        scales_off,
         table.words(),
         spans.words(),
         op.batch.sequences() as u32,
@@ -324,19 +425,31 @@ fn record_part(recorder: &mut WgpuRecorder, op: &Quantize, x: &crate::Buffer, po
         pool.page_size() as u32,
         (width * pool.page_size()) as u32,
         width as u32,
+        groups as u32,
+        rounds as u32,
     ];
-    let mut slots = vec![x];
-    slots.extend(pool_slots);
+    let (mut slots, mut tables, mut spec) = (vec![], vec![], Spec { parts: vec![] });
+    for (x, pool) in parts {
+        let (x, tensor) = Slot::tensor(&context, "x", x)?;
+        let (pool_slots, rows, [codes_off, scales_off]) = pool_slots(&context, "the pool's codes", pool)?;
+        let row = *pool.row();
+        if !row.is_rotated() && rows.align == Align::Byte {
+            return Err(context.unsupported("store dense floats at a byte offset that is no multiple of 4".into()));
+        }
+        fields.extend([x.words(), if row.is_rotated() { codes_off } else { codes_off / 4 }, scales_off]);
+        slots.push(x);
+        slots.extend(pool_slots);
+        if let Some(book) = row.codebook() {
+            let mut bounds: Vec<u32> = book.boundaries.iter().map(|x| x.to_bits()).collect();
+            // Above the last boundary there is none.
+            bounds.push(f32::MAX.to_bits());
+            tables.extend([wgsl::levels(&row), bounds, Grid::new(&row).cells, wgsl::signs(&row)]);
+        }
+        spec.parts.push(Part { pool: rows, x: tensor });
+    }
     slots.extend([table, spans]);
-    let spec = Spec { pool: rows, x: x_tensor };
-    let (signs, levels) = (wgsl::signs(&row), wgsl::levels(&row));
-    let mut bounds: Vec<u32> =
-        row.codebook().map_or(vec![], |book| book.boundaries.iter().map(|x| x.to_bits()).collect());
-    // Above the last boundary there is none.
-    bounds.resize(levels.len(), f32::MAX.to_bits());
-    let cells = Grid::new(&row).cells;
-    let tables: &[&[u32]] = if row.is_rotated() { &[&signs, &levels, &bounds, &cells] } else { &[] };
-    let groups = count.div_ceil(rotate::rows_at_once(row.head_dim()));
+    let tables: Vec<&[u32]> = tables.iter().map(|t| &t[..]).collect();
     let source = || source(&spec, &context.caps);
-    recorder.dispatch(&recorder::Spec::Quantize(spec), source, slots, groups, &fields, tables)
+    let groups = groups * parts.len();
+    recorder.dispatch(&recorder::Spec::Quantize(spec.clone()), source, slots, groups, &fields, &tables)
 }

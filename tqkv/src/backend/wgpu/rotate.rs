@@ -1,7 +1,7 @@
 //! The transform by itself.
 
 use super::recorder::{self, WgpuRecorder};
-use super::wgsl::{self, Align, Builder, Layout, Rows, Source, Tensor, line};
+use super::wgsl::{self, Align, Builder, Rows, Source, Tensor, Transform, line};
 use super::{Caps, Slot};
 use crate::backend::Rotate;
 use crate::error::Result;
@@ -16,43 +16,38 @@ pub(super) struct Spec {
     pub out: Option<Tensor>,
 }
 
-/// Rows that a workgroup holds at a time.
-pub(super) fn rows_at_once(head_dim: usize) -> usize {
-    (16 * wgsl::THREADS / head_dim).max(1)
-}
-
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let row = spec.row.format();
     let d = row.head_dim();
-    let rows = rows_at_once(d);
+    let transform = Transform::new(&row, caps);
     let mut b = Builder::new(caps);
     b.storage("x", spec.x.element(), spec.out.is_none());
     if let Some(out) = spec.out {
         b.storage("y", out.element(), true);
     }
     b.params(&["rows", "x_off", "y_off"], &[("signs", "u32", 8)]);
-    let to = if spec.out.is_some() { "y" } else { "x" };
+    let (to, out) = if let Some(out) = spec.out { ("y", out) } else { ("x", spec.x) };
     spec.x.load(&mut b, "x");
-    spec.out.unwrap_or(spec.x).store(&mut b, to);
-    Layout::Padded.declare(&mut b, rows * d / 4);
-    wgsl::flip(&mut b);
-    wgsl::transform(&mut b, &row);
-    b.main();
-    line!(b, "  let first = wg * {rows}u;\n  let n = min({rows}u, a.rows - first);");
-    let eights = d / 8;
-    line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{\n    var v = x_load(first * {d}u + 8u * u);");
-    if row.is_rotated() {
-        if spec.forward {
-            line!(b, "    v = flip(8u * (u % {eights}u), v);");
-        }
-        b.push("    buf[at(2u * u)] = v.a;\n    buf[at(2u * u + 1u)] = v.b;\n  }\n  transform(n, tid);");
-        line!(b, "  for (var u = tid; u < n * {eights}u; u += WG) {{");
-        b.push("    var v = Eight(buf[at(2u * u)], buf[at(2u * u + 1u)]);");
-        if !spec.forward {
-            line!(b, "    v = flip(8u * (u % {eights}u), v);");
-        }
+    out.store(&mut b, to);
+    if !row.is_rotated() {
+        b.main();
+        line!(b, "  let first = wg * {0}u * {d}u;\n  let n = min({0}u * {d}u, a.rows * {d}u - first);", transform.rows);
+        b.push("  for (var e = first + 8u * tid; e < first + n; e += 8u * WG) {\n    let v = x_load(e);");
+        line!(b, "    {}\n  }}\n}}", out.store_eight(to, "e", "v"));
+        return b.finish();
     }
-    line!(b, "    {to}_store(first * {d}u + 8u * u, v);\n  }}\n}}");
+    wgsl::flip(&mut b);
+    transform.declare(&mut b, 0);
+    b.main();
+    line!(b, "  let first_row = wg * {0}u;\n  let n = min({0}u, a.rows - first_row);", transform.rows);
+    transform.columns(&mut b, "n", |i, e| {
+        let x = format!("x_load((first_row + {i}) * {d}u + {e})");
+        if spec.forward { format!("flip8({e}, {x})") } else { x }
+    });
+    let unit = out.unit();
+    let v = if spec.forward { "v".to_owned() } else { format!("flip{unit}(e % {d}u, v)") };
+    transform.rows(&mut b, "n", unit, &format!("{to}_store(first_row * {d}u + e, {v});"));
+    b.push("}");
     b.finish()
 }
 
@@ -70,7 +65,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Rotate) -> Result<()> {
     let rows = op.x.len() / op.row.head_dim();
     let fields = [rows as u32, x.words(), out.words()];
     let slots = if in_place { vec![x] } else { vec![x, out] };
-    let groups = rows.div_ceil(rows_at_once(op.row.head_dim()));
+    let groups = rows.div_ceil(Transform::new(&op.row, &context.caps).rows);
     let signs = wgsl::signs(&op.row);
     recorder.dispatch(&recorder::Spec::Rotate(spec), || source(&spec, &context.caps), slots, groups, &fields, &[&signs])
 }

@@ -68,7 +68,7 @@ const SHAPES: [(Codec, usize); 14] = [
 #[test]
 fn kernels_translate_to_metal() {
     for (native_f16, subgroups) in [(true, true), (false, false)] {
-        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16 };
+        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16, held: 1024 };
         let mut kernels = 0;
         let mut check = |name: String, source: Source| {
             check_for_metal(&name, &source);
@@ -96,8 +96,10 @@ fn kernels_translate_to_metal() {
                             check(format!("rotate {name}"), rotate::source(&spec, &caps));
                         }
                     }
-                    let spec = quantize::Spec { pool: rows, x };
-                    check(format!("quantize {name}"), quantize::source(&spec, &caps));
+                    let part = quantize::Part { pool: rows, x };
+                    for parts in [vec![part], vec![part, part]] {
+                        check(format!("quantize {name}"), quantize::source(&quantize::Spec { parts }, &caps));
+                    }
                     for restore in [false, true].into_iter().filter(|r| !r || row.is_rotated()) {
                         let spec =
                             dequantize::Spec { pool: rows, out: x, restore, head_major: restore, listed: !restore };
@@ -108,9 +110,9 @@ fn kernels_translate_to_metal() {
                         attention::JoinSpec { value: rows, out: x, restore: row.is_rotated(), sinks, lse: !sinks };
                     check(format!("join {name}"), attention::join_source(&spec, &caps));
                 }
-                // As many rows as a workgroup may have, and one.
+                // As many rows as a workgroup may have, some, and one.
                 let most = caps.query_rows.min(attention::QUERY_FLOATS / d);
-                for (heads, queries) in [(most, 1), (1, most), (1, 1)] {
+                for (heads, queries) in [(most, 1), (1, most), (most.min(4), 1), (1, 1)] {
                     let spec = attention::Spec {
                         key: rows,
                         value: rows,
@@ -118,6 +120,7 @@ fn kernels_translate_to_metal() {
                         rotate: row.is_rotated(),
                         heads,
                         queries,
+                        positions: attention::most_positions(heads * queries, &caps),
                         causal: heads > 1,
                         window: heads > 1,
                         softcap: queries > 1,
@@ -135,9 +138,9 @@ fn kernels_translate_to_metal() {
     }
 }
 
-/// However many sequences there are; five in a layer with sinks: two for them, two for the rest, and a merge.
+/// An append is one and attention is two, however many sequences there are; five in a layer with sinks: two for them, two for the rest, and a merge.
 #[test]
-fn attention_takes_two_dispatches() {
+fn a_step_takes_three_dispatches_a_layer() {
     let Ok(wgpu) = backend::wgpu::open(None) else {
         assert!(!std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")), "wgpu is required");
         eprintln!("SKIPPED: no wgpu device");
@@ -155,13 +158,17 @@ fn attention_takes_two_dispatches() {
     let out = device.zeros(DType::F32, &[64, 2, 64]).unwrap();
     let newest: Vec<_> = tokens.iter().map(|t| (t.0, 1)).collect();
     let mut encoder = device.encoder().unwrap();
-    let mut counted = vec![];
+    let (mut appends, mut counted) = (vec![], vec![]);
     for layer in 0..3 {
+        let start = encoder.dispatches();
         cache.append(&mut encoder, layer, &tokens, &x, &x).unwrap();
         let before = encoder.dispatches();
+        appends.push(before - start);
         cache.attend(&mut encoder, layer, &newest, &q, &out, None, &AttentionParams::for_head_dim(64)).unwrap();
         counted.push(encoder.dispatches() - before);
     }
+    // Keys and values of all sequences in one.
+    assert_eq!(appends[..2], [1, 1]);
     // The first sequence's only query is a sink itself, which makes it a run of its own.
     assert_eq!(counted, [2, 2, 2 + 5]);
     // Nothing is submitted: the conformance suite looks at the numbers.

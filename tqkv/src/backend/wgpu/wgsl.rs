@@ -112,43 +112,36 @@ impl Tensor {
         b.push("}");
     }
 
-    /// `fn {name}_store(i, v: Eight)`.
+    /// Elements of 16 bytes, which a thread stores at a time: neighbouring threads write neighbouring vectors.
+    pub fn unit(self) -> usize {
+        16 / self.dtype.size()
+    }
+
+    /// `fn {name}_store(i, v)`: v is a unit, a vector of four or an `Eight`.
     pub fn store(self, b: &mut Builder, name: &str) {
-        let (index, values) = match self.dtype {
-            DType::F32 => ("i", vec!["bitcast<vec4<u32>>(v.a)", "bitcast<vec4<u32>>(v.b)"]),
-            DType::F16 => ("(i >> 1u)", vec!["pack_f16_eight(v)"]),
-            _ => ("(i >> 1u)", vec!["pack_bf16_eight(v)"]),
+        let (v, index, value) = match self.dtype {
+            DType::F32 => ("vec4<f32>", "i", "bitcast<vec4<u32>>(v)"),
+            DType::F16 => ("Eight", "(i >> 1u)", "pack_f16_eight(v)"),
+            _ => ("Eight", "(i >> 1u)", "pack_bf16_eight(v)"),
         };
-        line!(b, "fn {name}_store(i: u32, v: Eight) {{\n  let j = a.{name}_off + {index};");
-        for (k, value) in values.iter().enumerate() {
-            line!(b, "  let w{k} = {value};");
-            if self.wide {
-                line!(b, "  {name}[(j >> 2u) + {k}u] = w{k};");
-            } else {
-                for (c, component) in "xyzw".chars().enumerate() {
-                    line!(b, "  {name}[j + {}u] = w{k}.{component};", 4 * k + c);
-                }
+        line!(b, "fn {name}_store(i: u32, v: {v}) {{\n  let j = a.{name}_off + {index};\n  let w = {value};");
+        if self.wide {
+            line!(b, "  {name}[j >> 2u] = w;");
+        } else {
+            for (c, component) in "xyzw".chars().enumerate() {
+                line!(b, "  {name}[j + {c}u] = w.{component};");
             }
         }
         b.push("}");
     }
-}
 
-/// `fn {name}_store4(i, v: vec4<f32>)`: four elements of an f32 tensor, so that neighbouring threads write
-/// neighbouring vectors.
-pub fn store4(tensor: Tensor, b: &mut Builder, name: &str) {
-    line!(
-        b,
-        "fn {name}_store4(i: u32, v: vec4<f32>) {{\n  let j = a.{name}_off + i;\n  let w = bitcast<vec4<u32>>(v);"
-    );
-    if tensor.wide {
-        line!(b, "  {name}[j >> 2u] = w;");
-    } else {
-        for (c, component) in "xyzw".chars().enumerate() {
-            line!(b, "  {name}[j + {c}u] = w.{component};");
+    /// The text that stores the Eight `v` at element `i`.
+    pub fn store_eight(self, name: &str, i: &str, v: &str) -> String {
+        match self.unit() {
+            4 => format!("{name}_store({i}, {v}.a); {name}_store({i} + 4u, {v}.b);"),
+            _ => format!("{name}_store({i}, {v});"),
         }
     }
-    b.push("}");
 }
 
 /// A vector of `n` ≤ 4 consecutive words, zeros after them.
@@ -387,87 +380,166 @@ pub fn levels(row: &RowFormat) -> Vec<u32> {
     row.codebook().map_or(vec![], |book| book.levels.iter().map(|x| x.to_bits()).collect())
 }
 
-/// Where the vectors of four of the workgroup array `buf` lie.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Layout {
-    /// One after the other.
-    Plain,
-    /// With a hole after every eighth, so that strides of eight meet different banks.
-    Padded,
-}
-
-impl Layout {
-    /// Declares `buf` for so many vectors, and `at`.
-    pub fn declare(self, b: &mut Builder, vectors: usize) {
-        let (size, at) = match self {
-            Layout::Plain => (vectors, "i"),
-            Layout::Padded => (vectors + vectors.div_ceil(8), "i + (i >> 3u)"),
-        };
-        line!(b, "var<workgroup> buf: array<vec4<f32>, {size}>;");
-        line!(b, "fn at(i: u32) -> u32 {{ return {at}; }}");
-    }
-}
-
-/// `fn flip(i, v: Eight) -> Eight` negates elements i to i + 7 as the signs say.
+/// `fn flip4(i, v)` and `fn flip8(i, v)` negate elements i to i + 3 or i + 7 as the signs say.
 pub fn flip(b: &mut Builder) {
     b.push(include_str!("flip.wgsl"));
 }
 
-/// `fn transform(rows, tid)`: the orthogonal transform of the first `rows` rows of `buf`, to the last bit as the CPU does
-/// it. A barrier stands before and after.
-pub fn transform(b: &mut Builder, row: &RowFormat) {
-    let (d, block) = (row.head_dim(), row.block());
-    let (vectors, block_vectors) = (d / 4, block / 4);
-    let norm = float(1.0 / (block as f32).sqrt());
-    b.push("fn transform(rows: u32, tid: u32) {\n  workgroupBarrier();");
-    let (mut low, mut first) = (1usize, true);
-    while first || low < block_vectors {
-        // Each task takes `span` vectors at stride `low`: a butterfly network in registers.
-        let span = (block_vectors / low).min(8);
-        let last = low * span >= block_vectors;
-        line!(b, "  for (var u = tid; u < rows * {}u; u += WG) {{", vectors / span);
-        let (shift, mask) = (low.ilog2(), low - 1);
-        line!(b, "    let base = ((u >> {shift}u) * {}u) + (u & {mask}u);", span * low);
-        for k in 0..span {
-            line!(b, "    var x{k} = buf[at(base + {}u)];", k * low);
+/// The orthogonal transform by a workgroup, to the last bit as the CPU does it, with one exchange between threads.
+///
+/// A row is `per` chunks of `columns` elements. A thread takes a chunk, does the butterflies within it and spreads it over
+/// the workgroup's `buf`; after a barrier a thread takes a column, the elements of one number in every chunk, in which
+/// all other butterflies lie, and the reflection too. `buf` holds few rows at a time, since what a workgroup holds decides
+/// how many of them a GPU runs at once; columns wait in registers.
+pub struct Transform {
+    row: RowFormat,
+    /// 8 or 16, so that a column is no more than 64 elements; blocks of the transform are multiples of 16.
+    pub columns: usize,
+    /// Elements of a column.
+    pub per: usize,
+    /// Rows of a workgroup: a column a thread.
+    pub rows: usize,
+    /// Rows that `buf` holds.
+    pass: usize,
+}
+
+impl Transform {
+    pub fn new(row: &RowFormat, caps: &Caps) -> Self {
+        let d = row.head_dim();
+        let columns = if d <= 128 { 8 } else { 16 };
+        let rows = THREADS / columns;
+        Transform { row: *row, columns, per: d / columns, rows, pass: (caps.held / d).clamp(1, rows) }
+    }
+
+    pub fn with_rows(self, rows: usize) -> Self {
+        Transform { rows, pass: self.pass.min(rows), ..self }
+    }
+
+    /// Declares `buf` (of `least` words or more) and what reaches it; elements are counted over the rows that it holds.
+    pub fn declare(&self, b: &mut Builder, least: usize) {
+        // A hole after every chunk, so that neither chunks nor columns meet in one bank.
+        let words = self.pass * self.per * (self.columns + 1);
+        line!(b, "var<workgroup> buf: array<u32, {}>;", words.max(least));
+        line!(b, "fn at(e: u32) -> u32 {{ return e + (e >> {}u); }}", self.columns.ilog2());
+        b.push(include_str!("spread.wgsl"));
+        b.push(match self.columns {
+            8 => "fn spread(e: u32, v0: Eight) { put8(at(e), chunk8(v0)); }",
+            _ => {
+                "fn spread(e: u32, v0: Eight, v1: Eight) {\n\
+                 \x20 let x = chunk8(v0);\n  let y = chunk8(v1);\n\
+                 \x20 put8(at(e), Eight(x.a + y.a, x.b + y.b));\n\
+                 \x20 put8(at(e) + 8u, Eight(x.a - y.a, x.b - y.b));\n}"
+            }
+        });
+    }
+
+    /// Transforms the first `n` rows: column `c` of row `i` ends in the thread's variables `y0`, `y1`, …
+    /// `eight(row, e)` is the text of the Eight at element `e` of a row. Without a barrier after it, a thread may write its
+    /// column of `buf` only.
+    pub fn columns(&self, b: &mut Builder, n: &str, eight: impl Fn(&str, &str) -> String) {
+        let (columns, per, pass, stride) = (self.columns, self.per, self.pass, self.columns + 1);
+        line!(b, "  let i = tid / {columns}u;\n  let c = tid % {columns}u;");
+        line!(b, "  let chunk_row = tid / {per}u;\n  let chunk = (tid % {per}u) * {columns}u;");
+        for k in 0..per {
+            line!(b, "  var y{k} = 0.0;");
         }
-        if first {
-            for k in 0..span {
-                line!(b, "    x{k} = vec4(x{k}.x + x{k}.y, x{k}.x - x{k}.y, x{k}.z + x{k}.w, x{k}.z - x{k}.w);");
-                line!(b, "    x{k} = vec4(x{k}.xy + x{k}.zw, x{k}.xy - x{k}.zw);");
+        let passes = self.rows.div_ceil(pass);
+        let names = |j: usize| (0..columns / 8).map(move |x| format!("v{j}_{x}"));
+        let load = |b: &mut Builder, j: usize, first: &str| {
+            names(j).for_each(|v| line!(b, "  var {v} = Eight(vec4(0.0), vec4(0.0));"));
+            line!(b, "  if (chunk_row < {pass}u && {first} + chunk_row < {n}) {{");
+            for (x, v) in names(j).enumerate() {
+                let value = eight(&format!("({first} + chunk_row)"), &format!("(chunk + {}u)", 8 * x));
+                line!(b, "    {v} = {value};");
+            }
+            b.push("  }");
+        };
+        let take = |b: &mut Builder, number: &str| {
+            line!(b, "  if (i / {pass}u == {number}) {{");
+            line!(b, "    let column = (i % {pass}u) * {}u + c;", per * stride);
+            for k in 0..per {
+                line!(b, "    y{k} = bitcast<f32>(buf[column + {}u]);", k * stride);
+            }
+            b.push("  }");
+        };
+        let exchange = |b: &mut Builder, j: usize, number: &str| {
+            let values: Vec<_> = names(j).collect();
+            line!(b, "  if (chunk_row < {pass}u) {{ spread(tid * {columns}u, {}); }}", values.join(", "));
+            b.push("  workgroupBarrier();");
+            take(b, number);
+            b.push("  workgroupBarrier();");
+        };
+        match passes {
+            1 => {
+                line!(b, "  for (var u = tid; u < {n} * {per}u; u += WG) {{");
+                let value = |e| eight(&format!("(u / {per}u)"), &format!("(u % {per}u * {columns}u + {e}u)"));
+                let values: Vec<_> = (0..columns).step_by(8).map(value).collect();
+                line!(b, "    spread(u * {columns}u, {});\n  }}\n  workgroupBarrier();", values.join(", "));
+                take(b, "0u");
+            }
+            2 => {
+                // Both loads before the first barrier.
+                (0..2).for_each(|j| load(b, j, &format!("{}u", j * pass)));
+                (0..2).for_each(|j| exchange(b, j, &format!("{j}u")));
+            }
+            _ => {
+                line!(b, "  for (var turn = 0u; turn < {passes}u; turn++) {{");
+                load(b, 0, &format!("turn * {pass}u"));
+                exchange(b, 0, "turn");
+                b.push("  }");
             }
         }
+        self.mix(b);
+    }
+
+    /// All butterflies between the elements of a column, and the reflection.
+    fn mix(&self, b: &mut Builder) {
+        let per = self.per;
+        let block = self.row.block() / self.columns;
         let mut h = 1;
-        while h < span {
-            for k in (0..span).filter(|k| k & h == 0) {
+        while h < block {
+            for k in (0..per).filter(|k| k & h == 0) {
                 let j = k + h;
-                line!(b, "    {{ let t = x{k}; x{k} = t + x{j}; x{j} = t - x{j}; }}");
+                line!(b, "  {{ let t = y{k}; y{k} = t + y{j}; y{j} = t - y{j}; }}");
             }
             h *= 2;
         }
-        for k in 0..span {
-            let scale = if last { format!(" * {norm}") } else { String::new() };
-            line!(b, "    buf[at(base + {}u)] = x{k}{scale};", k * low);
+        let norm = float(1.0 / (self.row.block() as f32).sqrt());
+        let blocks = per / block;
+        for k in 0..per {
+            let product = format!("y{k} * {norm}");
+            line!(b, "  y{k} = {};", if blocks > 1 { format!("keep({product})") } else { product });
         }
-        b.push("  }\n  workgroupBarrier();");
-        low *= span;
-        first = false;
+        for j in (0..block).filter(|_| blocks > 1) {
+            line!(b, "  var sum{j} = y{j};");
+            for k in 1..blocks {
+                line!(b, "  sum{j} = sum{j} + y{};", k * block + j);
+            }
+            line!(b, "  sum{j} = keep(sum{j} * {});", float(2.0 / blocks as f32));
+            for k in 0..blocks {
+                line!(b, "  y{0} = y{0} - sum{j};", k * block + j);
+            }
+        }
     }
-    let blocks = d / block;
-    if blocks > 1 {
-        line!(b, "  for (var u = tid; u < rows * {block_vectors}u; u += WG) {{");
-        line!(b, "    let base = (u / {block_vectors}u) * {vectors}u + u % {block_vectors}u;");
-        b.push("    var sum = buf[at(base)];");
-        for k in 1..blocks {
-            line!(b, "    sum = sum + buf[at(base + {}u)];", k * block_vectors);
+
+    /// Brings the columns back: `store` is the text that takes element `e` of all rows and the unit `v` that starts there.
+    pub fn rows(&self, b: &mut Builder, n: &str, unit: usize, store: &str) {
+        let (columns, per, pass, d) = (self.columns, self.per, self.pass, self.row.head_dim());
+        line!(b, "  for (var first = 0u; first < {n}; first += {pass}u) {{");
+        line!(
+            b,
+            "    if (i / {pass}u == first / {pass}u) {{\n      let column = (i % {pass}u) * {}u + c;",
+            per * (columns + 1)
+        );
+        for k in 0..per {
+            line!(b, "      buf[column + {}u] = bitcast<u32>(y{k});", k * (columns + 1));
         }
-        line!(b, "    sum = keep4(sum * {});", float(2.0 / blocks as f32));
-        for k in 0..blocks {
-            line!(b, "    buf[at(base + {0}u)] = buf[at(base + {0}u)] - sum;", k * block_vectors);
-        }
-        b.push("  }\n  workgroupBarrier();");
+        b.push("    }\n    workgroupBarrier();");
+        line!(b, "    let end = min({pass}u, {n} - first) * {d}u;");
+        line!(b, "    for (var held = {unit}u * tid; held < end; held += {unit}u * WG) {{");
+        line!(b, "      let e = first * {d}u + held;\n      let v = gather{unit}(held);\n      {store}\n    }}");
+        b.push("    workgroupBarrier();\n  }");
     }
-    b.push("}");
 }
 
 /// The signs as the parameters' table holds them.
