@@ -5,8 +5,12 @@ use super::{Caps, attention, dequantize, merge, quantize, rotate};
 use crate::cache::{LayerKind, Sinks};
 use crate::compute::DType;
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::ops::AttentionParams;
+use crate::ops::{
+    AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, Span, attention as attend, dequantize as decode,
+    quantize as encode, rotate as turn,
+};
 use crate::{CacheConfig, Device, KvCache, backend};
+use std::sync::Arc;
 
 /// What a Metal GPU gives a threadgroup.
 const METAL_WORKGROUP_MEMORY: u32 = 32 << 10;
@@ -172,4 +176,60 @@ fn a_step_takes_three_dispatches_a_layer() {
     // The first sequence's only query is a sink itself, which makes it a run of its own.
     assert_eq!(counted, [2, 2, 2 + 5]);
     // Nothing is submitted: the conformance suite looks at the numbers.
+}
+
+/// Kernels are put together otherwise for software, which CI has: rows exchanged all at once, few queries a workgroup. These
+/// are what a GPU would get, against the CPU.
+#[test]
+fn kernels_for_gpus_agree_with_the_cpu() {
+    let cpu = Device::cpu();
+    for subgroups in [true, false] {
+        let Ok(mut wgpu) = backend::wgpu::open(None) else {
+            assert!(
+                !std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")),
+                "wgpu is required"
+            );
+            return eprintln!("SKIPPED: no wgpu device");
+        };
+        let caps = &mut Arc::get_mut(&mut wgpu.0).expect("just opened").caps;
+        (caps.held, caps.query_rows, caps.subgroups) = (1024, 16, caps.subgroups && subgroups);
+        let gpu = Device::from_backend(Box::new(wgpu));
+        for (codec, d) in [(Codec::tq(4), 128), (Codec::tq(3), 80), (Codec::seed(4), 512)] {
+            let (row, kv_heads, n, heads) = (RowFormat::new(codec, d).unwrap(), 2, 100, 8);
+            let pages = [0];
+            let spans = |new| [Span { first: 0, len: n, new, pages: &pages }];
+            let mut results = vec![];
+            for device in [&cpu, &gpu] {
+                let numbers = |n: usize| (0..n).map(|i| (i as f32 * 0.37).sin() + (i as f32 * 0.011).cos());
+                let x: Vec<f32> = numbers(n * kv_heads * d).collect();
+                let x = device.upload(&x, &[n, kv_heads, d]).unwrap();
+                let q: Vec<f32> = numbers(4 * heads * d).collect();
+                let q = device.upload(&q, &[4, heads, d]).unwrap();
+                let pool = PagePool::new(device, row, kv_heads, n, 1).unwrap();
+                let (rotated, restored) = (device.zeros(DType::F32, x.shape()), device.zeros(DType::F32, x.shape()));
+                let (rotated, restored) = (rotated.unwrap(), restored.unwrap());
+                let out = device.zeros(DType::F32, q.shape()).unwrap();
+                let batch = |new| Batch::new(device, n, &spans(new)).unwrap();
+                let mut encoder = device.encoder().unwrap();
+                turn(&mut encoder, &row, Direction::Forward, &x, &rotated).unwrap();
+                encode(&mut encoder, &[(&x, &pool)], &batch(n)).unwrap();
+                let order = RowOrder::TokenMajor;
+                decode(&mut encoder, &pool, &batch(0), 0, 0..n, Domain::Original, order, &restored).unwrap();
+                let params = AttentionParams::for_head_dim(d);
+                attend(&mut encoder, &q, &pool, &pool, &batch(4), &params, &out, None).unwrap();
+                encoder.submit_and_wait().unwrap();
+                results.push((
+                    pool.codes().read::<u8>().unwrap(),
+                    [rotated, restored, out].map(|b| b.read::<f32>().unwrap()),
+                ));
+            }
+            let name = format!("{codec} D={d} subgroups {subgroups}");
+            assert!(results[0].0 == results[1].0, "{name}: codes");
+            for (i, (want, got)) in results[0].1.iter().zip(&results[1].1).enumerate() {
+                let off: f64 = want.iter().zip(got).map(|(w, g)| f64::from(w - g).powi(2)).sum();
+                let norm: f64 = want.iter().map(|w| f64::from(*w).powi(2)).sum();
+                assert!((off / norm).sqrt() < 1e-5, "{name}: result {i} is off by {:e}", (off / norm).sqrt());
+            }
+        }
+    }
 }
