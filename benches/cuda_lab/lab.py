@@ -19,8 +19,8 @@ F32, F16, BF16 = 0, 1, 2
 class Codec:
     def __init__(self, name):
         self.name = name
-        if name in ("f16", "f32"):
-            self.bits, self.levels, self.scale = int(name[1:]), 1, 0
+        if name == "f16":
+            self.bits, self.levels, self.scale = 16, 1, 0
         elif name.startswith("seed"):
             b = int(name[4:])
             self.bits, self.levels, self.scale = (4 if b == 4 else 8), 1 << b, 32
@@ -70,10 +70,7 @@ class Variant:
         self.d, self.codec, self.tiles_n, self.stages, self.wide = d, codec, tiles_n, stages, 1
         self.q_type, self.out_type, self.macros, self.narrow = q_type, out_type, macros, narrow
         self.const_page = 0 if contiguous else page_size
-        self.plain = codec == "f32"  # attention_f32.cu
-        if self.plain:
-            warps, tile = 4, 64
-        elif warps is None:
+        if warps is None:
             for warps, tile, self.wide, self.stages in CHOICES:
                 if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
@@ -106,7 +103,6 @@ class Variant:
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
                  STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide,
                  NARROW=int(self.narrow))
-        if self.plain: m = {k: m[k] for k in ("HEAD_DIM", "TILE", "Q_TYPE", "OUT_TYPE", "PAGE_SIZE")}
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 
     def key(self):
@@ -231,11 +227,11 @@ class Gpu:
 
     def load(self, cubin, v=None):
         """(function, shared bytes) of a variant, or of the bandwidth kernel."""
-        name = b"read_all" if v is None else b"attention_f32" if v.plain else b"attention"
+        name = b"read_all" if v is None else b"attention"
         module, fn = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), cubin)
         self.call("cuModuleGetFunction", ctypes.byref(fn), module, name)
-        shared = 16 * v.d if v else 0
+        shared = 0
         if name == b"attention":
             ptr, size = ctypes.c_uint64(), ctypes.c_size_t()
             self.call("cuModuleGetGlobal_v2", ctypes.byref(ptr), ctypes.byref(size), module, b"attention_shared_bytes")
@@ -260,8 +256,8 @@ class Store:
         self.codec, self.d = codec, d
         g = torch.Generator("cuda").manual_seed(seed)
         shape = (pages, kv_heads, page_size)
-        if codec.name in ("f16", "f32"):
-            self.codes = torch.randn(*shape, d, generator=g, device="cuda", dtype=torch.float16 if codec.name == "f16" else torch.float32)
+        if codec.name == "f16":
+            self.codes = torch.randn(*shape, d, generator=g, device="cuda", dtype=torch.float16)
             self.scales = torch.zeros(1, device="cuda")
         else:
             n = pages * kv_heads * page_size * codec.row(d)
@@ -274,7 +270,7 @@ class Store:
         """f64 [n, d] of (page, row) index pairs."""
         raw = self.codes[pages, head, rows]
         c, d = self.codec, self.d
-        if c.name in ("f16", "f32"): return raw.double()
+        if c.name == "f16": return raw.double()
         scale = self.scales[pages, head, rows].double().repeat_interleave(d // c.scales(d), 1)
         if c.name == "3":
             # Three planes of bytes; element 8r + 2p + h is the low three bits of nibble h of byte r of plane p, and bit k of
@@ -339,10 +335,6 @@ class Case:
         self.scale = 1 / math.sqrt(d)
         items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, blocks or gpu.sms, causal, window, overhead)
         self.blocks = blocks or gpu.sms
-        if v.plain:  # whole groups, a block each
-            rows = max(s[3] for s in sequences) * group
-            self.blocks = n * kv_heads
-            items, self.parts = plan(sequences, kv_heads, group, rows, v.tile, self.blocks, causal, window, 1 << 20)
         up = lambda a: torch.from_numpy(np.ascontiguousarray(a).view(np.int32)).cuda()
         self.items = up(items)
         self.partial = torch.full((max(self.parts, 1), 8 * v.tiles_n, d), float("nan"), device="cuda")
@@ -510,7 +502,7 @@ def arch_of(gpu):
 def compile_all(variants, arch):
     unique = {v.key(): v for v in variants}
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(nvrtc_compile, [("attention_f32.cu" if v.plain else "attention.cu", v.options(), arch) for v in unique.values()]))
+        results = list(pool.map(nvrtc_compile, [("attention.cu", v.options(), arch) for v in unique.values()]))
     return dict(zip(unique, results))
 
 
@@ -625,7 +617,7 @@ def random_case(rng):
     """Keyword arguments of a Variant and a Case."""
     d = rng.choice([64, 64, 80, 96, 112, 128, 128, 128, 192, 256, 256, 512, 576])
     bits = [2, 3, 4, 5, 6, 7, 8]
-    codec = rng.choice([f"k{rng.choice(bits)}v{rng.choice(bits)}"] * 6 + ["f16", "f32"])
+    codec = rng.choice([f"k{rng.choice(bits)}v{rng.choice(bits)}"] * 6 + ["f16"])
     if d in (64, 128, 256, 512) and rng.random() < 0.25: codec = f"seed{rng.choice([2, 3, 4, 5, 6, 8])}"
     group = rng.choice([1, 2, 3, 4, 4, 8, 8, 12, 16])
     q_len = rng.choice([1, 1, 1, 1, 2, 3, 5, 16, 40])
@@ -642,7 +634,7 @@ def random_case(rng):
         ql = min(rng.randint(1, q_len), first + stored)
         sequences.append((first, first + stored, q_start, ql))
         q_start += ql
-    variant = dict(d=d, codec=codec, narrow=codec != "f32" and q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
+    variant = dict(d=d, codec=codec, narrow=q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
     case = dict(sequences=sequences, kv_heads=rng.choice([1, 2, 3]), group=group, page_size=page_size, table_width=width,
                 causal=rng.random() < 0.7, window=rng.choice([0, 0, 0, 1, 17, 200]), softcap=rng.choice([0.0, 0.0, 0.0, 5.0, 50.0]), sinks=rng.random() < 0.3,
                 rotate=rng.random() < 0.7, signs=rng.random() < 0.7, seed=rng.randint(1, 10**6), blocks=rng.choice([None, None, 1, 3, 16]),
