@@ -1,6 +1,6 @@
 //! How fast a device reads and copies.
 
-use super::meter::Meter;
+use super::meter::{Limit, Meter, Timing};
 use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -10,16 +10,25 @@ use tqkv::compute::KernelSource;
 use tqkv::{Buffer, DType, Error};
 
 /// What a processor reads and copies.
-pub const BYTES: usize = 256 << 20;
+const BYTES: usize = 256 << 20;
 
-/// Bytes a second of reading, and of reading and writing together.
+/// How long it takes to read so many bytes, and to copy them.
 #[derive(Clone, Copy)]
 pub struct Bandwidth {
-    pub read: f64,
-    pub copy: f64,
+    pub bytes: usize,
+    pub read: Timing,
+    pub copy: Timing,
 }
 
 impl Bandwidth {
+    /// Bytes that are read, or read and written, in a second.
+    pub fn speed(&self, limit: Limit) -> f64 {
+        match limit {
+            Limit::Read => self.bytes as f64 / self.read.seconds,
+            Limit::Copy => 2.0 * self.bytes as f64 / self.copy.seconds,
+        }
+    }
+
     pub fn measure(meter: &Meter) -> Result<Self> {
         match meter.device.info().kind {
             DeviceKind::Cpu => of_processor(meter),
@@ -35,19 +44,19 @@ fn of_processor(meter: &Meter) -> Result<Bandwidth> {
     let mut target = vec![2u64; BYTES / 8];
     let piece = source.len().div_ceil(threads * 16);
     let mut sum = 0;
-    let reading = meter.time_host(|_| {
+    let read = meter.time_host(|_| {
         sum = pool.install(|| source.par_chunks(piece).map(|c| c.iter().fold(0, |a: u64, b| a.wrapping_add(*b))).sum());
         Ok(())
     })?;
     ensure!(sum == source.len() as u64, "reading went wrong");
-    let copying = meter.time_host(|_| {
+    let copy = meter.time_host(|_| {
         pool.install(|| {
             target.par_chunks_mut(piece).zip(source.par_chunks(piece)).for_each(|(t, s)| t.copy_from_slice(s));
         });
         Ok(())
     })?;
     ensure!(target == source, "copying went wrong");
-    Ok(Bandwidth { read: BYTES as f64 / reading.seconds, copy: 2.0 * BYTES as f64 / copying.seconds })
+    Ok(Bandwidth { bytes: BYTES, read, copy })
 }
 
 /// Threads of a workgroup of the kernels here.
@@ -131,18 +140,19 @@ fn sized(meter: &Meter, bytes: usize, cuda: bool) -> Result<Bandwidth> {
     let x = device.upload(&words, &[words.len()])?;
     let y = device.zeros(DType::U32, &[words.len()])?;
     let constants = if cuda { vec![(bytes / 16) as u32] } else { vec![] };
-    let (mut reading, mut copying) = (f64::INFINITY, f64::INFINITY);
+    let never = Timing { seconds: f64::INFINITY, sustained: None };
+    let (mut read, mut copy) = (never, never);
     for groups in WORKGROUPS {
         let threads = groups as usize * THREADS;
         let sums = device.zeros(DType::U32, &[threads])?;
         let run = |name: &'static str, to: &Buffer| {
             meter.time(|_, encoder| encoder.dispatch(name, [groups, 1, 1], &[&x, to], &constants))
         };
-        reading = reading.min(run("read", &sums)?.seconds);
+        read = read.faster(run("read", &sums)?);
         let sum = |words: &[u32]| words.iter().fold(0u32, |a, b| a.wrapping_add(*b));
         ensure!(sum(&sums.read::<u32>()?) == sum(&words), "reading went wrong");
-        copying = copying.min(run("copy", &y)?.seconds);
+        copy = copy.faster(run("copy", &y)?);
         ensure!(y.read::<u32>()? == words, "copying went wrong");
     }
-    Ok(Bandwidth { read: bytes as f64 / reading, copy: 2.0 * bytes as f64 / copying })
+    Ok(Bandwidth { bytes, read, copy })
 }

@@ -1,6 +1,6 @@
 //! Times and rows of results.
 
-use super::bandwidth::{BYTES, Bandwidth};
+use super::bandwidth::Bandwidth;
 use super::is_gpu;
 use crate::output;
 use anyhow::{Result, bail};
@@ -24,7 +24,8 @@ pub struct Meter {
     /// Each run takes the next of several copies of its inputs. So many bytes together do not stay in any cache.
     pub cold_bytes: usize,
     json: bool,
-    bandwidth: Bandwidth,
+    /// None until it is measured, with this meter.
+    bandwidth: Option<Bandwidth>,
 }
 
 /// How long one operation takes.
@@ -34,6 +35,12 @@ pub struct Timing {
     pub seconds: f64,
     /// The mean of many without a pause, on GPUs.
     pub sustained: Option<f64>,
+}
+
+impl Timing {
+    pub fn faster(self, other: Timing) -> Timing {
+        if other.seconds < self.seconds { other } else { self }
+    }
 }
 
 /// What bounds an operation.
@@ -75,13 +82,13 @@ struct Row {
 
 impl Meter {
     pub fn new(device: Device, cold_bytes: usize, json: bool) -> Result<Self> {
-        let mut meter = Meter { device, cold_bytes, json, bandwidth: Bandwidth { read: f64::NAN, copy: f64::NAN } };
-        meter.bandwidth = Bandwidth::measure(&meter)?;
-        let Bandwidth { read, copy } = meter.bandwidth;
-        for (op, speed, limit) in [("read", read, Limit::Read), ("copy", copy, Limit::Copy)] {
-            let timing = Timing { seconds: BYTES as f64 / speed, sustained: None };
-            let (shape, codec, bytes) = ("256 MiB".to_owned(), "-".to_owned(), BYTES);
-            meter.report(Measurement { op, shape, codec, timing, bytes, limit, error: 0.0, tolerance: 0.0 })?;
+        let mut meter = Meter { device, cold_bytes, json, bandwidth: None };
+        let bandwidth = Bandwidth::measure(&meter)?;
+        meter.bandwidth = Some(bandwidth);
+        let Bandwidth { bytes, read, copy } = bandwidth;
+        for (op, timing, moved, limit) in [("read", read, bytes, Limit::Read), ("copy", copy, 2 * bytes, Limit::Copy)] {
+            let (shape, codec) = (format!("{} MiB", bytes >> 20), "-".to_owned());
+            meter.report(Measurement { op, shape, codec, timing, bytes: moved, limit, error: 0.0, tolerance: 0.0 })?;
         }
         Ok(meter)
     }
@@ -145,10 +152,7 @@ impl Meter {
             bail!("{op} {codec} ({shape}) is off by {error:e}, expected at most {tolerance:e}");
         }
         let speed = bytes as f64 / timing.seconds;
-        let bandwidth = match limit {
-            Limit::Read => self.bandwidth.read,
-            Limit::Copy => self.bandwidth.copy,
-        };
+        let bandwidth = self.bandwidth.map_or(f64::NAN, |b| b.speed(limit));
         let info = self.device.info();
         let row = Row {
             op,

@@ -50,16 +50,8 @@ impl Meter {
     fn vectors(&self, seed: u64, shape: &[usize], dtype: DType) -> Result<(Vec<f32>, Buffer)> {
         let mut x = gaussian(seed, shape.iter().product());
         let buffer = match dtype {
-            DType::BF16 => {
-                let half: Vec<_> = x.iter().map(|&v| bf16::from_f32(v)).collect();
-                x.iter_mut().zip(&half).for_each(|(x, h)| *x = h.to_f32());
-                self.device.upload(&half, shape)?
-            }
-            DType::F16 => {
-                let half: Vec<_> = x.iter().map(|&v| f16::from_f32(v)).collect();
-                x.iter_mut().zip(&half).for_each(|(x, h)| *x = h.to_f32());
-                self.device.upload(&half, shape)?
-            }
+            DType::BF16 => self.device.upload(&rounded(&mut x, bf16::from_f32, bf16::to_f32), shape)?,
+            DType::F16 => self.device.upload(&rounded(&mut x, f16::from_f32, f16::to_f32), shape)?,
             _ => self.device.upload(&x, shape)?,
         };
         Ok((x, buffer))
@@ -314,6 +306,13 @@ fn sampled(positions: usize) -> impl Iterator<Item = (usize, usize)> {
         .step_by(positions.div_ceil(64))
         .chain([positions - 1])
         .flat_map(|position| (0..KV_HEADS).map(move |head| (position, head)))
+}
+
+/// Numbers in a narrower type; `x` becomes what they are.
+fn rounded<T: Copy>(x: &mut [f32], narrow: impl Fn(f32) -> T, widen: impl Fn(T) -> f32) -> Vec<T> {
+    let narrowed = x.iter().map(|&x| narrow(x)).collect::<Vec<_>>();
+    x.iter_mut().zip(&narrowed).for_each(|(x, &n)| *x = widen(n));
+    narrowed
 }
 
 /// So many normal variates are different; then they repeat, with a period that no shape divides.
