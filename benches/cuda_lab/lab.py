@@ -59,19 +59,19 @@ def codecs(name):
 
 
 # ---------------------------------------------------------------- specialisation
-# (warps, tile, wide tables, stages), the first that fits
-CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
+# (warps, tile, stages), the first that fits
+CHOICES = [(w, t, 2) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 1)]
 
 
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
                  shared_limit=227 * 1024, narrow=False, macros=()):
         self.k, self.v = codecs(codec)
-        self.d, self.codec, self.tiles_n, self.stages, self.wide = d, codec, tiles_n, stages, 1
+        self.d, self.codec, self.tiles_n, self.stages = d, codec, tiles_n, stages
         self.q_type, self.out_type, self.macros, self.narrow = q_type, out_type, macros, narrow
         self.const_page = 0 if contiguous else page_size
         if warps is None:
-            for warps, tile, self.wide, self.stages in CHOICES:
+            for warps, tile, self.stages in CHOICES:
                 if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
@@ -83,25 +83,20 @@ class Variant:
         entries = {2: 256, 3: 256, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
         integer = k.bits == 3
         same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale) and not integer
-        wide = [self.wide and (c.bits in (2, 3, 4, 8) or (same and c.bits == 6)) for c in (k, v)]
-        wide[0] = wide[0] and not integer
-        tables = 65536 if wide[0] or (wide[1] and not same) else 0
-        tables += 0 if wide[0] or integer else entries[k.bits] * 128
-        tables += 0 if same or wide[1] else entries[v.bits] * 128
+        tables = 128 * ((0 if integer else entries[k.bits]) + (0 if same else entries[v.bits]))
         stage = (tile * (k.bytes(d) + v.bytes(d)) + 127) // 128 * 128
         rows = 8 * self.tiles_n
         steps = 4 * -(-d // 128) if integer else d // 16
         total, q = warps * 2048, self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
         registers = self.tiles_n * d <= 256
         scratch = max(total, q) if registers else total
-        if integer and wide[1] and scratch <= 32768: scratch = 0
         scratch += 0 if registers else q
         return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 3) * rows * 4 + 16
 
     def options(self):
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
-                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide,
+                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page,
                  NARROW=int(self.narrow))
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 

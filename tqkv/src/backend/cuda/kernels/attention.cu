@@ -23,15 +23,13 @@
 //                          waits for every copy)
 //   NARROW                 1: no item has more than 4 rows (0 by default; needs TILES_N = 1). The tensor cores' eight columns are
 //                          then four pairs, of a query in full and what its rounding lost
-//   WIDE_TABLES            1 (default) or 0: smaller and slower tables, see codec.cuh
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
 //   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
 // 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
-// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then the same with WIDE_TABLES = 0;
-// then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
+// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
 //
 // PLAN
 //
@@ -117,15 +115,9 @@ constexpr float QUERY_LARGEST = D > 512 ? 16256.f : 32512.f;  // of 16-bit queri
 struct Layout {
     static constexpr bool K_LOOK = !K_INTEGER && !Codec<K_BITS>::DENSE;
     static constexpr bool SHARED_TABLE = K_LOOK && K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
-    // Six-bit codes with a table for both places that they can have in a byte; see codec.cuh.
-    static constexpr bool K_BOTH = WIDE_TABLES && K_BITS == 6 && SHARED_TABLE, V_BOTH = K_BOTH;
-    static constexpr bool K_WIDE = K_LOOK && (Codec<K_BITS>::BYTE_INDEX || K_BOTH);
-    static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
-    static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;
-    static constexpr int K_TABLE = K_WIDE ? 0 : WIDE;
-    static constexpr int AFTER_K = WIDE + (K_WIDE || !K_LOOK ? 0 : Codec<K_BITS>::ENTRIES * 128);
-    static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : V_WIDE ? 128 : AFTER_K;
-    static constexpr int TABLES = AFTER_K + (SHARED_TABLE || V_WIDE ? 0 : Codec<V_BITS>::ENTRIES * 128);
+    static constexpr int K_TABLE = 0, AFTER_K = K_LOOK ? Codec<K_BITS>::ENTRIES * 128 : 0;
+    static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : AFTER_K;
+    static constexpr int TABLES = AFTER_K + (SHARED_TABLE ? 0 : Codec<V_BITS>::ENTRIES * 128);
 
     static constexpr int STAGE = (TILE * (K::ROW + V::ROW + K::SCALE_ROW + V::SCALE_ROW) + 127) / 128 * 128;
     static constexpr int PIPES = TABLES;                               // [WARPS][STAGES][STAGE]
@@ -137,17 +129,9 @@ struct Layout {
     // Queries stay in registers where they fit; else their fragments keep a place of their own.
     static constexpr bool Q_REGISTERS = TILES_N * D <= 256;
     static constexpr int SCRATCH_BYTES = Q_REGISTERS && Q_FRAGMENTS > SUM ? Q_FRAGMENTS : SUM;
-    // Where keys need no table, the value's leaves the lower half of each 256 bytes free.
-    static constexpr bool HOLES = K_INTEGER && V_WIDE && SCRATCH_BYTES <= 32768;
-    static constexpr int SCRATCH = HOLES ? 0 : AFTER_ACC;              // f32 [WARPS][512], or Q fragments, or codebooks
-    static constexpr int Q = HOLES ? AFTER_ACC : SCRATCH + SUM;        // Q fragments that are not kept in registers
-    static constexpr int ML = AFTER_ACC + (HOLES ? 0 : SCRATCH_BYTES) + (Q_REGISTERS ? 0 : Q_FRAGMENTS);
-    // A place in the scratch memory.
-    template <typename T> static DEVICE T* scratch(int i) {
-        extern __shared__ __align__(128) u8 shared_memory[];
-        const int at = i * (int)sizeof(T);
-        return (T*)(shared_memory + SCRATCH + (HOLES ? at % 128 + at / 128 * 256 : at));
-    }
+    static constexpr int SCRATCH = AFTER_ACC;                          // f32 [WARPS][512], or Q fragments, or codebooks
+    static constexpr int Q = SCRATCH + SUM;                            // Q fragments that are not kept in registers
+    static constexpr int ML = SCRATCH + SCRATCH_BYTES + (Q_REGISTERS ? 0 : Q_FRAGMENTS);
     static constexpr int BYTES = ML + (2 * WARPS + 3) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest, a flag
 };
 extern "C" __device__ const u32 attention_shared_bytes = Layout::BYTES;
@@ -427,7 +411,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const acc = (float*)(shared_memory + Layout::ACC);
-    const auto q_fragment = [](int i) { return Layout::Q_REGISTERS ? Layout::scratch<QFragment>(i) : (QFragment*)(shared_memory + Layout::Q) + i; };
+    float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
+    u16* const codebooks = (u16*)scratch;
+    QFragment* const q_fragments = (QFragment*)(shared_memory + (Layout::Q_REGISTERS ? Layout::SCRATCH : Layout::Q));
     float* const warp_m = (float*)(shared_memory + Layout::ML);  // [WARPS][ROWS]
     float* const warp_l = warp_m + WARPS * ROWS;
     float* const block_m = warp_l + WARPS * ROWS;                // [ROWS]
@@ -446,12 +432,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(i); });
-    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(256 + i); });
+    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, codebooks);
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, codebooks + 256);
     __syncthreads();
-    if constexpr (Layout::K_LOOK) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, [](int i) { return *Layout::scratch<u16>(i); }, K_LEVELS, thread, THREADS);
+    if constexpr (Layout::K_LOOK) build_table<K_BITS>(shared_memory + Layout::K_TABLE, codebooks, K_LEVELS, thread, THREADS);
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
-        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, [](int i) { return *Layout::scratch<u16>(256 + i); }, V_LEVELS, thread, THREADS);
+        build_table<V_BITS>(shared_memory + Layout::V_TABLE, codebooks + 256, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
@@ -478,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
         __syncthreads();
         const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
         for (int i = thread; i < TILES_N * Q_STEPS * 32; i += THREADS)
-            *q_fragment(i) = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
+            q_fragments[i] = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
         // What a score is to be multiplied by, where keys and queries are integers.
         float unit[TILES_N][COLUMNS];
 #pragma unroll
@@ -492,8 +478,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                for (int j = 0; j < Q_STEPS; j++) q[n][j] = *q_fragment((n * Q_STEPS + j) * 32 + lane);
-        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : *q_fragment((n * Q_STEPS + step) * 32 + lane); };
+                for (int j = 0; j < Q_STEPS; j++) q[n][j] = q_fragments[(n * Q_STEPS + j) * 32 + lane];
+        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : q_fragments[(n * Q_STEPS + step) * 32 + lane]; };
 
         // Tiles within [all_lo, all_hi) are seen whole by every row.
         const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
@@ -580,7 +566,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             repeat<K_STEPS>([&](auto j) {
                                 constexpr int J = decltype(j)::value;
                                 u32 k[4];
-                                decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+                                decode_keys<K_BITS, 4 * J>(a, b, k_table, k_lane, k);
 #pragma unroll
                                 for (int n = 0; n < TILES_N; n++) {
                                     const QFragment x = query(n, H * K_STEPS + J);
@@ -721,8 +707,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             repeat<V_TILES, 2>([&](auto i) {
                                 constexpr int I = decltype(i)::value;
                                 u32 a[4], b[4];
-                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
-                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
+                                decode_rows<V_BITS, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
+                                decode_rows<V_BITS, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
 #pragma unroll
                                 for (int n = 0; n < TILES_N; n++) {
                                     mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
@@ -786,7 +772,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
                                 const float* x = o[quad >> 1][from + i] + 2 * e;
-                                float* const to = Layout::scratch<float>(warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1)));
+                                float* const to = scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1));
                                 if (NARROW) *to = x[0];
                                 else *(float2*)to = make_float2(x[0], x[1]);
                             }
@@ -796,7 +782,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     if (fragment >= FRAGMENTS) break;
                     float sum = 0.f;
 #pragma unroll
-                    for (int k = 0; k < WARPS; k++) sum += *Layout::scratch<float>(k * 512 + i);
+                    for (int k = 0; k < WARPS; k++) sum += scratch[k * 512 + i];
                     const int d = output_element(fragment, V_TILES, i >> 3 & 7, i >> 2 & 1);
                     if (d >= 0) acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
                 }

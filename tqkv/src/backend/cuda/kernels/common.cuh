@@ -90,6 +90,14 @@ DEVICE u32 select_bytes(u32 a, u32 b, u32 select) {
     return v;
 }
 
+// c plus the products of a's two halves with the lower (HALF = 0) or upper two bytes of b.
+template <int HALF> DEVICE u32 dot_bytes(u32 a, u32 b, u32 c) {
+    u32 v;
+    if constexpr (HALF) asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    else asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Asynchronous copies from global to shared memory.
