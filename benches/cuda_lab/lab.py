@@ -3,6 +3,7 @@
     python lab.py compile [ARCH...]   every specialisation below for each architecture; needs no GPU
     python lab.py check [N]           N random cases against the reference (default 60)
     python lab.py time [NAME...]      the table of shapes and codecs
+    python lab.py plain [NAME...]     the kernel for f32 queries, two shapes
 
 Needs NVRTC through cuda-bindings, and PyTorch and a driver for all but `compile`.
 """
@@ -80,18 +81,16 @@ class Variant:
     def shared(self, warps, tile):
         """Layout::BYTES of attention.cu."""
         k, v, d = self.k, self.v, self.d
-        entries = {2: 256, 3: 256, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
+        entries = {2: 256, 3: 256, 4: 256, 5: 64, 6: 128, 7: 256, 8: 256, 16: 0}
         integer = k.bits == 3
         same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale) and not integer
+        if d % 128 == 0: entries[3] = 64
         tables = 128 * ((0 if integer else entries[k.bits]) + (0 if same else entries[v.bits]))
         stage = (tile * (k.bytes(d) + v.bytes(d)) + 127) // 128 * 128
         rows = 8 * self.tiles_n
         steps = 4 * -(-d // 128) if integer else d // 16
-        total, q = warps * 2048, self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
-        registers = self.tiles_n * d <= 256
-        scratch = max(total, q) if registers else total
-        scratch += 0 if registers else q
-        return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 3) * rows * 4 + 16
+        q = self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
+        return tables + warps * self.stages * stage + 2 * rows * (d + 4) * 4 + warps * 2048 + q + (2 * warps + 4) * rows * 4 + 16
 
     def options(self):
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
@@ -608,6 +607,43 @@ def cmd_once(args):
     gpu.torch.cuda.synchronize()
 
 
+def cmd_plain(names):
+    """What attention.rs does for f32 queries: plain.cu, as many splits as give two blocks a multiprocessor."""
+    gpu = Gpu()
+    torch = gpu.torch
+    for shape in (SHAPES[0], SHAPES[5]):
+        for c in names or ["k4v4", "k8v8", "k3v3"]:
+            v = Variant(shape[3], c, q_type=F32, out_type=F32)
+            case = shape_case(gpu, shape, v, 2)
+            side = lambda x, bits: [f"-D{x}_HEAD_DIM={v.d}", f"-D{x}_BITS={bits}", f"-D{x}_PACKING={4 if bits == 3 else 0}", f"-D{x}_SCALING=1"]
+            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232"]
+            cubin, _ = nvrtc_compile(("plain.cu", options, arch_of(gpu)))
+            module, fn = ctypes.c_void_p(), ctypes.c_void_p()
+            gpu.call("cuModuleLoadData", ctypes.byref(module), cubin)
+            gpu.call("cuModuleGetFunction", ctypes.byref(fn), module, b"plain")
+            rows, longest = len(case.sequences) * shape[1], max(lengths(shape))
+            splits = max(1, min(-(-2 * gpu.sms // rows), -(-longest // 128)))
+            spans = torch.tensor(case.sequences, device="cuda", dtype=torch.int32)
+            signs, counters = torch.zeros(v.d // 32, device="cuda", dtype=torch.int32), torch.zeros(rows, device="cuda", dtype=torch.int32)
+            partial, ml = torch.zeros(rows * splits * v.d, device="cuda"), torch.zeros(rows * splits * 2, device="cuda", dtype=torch.float64)
+
+            def launch(i):
+                k, val, table, _ = case.sets[i]
+                b = b"".join(struct.pack("<4Q2f2IfI", x.codes.data_ptr(), x.scales.data_ptr(), x.codebook.data_ptr(), signs.data_ptr(), 1 / math.sqrt(v.d & -v.d), 2 * (v.d & -v.d) / v.d, 1, 0, 1.0, 0) for x in (k, val))
+                b += struct.pack("<9Q10I2f", case.q.data_ptr(), case.out.data_ptr(), 0, 0, spans.data_ptr(), table.data_ptr(), partial.data_ptr(), ml.data_ptr(), counters.data_ptr(),
+                                 splits, 0, len(case.sequences), shape[2], shape[1], 64, case.width, 1, 0, 1, case.scale, 0.0)
+                gpu.launch(fn, rows * splits, 256, 0, b)
+
+            launch(0)
+            torch.cuda.synchronize()
+            ref, _ = case.reference(0, [0])
+            e = ((case.out[:1].double() - ref[:1]).norm() / ref[:1].norm()).item()
+            burst, _ = time_graph(torch, launch, 2, 4, 10, 0)
+            print(f"{shape[:5]} {c}, f32 queries: {burst:.4f} ms  {case.bytes() / burst / 1e6:.0f} GB/s  err {e:.1e}  splits {splits}", flush=True)
+            del case
+            torch.cuda.empty_cache()
+
+
 def random_case(rng):
     """Keyword arguments of a Variant and a Case."""
     d = rng.choice([64, 64, 80, 96, 112, 128, 128, 128, 192, 256, 256, 512, 576])
@@ -629,7 +665,8 @@ def random_case(rng):
         ql = min(rng.randint(1, q_len), first + stored)
         sequences.append((first, first + stored, q_start, ql))
         q_start += ql
-    variant = dict(d=d, codec=codec, narrow=q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
+    variant = dict(d=d, codec=codec, narrow=q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2),
+                   shared_limit=rng.choice([227, 227, 163, 99, 0]) * 1024)  # 0: one copy at a time, as where nothing else fits
     case = dict(sequences=sequences, kv_heads=rng.choice([1, 2, 3]), group=group, page_size=page_size, table_width=width,
                 causal=rng.random() < 0.7, window=rng.choice([0, 0, 0, 1, 17, 200]), softcap=rng.choice([0.0, 0.0, 0.0, 5.0, 50.0]), sinks=rng.random() < 0.3,
                 rotate=rng.random() < 0.7, signs=rng.random() < 0.7, seed=rng.randint(1, 10**6), blocks=rng.choice([None, None, 1, 3, 16]),
@@ -692,5 +729,6 @@ if __name__ == "__main__":
     if cmd == "compile": cmd_compile(args)
     if cmd == "check": sys.exit(bool(cmd_check(int(args[0]) if args else 60, int(args[1]) if len(args) > 1 else 1)))
     if cmd == "time": cmd_time(args)
+    if cmd == "plain": cmd_plain(args)
     if cmd == "tune": cmd_tune(args)
     if cmd == "once": cmd_once(args)

@@ -149,6 +149,20 @@ fn compile(architecture: &str, sources: &[Source]) -> (Vec<String>, Vec<String>)
     (failures.into_iter().flatten().collect(), spills.into_iter().flatten().collect())
 }
 
+/// The integers that attention has for the levels of 3 bits (codec.cuh) are those of the codebook, and its bytes theirs.
+#[test]
+fn integer_levels_are_the_codebooks() {
+    let levels = &RowFormat::new(Codec::tq(3), 128).unwrap().codebook().unwrap().levels;
+    let (high, low) = ([0xf2d3b181u32, 0x7f4f2d0e], [0x8962b000u32, 0x00509e77]);
+    let text = include_str!("kernels/codec.cuh");
+    assert!(text.contains("LEVEL_BYTES = {0xf2d3b181, 0x7f4f2d0e, 0x8962b000, 0x00509e77}"));
+    for (i, level) in levels.iter().enumerate() {
+        let byte = |words: [u32; 2]| words[i / 4].to_le_bytes()[i % 4] as i8 as i32;
+        let integer = byte(high) * 256 + byte(low);
+        assert!((level / levels[7] * 32512.0 - integer as f32).abs() < 0.5, "{i}: {integer} {level}");
+    }
+}
+
 /// `TQKV_CUDA_ARCHITECTURES=sm_90a` and `TQKV_CUDA_HEAD_DIMS=64,128` leave out the rest. What is compiled stays in the disk
 /// cache, so that a second run, and a GPU of that architecture, find it.
 #[test]

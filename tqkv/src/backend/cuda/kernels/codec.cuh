@@ -15,8 +15,9 @@
 template <int BITS> struct Codec {
     static constexpr bool DENSE = BITS == 16;
     static constexpr int CODES = BITS == 2 ? 4 : BITS <= 4 ? 2 : 1;
-    static constexpr int PLACE = BITS == 3 ? 4 : BITS;  // bits of a table's index that a code takes
-    static constexpr int ENTRIES = DENSE ? 0 : 1 << (PLACE * CODES % 16);
+    static constexpr int PLACE = BITS == 3 && !MATRICES ? 4 : BITS;  // bits of a table's index that a code takes
+    static constexpr bool HALVES = BITS >= 5 && BITS <= 7;  // two tables, for the lower and the upper half of a pair
+    static constexpr int ENTRIES = DENSE ? 0 : 1 << (PLACE * CODES + HALVES);
 };
 
 // Where a lane's replica lies within a line.
@@ -45,22 +46,21 @@ template <int BITS> DEVICE void build_table(u8* table, const u16* codebook, int 
         u32 c[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) c[k] = codebook[k < CODES ? (i >> 3) >> k * Codec<BITS>::PLACE & (levels - 1) : 0];
+        if (Codec<BITS>::HALVES) c[i >> (3 + BITS) ? 1 : 0] = c[0], c[i >> (3 + BITS) ? 0 : 1] = 0;
         uint4 v;
-        v.x = c[0] | (CODES == 1 ? c[0] : c[1]) << 16;
+        v.x = c[0] | (CODES == 1 && !Codec<BITS>::HALVES ? c[0] : c[1]) << 16;
         v.y = CODES == 4 ? c[2] | c[3] << 16 : v.x;
         v.z = v.x, v.w = v.y;
         *(uint4*)(table + i * 16) = v;
     }
 }
 
-// The line of the index of N bits at bit FIRST of a stream.
+// The line of the index of N bits at bit FIRST of a stream; where it lies within half a word, one byte product shifts it.
 template <int FIRST, int N> DEVICE u32 bit_line(const u32* words, u32 lane) {
-    constexpr int Q = FIRST / 32, R = FIRST % 32;
-    u32 v;
-    if constexpr (R + N > 32) v = __funnelshift_r(words[Q], words[Q + 1], R - 7);
-    else if constexpr (R >= 7) v = words[Q] >> (R - 7);
-    else v = words[Q] << (7 - R);
-    return (v & (((1u << N) - 1) << 7)) | lane;
+    constexpr int Q = FIRST / 32, R = FIRST % 32, IN = R % 16;
+    constexpr u32 MASK = (1u << N) - 1;
+    if constexpr (IN + N <= 16) return dot_bytes<R / 16>(128 >> IN | 32768 >> IN << 16, words[Q] & MASK << R, lane);
+    else return ((R + N > 32 ? __funnelshift_r(words[Q], words[Q + 1], R - 7) : words[Q] >> (R - 7)) & MASK << 7) | lane;
 }
 // The line of the index in byte K of a word.
 template <int K> DEVICE u32 byte_line(u32 word, u32 lane) { return dot_bytes<K / 2>(128 << K % 2 * 16, word, lane); }
@@ -72,6 +72,12 @@ template <int BITS, int I> DEVICE u32 look_code(const u8* table, const u32* word
     else return look(table, bit_line<I * BITS, BITS>(words, lane));
 }
 
+// The pair of codes I of row a and J of row b.
+template <int BITS, int I, int J> DEVICE u32 look_pair(const u8* table, const u32* a, const u32* b, u32 lane) {
+    const u32 x = look_code<BITS, I>(table, a, lane), y = look_code<BITS, J>(table + (Codec<BITS>::HALVES ? 128 << BITS : 0), b, lane);
+    return Codec<BITS>::HALVES ? f16x2_add(x, y) : __byte_perm(x, y, 0x5410);
+}
+
 // Codes I to I + 3 of a row: two pairs of neighbours.
 template <int BITS, int I> DEVICE void decode_row(const u32* w, const u8* table, u32 lane, u32& x, u32& y) {
     if constexpr (BITS == 16) {
@@ -80,9 +86,7 @@ template <int BITS, int I> DEVICE void decode_row(const u32* w, const u8* table,
         x = look(table, byte_line<I / 2 % 4>(w[I / 8], lane));
         y = look(table, byte_line<I / 2 % 4 + 1>(w[I / 8], lane));
     } else {
-        u32 a = look_code<BITS, I>(table, w, lane), b = look_code<BITS, I + 1>(table, w, lane);
-        u32 c = look_code<BITS, I + 2>(table, w, lane), d = look_code<BITS, I + 3>(table, w, lane);
-        x = __byte_perm(a, b, 0x5410), y = __byte_perm(c, d, 0x5410);
+        x = look_pair<BITS, I, I + 1>(table, w, w, lane), y = look_pair<BITS, I + 2, I + 3>(table, w, w, lane);
     }
 }
 
@@ -111,9 +115,7 @@ template <int BITS, int I> DEVICE void decode_rows2(const u32* a, const u32* b, 
         x = look(table, byte_line<I / 2 % 4>(merge<M>(p, q << 4), lane));
         y = look(table, byte_line<I / 2 % 4>(merge<M>(p >> 4, q), lane));
     } else {
-        u32 c = look_code<BITS, I>(table, a, lane), d = look_code<BITS, I>(table, b, lane);
-        u32 e = look_code<BITS, I + 1>(table, a, lane), f = look_code<BITS, I + 1>(table, b, lane);
-        x = __byte_perm(c, d, 0x5410), y = __byte_perm(e, f, 0x5410);
+        x = look_pair<BITS, I, I>(table, a, b, lane), y = look_pair<BITS, I + 1, I + 1>(table, a, b, lane);
     }
 }
 
@@ -144,29 +146,28 @@ DEVICE u32 fourth_plane(u32 a, u32 b, u32 c) { return merge<0x33333333>(merge<0x
 // The element of nibble `i` of plane `plane`.
 DEVICE constexpr int plane_element(int plane, int i) { return i / 2 * 8 + plane * 2 + i % 2; }
 
-// Eight levels as 16-bit integers, the largest LARGEST, split into two signed bytes: level = high * 256 + low.
+// The eight levels (of the native codebook: no other has 3 bits) as 16-bit integers, +-3703, 11422, 20304 and 32512, each to half
+// a unit, split into two signed bytes: level = high * 256 + low.
+__device__ const uint4 LEVEL_BYTES = {0xf2d3b181, 0x7f4f2d0e, 0x8962b000, 0x00509e77};
 struct Levels {
     static constexpr float LARGEST = 32512.f;
     u32 high[2], low[2];
-    float unit;  // of these integers
-
-    DEVICE void build(const float (&codebook)[8]) {
-        const float largest = fmaxf(-codebook[0], codebook[7]);
-        unit = largest / LARGEST;
-        high[0] = high[1] = low[0] = low[1] = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int level = __float2int_rn(codebook[i] * (LARGEST / largest)), top = (level + 128) >> 8;
-            high[i / 4] |= (top & 0xff) << i % 4 * 8;
-            low[i / 4] |= (level & 0xff) << i % 4 * 8;
-        }
+    // Read, not known: the compiler would load constants anew for every use.
+    DEVICE void read() {
+        asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(high[0]), "=r"(high[1]), "=r"(low[0]), "=r"(low[1]) : "l"(&LEVEL_BYTES));
     }
 };
 
+// The upper 16 bits of a selector, by a product of halves with 1, which no ALU does. No half of a selector is a NaN.
+DEVICE u32 upper_half(u32 x) {
+    u32 v;
+    asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %1; mov.b32 t, {h, h}; fma.rn.f16x2 %0, t, %2, %3;}" : "=r"(v) : "r"(x), "r"(0x3c003c00), "r"(0x80008000));
+    return v;
+}
 // Eight codes of each of two rows as a key's fragments, of the levels' high bytes and of their low ones.
 DEVICE void decode_levels(u32 a, u32 b, const Levels& levels, u32 (&high)[4], u32 (&low)[4]) {
     a &= 0x77777777, b &= 0x77777777;
-    const u32 codes[4] = {a, b, a >> 16, b >> 16};
+    const u32 codes[4] = {a, b, upper_half(a), upper_half(b)};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         high[i] = select_bytes(levels.high[0], levels.high[1], codes[i]);
