@@ -73,6 +73,7 @@ class Variant:
         self.const_page = 0 if contiguous else page_size
         if warps is None:
             for warps, tile, self.stages in CHOICES:
+                if tile > 32 and not narrow and codec.startswith('k') and self.k.name != self.v.name and self.k.bits != 3: continue
                 if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
@@ -124,9 +125,9 @@ def nvrtc_compile(args):
 
 
 # ---------------------------------------------------------------- plan
-def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhead=None):
+def plan(sequences, kv_heads, group, rows, tile, warps, blocks, causal, window, overhead=None):
     """sequences: (first, len, q_start, q_len). Returns items [n, 16] u32 and the number of parts."""
-    overhead = int(os.environ.get("OVERHEAD", 12)) * 64 // tile if overhead is None else overhead
+    overhead = max(1, 512 // tile) if overhead is None else overhead
     groups = []
     for i, (first, length, _, q_len) in enumerate(sequences):
         for row in range(0, q_len * group, rows):
@@ -138,6 +139,18 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
             if hi <= lo: b = a
             groups += [(i, h, row, a, b) for h in range(kv_heads)]
     sizes = [g[4] - g[3] for g in groups]
+
+    def cost(tiles, split): return -(-tiles // warps) * warps + overhead * (1 + split)
+
+    def counts(work):
+        count = [0] * len(groups)
+        for b in work:
+            for i, _, _ in b: count[i] += 1
+        return count
+
+    def most(work):
+        count = counts(work)
+        return max(sum(cost(y - x, count[i] > 1) for i, x, y in b) for b in work)
 
     def whole_pieces(pieces):
         """Every group in equal pieces, each in a block of its own while they last, then on the least loaded."""
@@ -152,8 +165,8 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
                 w, b = heapq.heappop(load)
                 x, y = groups[i][3] + n * j // s, groups[i][3] + n * (j + 1) // s
                 out[b].append((i, x, y))
-                heapq.heappush(load, (w + y - x + overhead, b))
-        return max(w for w, _ in load), out
+                heapq.heappush(load, (w + cost(y - x, s > 1), b))
+        return out
 
     def fill(quota):
         """One block after the other up to a quota, cutting groups wherever it ends."""
@@ -172,21 +185,20 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
         out.append(cur)
         return out
 
-    total, longest = sum(sizes), max(sizes)
-    per_block = -(-total // blocks)
-    chunks = {-(-longest // n) for n in range(1, 9)} | {per_block, -(-longest // max(1, blocks // len(sizes)))}
-    candidates = [whole_pieces([max(1, -(-n // max(chunk, 1))) for n in sizes]) for chunk in sorted(chunks) if chunk * 8 >= per_block]
-    best = min(candidates, key=lambda c: c[0]) if candidates else (1 << 60, None)
+    total, longest, plans = sum(sizes), max(sizes), []
+    if len(groups) <= 4 * blocks:
+        for chunk in sorted({-(-longest // n) for n in range(1, blocks + 1)} | {-(-total // blocks)}):
+            pieces = [max(1, -(-n // max(chunk, 1))) for n in sizes]
+            if sum(pieces) <= max(blocks, len(groups)): plans.append(whole_pieces(pieces))
     lo, hi = overhead + 1, total + overhead * (len(groups) + 1)
     while lo < hi:
         mid = (lo + hi) // 2
         if len(fill(mid)) <= blocks: hi = mid
         else: lo = mid + 1
-    work = best[1] if best[0] <= 1.05 * lo else fill(lo) + [[]] * (blocks - len(fill(lo)))
+    even = fill(lo)
+    work = min(plans + [even + [[]] * (blocks - len(even))], key=most)
 
-    count = [0] * len(groups)
-    for b in work:
-        for i, _, _ in b: count[i] += 1
+    count = counts(work)
     firsts, parts = [0] * len(groups), 0
     for i, n in enumerate(count):
         firsts[i] = parts
@@ -327,7 +339,7 @@ class Case:
         self.signs = rng.integers(0, 2**32, (d + 31) // 32, dtype=np.uint64).astype(np.uint32) if signs else None
         self.signs_dev = torch.from_numpy(self.signs.view(np.int32)).cuda() if signs else None
         self.scale = 1 / math.sqrt(d)
-        items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, blocks or gpu.sms, causal, window, overhead)
+        items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, v.warps, blocks or gpu.sms, causal, window, overhead)
         self.blocks = blocks or gpu.sms
         up = lambda a: torch.from_numpy(np.ascontiguousarray(a).view(np.int32)).cuda()
         self.items = up(items)

@@ -127,6 +127,7 @@ pub(super) struct Variant {
     defines: Vec<String>,
     pub tiles_n: usize,
     pub tile: usize,
+    pub warps: usize,
 }
 
 impl Variant {
@@ -142,8 +143,10 @@ impl Variant {
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
         let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
+        // Of rows that are looked up in two tables, 12 x 32 does more at once than 8 x 64.
+        let tables = k != v && k.bits != 3;
         let sizes = sizes.into_iter().filter(|&(warps, tile)| {
-            (tile <= 32 || (tiles_n == 1 && !shape.short))
+            (tile <= 32 || (tiles_n == 1 && !shape.short && (shape.narrow() || !tables)))
                 && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
                 && (warps * tile <= 512 || shape.narrow())
         });
@@ -180,7 +183,7 @@ impl Variant {
             ("PAGE_SIZE", constant_page),
         ];
         let defines = defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        Some(Variant { defines, tiles_n, tile })
+        Some(Variant { defines, tiles_n, tile, warps })
     }
 
     pub fn source(&self) -> Source {
@@ -296,6 +299,7 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
         group,
         rows,
         tile: variant.tile,
+        warps: variant.warps,
         blocks: gpu.stream.context.limits.multiprocessors as usize,
         causal: op.params.causal,
         window: op.params.window,

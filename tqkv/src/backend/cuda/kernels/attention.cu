@@ -29,7 +29,8 @@
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
 // 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
-// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
+// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then 1 x 16 with STAGES = 1. Problems
+// of less than two tiles of 64 a warp are faster with 8 x 32.
 //
 // PLAN
 //
@@ -53,9 +54,9 @@
 // A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
 // codec.cuh), keys of 3 bits to integers, against queries that are integers too; K's scale multiplies the score and V's the weight.
 // A query is multiplied as two numbers where there are columns for it. The running maximum moves only when it grows by more than 2^4.
-// At the end of an item the block's warps are summed; of a split output the block that finishes last sums the parts.
+// At the end of an item the block's warps are summed, between two barriers, while the next item's queries become fragments; of a
+// split output the block that finishes last sums the parts.
 #include "attention.cuh"
-constexpr bool MATRICES = D % 128 == 0;  // planes of 3 bits are whole 16-byte chunks, and read as matrices
 #include "codec.cuh"
 
 #ifndef NARROW
@@ -68,8 +69,8 @@ constexpr bool K_INTEGER = K_BITS == 3, V_PLANES = V_BITS == 3;
 constexpr int PLANE_NIBBLES = D / 16;                    // of a key lane's quarter of a plane
 constexpr int PLANE_WORDS = (PLANE_NIBBLES + 7) / 8;
 constexpr int PLANE_BYTES = (PLANE_NIBBLES + 1) / 2;     // codes of a value lane in a plane: every other nibble of a quarter
-constexpr int CHUNKS = D < 128 ? 1 : D / 128;
-// The place in a plane of nibble `i` of what a key lane (of four) or a value lane (of eight) reads there.
+constexpr int CHUNKS = D < 128 ? 1 : D / 128;            // of a plane, where they are read as matrices
+// The place in a plane of nibble `i` of those that key lane t reads there.
 DEVICE constexpr int key_nibble(int t, int i) { return MATRICES ? i / 8 * 32 + t * 8 + i % 8 : t * PLANE_NIBBLES + i; }
 
 // Compile-time loop.
@@ -457,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const u32 key_row = (g >> 1) + (g & 1) * 4;
     typedef Lane<K, K_INTEGER ? 3 : K::SCALES, K_INTEGER ? D : K::SPAN * K_BITS, K_INTEGER ? D / 4 : K::SPAN / 4 * K_BITS> KLane;
     typedef Lane<V, V_PLANES ? 3 : V::SCALES, V_PLANES ? D : V::SPAN * V_BITS, V_PLANES ? D / 4 : V::SPAN / 8 * V_BITS> VLane;
-    // Lane 8 m + i gives the address of row i of matrix m: two halves of a run, of two planes.
+    // Rows of matrices: of the two halves of a run, in two planes.
     const u32 matrix_row = ((lane & 7) >> 1) + (lane & 1) * 4 + (lane & 8);
     const u32 key_matrices = opaque(matrix_row * K::ROW + lane / 16 * (D / 8)), value_matrices = opaque(matrix_row * V::ROW + lane / 16 * (D / 8));
     KLane k_at;
@@ -767,7 +768,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             stage = stage == (STAGES - 1) * Layout::STAGE ? 0 : stage + Layout::STAGE;
         }
 
-        // The block's sum, and meanwhile the next item's queries.
         const Item next = p.items[it.next];
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
@@ -781,7 +781,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                 }
             }
         if (it.next) queries.keep(p, next, q_rows, q_largest, warp, lane);
-        // Four rows by 128 dims at a time.
+        // The block's sum, four rows by 128 dims at a time; beside the first, the next item's queries.
 #pragma unroll
         for (int quad = 0; quad < ROWS / 4; quad++) {
             if (quad * 4 >= rows) break;

@@ -6,17 +6,22 @@
 // Every table is replicated so that each lane reads a bank of its own: an entry is a line of 128 bytes. An index that is a whole
 // byte (2, 3, 4, 8 bits) becomes its line's place by one byte product (DP2A), which leaves the ALU, the busiest pipe, alone.
 //
-// A row of 3 bits is three planes of nibbles, of whose top bits a fourth is made (docs/format.md). Values are looked up as those of
-// 4 bits are, in a table that does not care for the top bits. Keys are not looked up at all: a nibble is what PRMT takes to select
-// one of eight bytes, so the levels are held in registers, as fixed-point numbers of two bytes.
+// Other codes are moved there by one too, from a masked word, unless they straddle its halves.
+//
+// A row of 3 bits is three planes of nibbles, of whose top bits a fourth is made (docs/format.md). Keys are not looked up: a nibble
+// is what PRMT takes to select one of eight bytes, so the levels are held in registers, as fixed-point numbers of two bytes.
+// Values are looked up in pairs. Where a plane is whole 16-byte chunks they are read as transposed matrices, so that a word has two
+// rows' nibbles of the same dims; elsewhere two rows are merged as those of 4 bits are, in a table that ignores the top bits.
 #pragma once
 #include "common.cuh"
+
+constexpr bool MATRICES = HEAD_DIM % 128 == 0;  // planes are whole 16-byte chunks
 
 template <int BITS> struct Codec {
     static constexpr bool DENSE = BITS == 16;
     static constexpr int CODES = BITS == 2 ? 4 : BITS <= 4 ? 2 : 1;
     static constexpr int PLACE = BITS == 3 && !MATRICES ? 4 : BITS;  // bits of a table's index that a code takes
-    static constexpr bool HALVES = BITS >= 5 && BITS <= 7;  // two tables, for the lower and the upper half of a pair
+    static constexpr bool HALVES = BITS >= 5 && BITS <= 7;           // two tables, for the lower and the upper half of a pair
     static constexpr int ENTRIES = DENSE ? 0 : 1 << (PLACE * CODES + HALVES);
 };
 
@@ -158,10 +163,11 @@ struct Levels {
     }
 };
 
-// The upper 16 bits of a selector, by a product of halves with 1, which no ALU does. No half of a selector is a NaN.
+// The upper half of a selector, as a product of f16 with 1: the ALU is busier. No half of a selector is a NaN.
 DEVICE u32 upper_half(u32 x) {
     u32 v;
-    asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %1; mov.b32 t, {h, h}; fma.rn.f16x2 %0, t, %2, %3;}" : "=r"(v) : "r"(x), "r"(0x3c003c00), "r"(0x80008000));
+    asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %1; mov.b32 t, {h, h}; fma.rn.f16x2 %0, t, %2, %3;}"
+        : "=r"(v) : "r"(x), "r"(0x3c003c00), "r"(0x80008000));
     return v;
 }
 // Eight codes of each of two rows as a key's fragments, of the levels' high bytes and of their low ones.
