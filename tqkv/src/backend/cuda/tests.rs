@@ -85,7 +85,8 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
     const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
     let mut all = vec![];
     let mut add = |key, value, page_size, query_rows, q, out| {
-        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true, short: true };
+        // One query of long contexts, several of short ones.
+        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true, short: query_rows > 4 };
         all.extend(Variant::choose(&shape, shared_memory));
     };
     let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());
