@@ -30,7 +30,7 @@
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
 // 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
 // first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then 1 x 16 with STAGES = 1. Problems
-// of less than two tiles of 64 a warp are faster with 8 x 32.
+// of less than two tiles of 64 a warp are faster with 8 x 32, and two tables with more than four rows with 12 x 32 than with 8 x 64.
 //
 // PLAN
 //
