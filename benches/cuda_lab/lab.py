@@ -3,6 +3,7 @@
     python lab.py compile [ARCH...]   every specialisation below for each architecture; needs no GPU
     python lab.py check [N]           N random cases against the reference (default 60)
     python lab.py time [NAME...]      the table of shapes and codecs
+    python lab.py plain [NAME...]     the kernel for f32 queries, two shapes
 
 Needs NVRTC through cuda-bindings, and PyTorch and a driver for all but `compile`.
 """
@@ -59,19 +60,20 @@ def codecs(name):
 
 
 # ---------------------------------------------------------------- specialisation
-# (warps, tile, wide tables, stages), the first that fits
-CHOICES = [(w, t, wide, 2) for wide in (1, 0) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 0, 1)]
+# (warps, tile, stages), the first that fits
+CHOICES = [(w, t, 2) for w, t in ((12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16))] + [(1, 16, 1)]
 
 
 class Variant:
     def __init__(self, d, codec, tiles_n=1, page_size=64, contiguous=False, q_type=F16, out_type=F16, warps=None, tile=None, stages=2,
                  shared_limit=227 * 1024, narrow=False, macros=()):
         self.k, self.v = codecs(codec)
-        self.d, self.codec, self.tiles_n, self.stages, self.wide = d, codec, tiles_n, stages, 1
+        self.d, self.codec, self.tiles_n, self.stages = d, codec, tiles_n, stages
         self.q_type, self.out_type, self.macros, self.narrow = q_type, out_type, macros, narrow
         self.const_page = 0 if contiguous else page_size
         if warps is None:
-            for warps, tile, self.wide, self.stages in CHOICES:
+            for warps, tile, self.stages in CHOICES:
+                if tile > 32 and not narrow and codec.startswith('k') and self.k.name != self.v.name and self.k.bits != 3: continue
                 if (tile > 32 or warps > 8) and tiles_n > 1 or warps > 8 and d > 128 or warps * tile > 512 and not narrow: continue
                 if self.shared(warps, tile) <= shared_limit: break
         self.warps, self.tile = warps, tile
@@ -80,28 +82,21 @@ class Variant:
     def shared(self, warps, tile):
         """Layout::BYTES of attention.cu."""
         k, v, d = self.k, self.v, self.d
-        entries = {2: 256, 3: 256, 4: 256, 5: 32, 6: 64, 7: 128, 8: 256, 16: 0}
+        entries = {2: 256, 3: 256, 4: 256, 5: 64, 6: 128, 7: 256, 8: 256, 16: 0}
         integer = k.bits == 3
         same = (k.bits, k.levels, k.scale) == (v.bits, v.levels, v.scale) and not integer
-        wide = [self.wide and (c.bits in (2, 3, 4, 8) or (same and c.bits == 6)) for c in (k, v)]
-        wide[0] = wide[0] and not integer
-        tables = 65536 if wide[0] or (wide[1] and not same) else 0
-        tables += 0 if wide[0] or integer else entries[k.bits] * 128
-        tables += 0 if same or wide[1] else entries[v.bits] * 128
+        if d % 128 == 0: entries[3] = 64
+        tables = 128 * ((0 if integer else entries[k.bits]) + (0 if same else entries[v.bits]))
         stage = (tile * (k.bytes(d) + v.bytes(d)) + 127) // 128 * 128
         rows = 8 * self.tiles_n
         steps = 4 * -(-d // 128) if integer else d // 16
-        total, q = warps * 2048, self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
-        registers = self.tiles_n * d <= 256
-        scratch = max(total, q) if registers else total
-        if integer and wide[1] and scratch <= 32768: scratch = 0
-        scratch += 0 if registers else q
-        return tables + warps * self.stages * stage + rows * (d + 4) * 4 + scratch + (2 * warps + 3) * rows * 4 + 16
+        q = self.tiles_n * steps * 32 * (16 if integer and not self.narrow else 8)
+        return tables + warps * self.stages * stage + 2 * rows * (d + 4) * 4 + warps * 2048 + q + (2 * warps + 4) * rows * 4 + 16
 
     def options(self):
         m = dict(HEAD_DIM=self.d, K_BITS=self.k.bits, K_LEVELS=self.k.levels, K_SCALE=self.k.scale, V_BITS=self.v.bits,
                  V_LEVELS=self.v.levels, V_SCALE=self.v.scale, TILES_N=self.tiles_n, WARPS=self.warps, TILE=self.tile, RUN=self.run,
-                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page, WIDE_TABLES=self.wide,
+                 STAGES=self.stages, Q_TYPE=self.q_type, OUT_TYPE=self.out_type, PAGE_SIZE=self.const_page,
                  NARROW=int(self.narrow))
         return [f"-D{k}={v}" for k, v in m.items()] + [f"-D{x}" for x in self.macros]
 
@@ -130,9 +125,9 @@ def nvrtc_compile(args):
 
 
 # ---------------------------------------------------------------- plan
-def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhead=None):
+def plan(sequences, kv_heads, group, rows, tile, warps, blocks, causal, window, overhead=None):
     """sequences: (first, len, q_start, q_len). Returns items [n, 16] u32 and the number of parts."""
-    overhead = int(os.environ.get("OVERHEAD", 12)) * 64 // tile if overhead is None else overhead
+    overhead = max(1, 512 // tile) if overhead is None else overhead
     groups = []
     for i, (first, length, _, q_len) in enumerate(sequences):
         for row in range(0, q_len * group, rows):
@@ -144,6 +139,18 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
             if hi <= lo: b = a
             groups += [(i, h, row, a, b) for h in range(kv_heads)]
     sizes = [g[4] - g[3] for g in groups]
+
+    def cost(tiles, split): return -(-tiles // warps) * warps + overhead * (1 + split)
+
+    def counts(work):
+        count = [0] * len(groups)
+        for b in work:
+            for i, _, _ in b: count[i] += 1
+        return count
+
+    def most(work):
+        count = counts(work)
+        return max(sum(cost(y - x, count[i] > 1) for i, x, y in b) for b in work)
 
     def whole_pieces(pieces):
         """Every group in equal pieces, each in a block of its own while they last, then on the least loaded."""
@@ -158,8 +165,8 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
                 w, b = heapq.heappop(load)
                 x, y = groups[i][3] + n * j // s, groups[i][3] + n * (j + 1) // s
                 out[b].append((i, x, y))
-                heapq.heappush(load, (w + y - x + overhead, b))
-        return max(w for w, _ in load), out
+                heapq.heappush(load, (w + cost(y - x, s > 1), b))
+        return out
 
     def fill(quota):
         """One block after the other up to a quota, cutting groups wherever it ends."""
@@ -178,21 +185,20 @@ def plan(sequences, kv_heads, group, rows, tile, blocks, causal, window, overhea
         out.append(cur)
         return out
 
-    total, longest = sum(sizes), max(sizes)
-    per_block = -(-total // blocks)
-    chunks = {-(-longest // n) for n in range(1, 9)} | {per_block, -(-longest // max(1, blocks // len(sizes)))}
-    candidates = [whole_pieces([max(1, -(-n // max(chunk, 1))) for n in sizes]) for chunk in sorted(chunks) if chunk * 8 >= per_block]
-    best = min(candidates, key=lambda c: c[0]) if candidates else (1 << 60, None)
+    total, longest, plans = sum(sizes), max(sizes), []
+    if len(groups) <= 4 * blocks:
+        for chunk in sorted({-(-longest // n) for n in range(1, blocks + 1)} | {-(-total // blocks)}):
+            pieces = [max(1, -(-n // max(chunk, 1))) for n in sizes]
+            if sum(pieces) <= max(blocks, len(groups)): plans.append(whole_pieces(pieces))
     lo, hi = overhead + 1, total + overhead * (len(groups) + 1)
     while lo < hi:
         mid = (lo + hi) // 2
         if len(fill(mid)) <= blocks: hi = mid
         else: lo = mid + 1
-    work = best[1] if best[0] <= 1.05 * lo else fill(lo) + [[]] * (blocks - len(fill(lo)))
+    even = fill(lo)
+    work = min(plans + [even + [[]] * (blocks - len(even))], key=most)
 
-    count = [0] * len(groups)
-    for b in work:
-        for i, _, _ in b: count[i] += 1
+    count = counts(work)
     firsts, parts = [0] * len(groups), 0
     for i, n in enumerate(count):
         firsts[i] = parts
@@ -333,7 +339,7 @@ class Case:
         self.signs = rng.integers(0, 2**32, (d + 31) // 32, dtype=np.uint64).astype(np.uint32) if signs else None
         self.signs_dev = torch.from_numpy(self.signs.view(np.int32)).cuda() if signs else None
         self.scale = 1 / math.sqrt(d)
-        items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, blocks or gpu.sms, causal, window, overhead)
+        items, self.parts = plan(sequences, kv_heads, group, 8 * v.tiles_n, v.tile, v.warps, blocks or gpu.sms, causal, window, overhead)
         self.blocks = blocks or gpu.sms
         up = lambda a: torch.from_numpy(np.ascontiguousarray(a).view(np.int32)).cuda()
         self.items = up(items)
@@ -613,6 +619,43 @@ def cmd_once(args):
     gpu.torch.cuda.synchronize()
 
 
+def cmd_plain(names):
+    """What attention.rs does for f32 queries: plain.cu, as many splits as give two blocks a multiprocessor."""
+    gpu = Gpu()
+    torch = gpu.torch
+    for shape in (SHAPES[0], SHAPES[5]):
+        for c in names or ["k4v4", "k8v8", "k3v3"]:
+            v = Variant(shape[3], c, q_type=F32, out_type=F32)
+            case = shape_case(gpu, shape, v, 2)
+            side = lambda x, bits: [f"-D{x}_HEAD_DIM={v.d}", f"-D{x}_BITS={bits}", f"-D{x}_PACKING={4 if bits == 3 else 0}", f"-D{x}_SCALING=1"]
+            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232"]
+            cubin, _ = nvrtc_compile(("plain.cu", options, arch_of(gpu)))
+            module, fn = ctypes.c_void_p(), ctypes.c_void_p()
+            gpu.call("cuModuleLoadData", ctypes.byref(module), cubin)
+            gpu.call("cuModuleGetFunction", ctypes.byref(fn), module, b"plain")
+            rows, longest = len(case.sequences) * shape[1], max(lengths(shape))
+            splits = max(1, min(-(-2 * gpu.sms // rows), -(-longest // 128)))
+            spans = torch.tensor(case.sequences, device="cuda", dtype=torch.int32)
+            signs, counters = torch.zeros(v.d // 32, device="cuda", dtype=torch.int32), torch.zeros(rows, device="cuda", dtype=torch.int32)
+            partial, ml = torch.zeros(rows * splits * v.d, device="cuda"), torch.zeros(rows * splits * 2, device="cuda", dtype=torch.float64)
+
+            def launch(i):
+                k, val, table, _ = case.sets[i]
+                b = b"".join(struct.pack("<4Q2f2IfI", x.codes.data_ptr(), x.scales.data_ptr(), x.codebook.data_ptr(), signs.data_ptr(), 1 / math.sqrt(v.d & -v.d), 2 * (v.d & -v.d) / v.d, 1, 0, 1.0, 0) for x in (k, val))
+                b += struct.pack("<9Q10I2f", case.q.data_ptr(), case.out.data_ptr(), 0, 0, spans.data_ptr(), table.data_ptr(), partial.data_ptr(), ml.data_ptr(), counters.data_ptr(),
+                                 splits, 0, len(case.sequences), shape[2], shape[1], 64, case.width, 1, 0, 1, case.scale, 0.0)
+                gpu.launch(fn, rows * splits, 256, 0, b)
+
+            launch(0)
+            torch.cuda.synchronize()
+            ref, _ = case.reference(0, [0])
+            e = ((case.out[:1].double() - ref[:1]).norm() / ref[:1].norm()).item()
+            burst, _ = time_graph(torch, launch, 2, 4, 10, 0)
+            print(f"{shape[:5]} {c}, f32 queries: {burst:.4f} ms  {case.bytes() / burst / 1e6:.0f} GB/s  err {e:.1e}  splits {splits}", flush=True)
+            del case
+            torch.cuda.empty_cache()
+
+
 def random_case(rng):
     """Keyword arguments of a Variant and a Case."""
     d = rng.choice([64, 64, 80, 96, 112, 128, 128, 128, 192, 256, 256, 512, 576])
@@ -634,7 +677,8 @@ def random_case(rng):
         ql = min(rng.randint(1, q_len), first + stored)
         sequences.append((first, first + stored, q_start, ql))
         q_start += ql
-    variant = dict(d=d, codec=codec, narrow=q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2))
+    variant = dict(d=d, codec=codec, narrow=q_len * group <= 4, tiles_n=tiles_n, page_size=page_size, contiguous=bool(contiguous), q_type=rng.randint(0, 2), out_type=rng.randint(0, 2),
+                   shared_limit=rng.choice([227, 227, 163, 99, 0]) * 1024)  # 0: one copy at a time, as where nothing else fits
     case = dict(sequences=sequences, kv_heads=rng.choice([1, 2, 3]), group=group, page_size=page_size, table_width=width,
                 causal=rng.random() < 0.7, window=rng.choice([0, 0, 0, 1, 17, 200]), softcap=rng.choice([0.0, 0.0, 0.0, 5.0, 50.0]), sinks=rng.random() < 0.3,
                 rotate=rng.random() < 0.7, signs=rng.random() < 0.7, seed=rng.randint(1, 10**6), blocks=rng.choice([None, None, 1, 3, 16]),
@@ -697,5 +741,6 @@ if __name__ == "__main__":
     if cmd == "compile": cmd_compile(args)
     if cmd == "check": sys.exit(bool(cmd_check(int(args[0]) if args else 60, int(args[1]) if len(args) > 1 else 1)))
     if cmd == "time": cmd_time(args)
+    if cmd == "plain": cmd_plain(args)
     if cmd == "tune": cmd_tune(args)
     if cmd == "once": cmd_once(args)

@@ -127,6 +127,7 @@ pub(super) struct Variant {
     defines: Vec<String>,
     pub tiles_n: usize,
     pub tile: usize,
+    pub warps: usize,
 }
 
 impl Variant {
@@ -142,17 +143,17 @@ impl Variant {
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
         let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
+        // Of rows that are looked up in two tables, 12 x 32 does more at once than 8 x 64.
+        let tables = k != v && k.bits != 3;
         let sizes = sizes.into_iter().filter(|&(warps, tile)| {
-            (tile <= 32 || (tiles_n == 1 && !shape.short))
+            (tile <= 32 || (tiles_n == 1 && !shape.short && (shape.narrow() || !tables)))
                 && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
                 && (warps * tile <= 512 || shape.narrow())
         });
-        let layouts = [true, false]
-            .into_iter()
-            .flat_map(|wide| sizes.clone().map(move |(warps, tile)| Layout { warps, tile, wide, stages: 2 }));
-        let last = Layout { warps: 1, tile: 16, wide: false, stages: 1 };
+        let layouts = sizes.map(|(warps, tile)| Layout { warps, tile, stages: 2 });
+        let last = Layout { warps: 1, tile: 16, stages: 1 };
         let layout = layouts.chain([last]).find(|l| l.shared_memory(shape, (k, v), tiles_n) <= shared_memory)?;
-        let Layout { warps, tile, wide, stages } = layout;
+        let Layout { warps, tile, stages } = layout;
         let run = match shape.page_size {
             n if shape.aligned && n.is_multiple_of(tile) => tile,
             n if shape.aligned && n.is_multiple_of(16) => 16,
@@ -177,13 +178,12 @@ impl Variant {
             ("WARPS", warps),
             ("TILE", tile),
             ("STAGES", stages),
-            ("WIDE_TABLES", wide as usize),
             ("NARROW", shape.narrow() as usize),
             ("RUN", run),
             ("PAGE_SIZE", constant_page),
         ];
         let defines = defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        Some(Variant { defines, tiles_n, tile })
+        Some(Variant { defines, tiles_n, tile, warps })
     }
 
     pub fn source(&self) -> Source {
@@ -204,8 +204,6 @@ struct Layout {
     warps: usize,
     /// Positions that a warp copies at once.
     tile: usize,
-    /// Large tables, which are faster.
-    wide: bool,
     /// Copies in flight and in use.
     stages: usize,
 }
@@ -215,33 +213,25 @@ impl Layout {
     fn shared_memory(self, shape: &Shape, (k, v): (Side, Side), tiles_n: usize) -> usize {
         let d = shape.key.head_dim();
         let entries = |s: Side| match s.bits {
-            2..=4 | 8 => 256,
-            5 => 32,
-            6 => 64,
-            7 => 128,
+            3 if d.is_multiple_of(128) => 64,
+            2..=4 | 7 | 8 => 256,
+            5 => 64,
+            6 => 128,
             _ => 0,
         };
         // Keys of 3 bits have no table.
         let integer = k.bits == 3;
         let same = k == v && !integer;
-        let wide = |s: Side| self.wide && (matches!(s.bits, 2..=4 | 8) || (same && s.bits == 6));
-        let (k_wide, v_wide) = (wide(k) && !integer, wide(v) && !same);
-        let mut tables = if k_wide || v_wide { 65536 } else { 0 };
-        tables += if k_wide || integer { 0 } else { entries(k) * 128 };
-        tables += if same || v_wide { 0 } else { entries(v) * 128 };
+        let tables = 128 * (if integer { 0 } else { entries(k) } + if same { 0 } else { entries(v) });
         let row_bytes = |s: Side, row: &RowFormat| d * s.bits / 8 + row.scales_per_row() * s.scale / 8;
         let stage = (self.tile * (row_bytes(k, &shape.key) + row_bytes(v, &shape.value))).next_multiple_of(128);
         let rows = 8 * tiles_n;
         let steps = if integer { 4 * d.div_ceil(128) } else { d / 16 };
         let fragment = if integer && !shape.narrow() { 16 } else { 8 };
-        let (sums, queries) = (self.warps * 2048, tiles_n * steps * 32 * fragment);
-        let registers = tiles_n * d <= 256;
-        let scratch = if registers { sums.max(queries) } else { sums };
-        // It lies in what the value's table leaves free.
-        let scratch = if integer && v_wide && scratch <= 32768 { 0 } else { scratch };
-        let queries = if registers { 0 } else { queries };
+        let queries = tiles_n * steps * 32 * fragment;
         let pipes = self.warps * self.stages * stage;
-        tables + pipes + rows * (d + 4) * 4 + scratch + queries + (2 * self.warps + 3) * rows * 4 + 16
+        let scratch = self.warps * 2048;
+        tables + pipes + 2 * rows * (d + 4) * 4 + scratch + queries + (2 * self.warps + 4) * rows * 4 + 16
     }
 }
 
@@ -309,6 +299,7 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
         group,
         rows,
         tile: variant.tile,
+        warps: variant.warps,
         blocks: gpu.stream.context.limits.multiprocessors as usize,
         causal: op.params.causal,
         window: op.params.window,

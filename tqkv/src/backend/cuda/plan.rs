@@ -18,6 +18,8 @@ pub(super) struct Problem {
     pub rows: usize,
     /// Positions of a tile.
     pub tile: usize,
+    /// Warps of a block, each of which takes a tile of an item in turn.
+    pub warps: usize,
     pub blocks: usize,
     pub causal: bool,
     pub window: Option<usize>,
@@ -50,6 +52,25 @@ pub(super) struct Plan {
     pub items: Vec<Item>,
     /// Slots of the workspace.
     pub parts: usize,
+}
+
+impl Problem {
+    /// What starting and summing an item costs, in tiles, and what joining it to others of the same output costs: 512 positions.
+    fn overhead(&self) -> usize {
+        (512 / self.tile).max(1)
+    }
+
+    /// What an item costs, in tiles: a round of the warps is not shorter for being incomplete. Fitted to measured times.
+    fn cost(&self, tiles: usize, split: bool) -> usize {
+        tiles.next_multiple_of(self.warps) + self.overhead() * (1 + split as usize)
+    }
+
+    /// The most that a block has to do.
+    fn most(&self, groups: &[Group], work: &[Vec<Piece>]) -> usize {
+        let counts = counts(groups, work);
+        let cost = |&(g, from, to): &Piece| self.cost(to - from, counts[g] > 1);
+        work.iter().map(|block| block.iter().map(cost).sum()).max().unwrap_or(0)
+    }
 }
 
 struct Group {
@@ -100,26 +121,30 @@ fn groups(problem: &Problem, spans: &[SpanInfo]) -> Vec<Group> {
     groups
 }
 
-/// Every group in `pieces` equal pieces, each on the block that has least to do. Returns the most that a block has to do.
-fn whole_pieces(groups: &[Group], pieces: &[usize], blocks: usize, overhead: usize) -> (usize, Vec<Vec<Piece>>) {
-    let mut load: BinaryHeap<_> = (0..blocks).map(|b| Reverse((0, b))).collect();
-    let mut out = vec![Vec::new(); blocks];
+/// How many pieces each group has become.
+fn counts(groups: &[Group], work: &[Vec<Piece>]) -> Vec<u32> {
+    let mut counts = vec![0; groups.len()];
+    work.iter().flatten().for_each(|&(g, ..)| counts[g] += 1);
+    counts
+}
+
+/// Every group in `pieces` equal pieces, each on the block that has least to do.
+fn whole_pieces(problem: &Problem, groups: &[Group], pieces: &[usize]) -> Vec<Vec<Piece>> {
+    let mut load: BinaryHeap<_> = (0..problem.blocks).map(|b| Reverse((0, b))).collect();
+    let mut out = vec![Vec::new(); problem.blocks];
     let mut order: Vec<usize> = (0..groups.len()).collect();
     order.sort_by_key(|&g| Reverse(groups[g].tiles().div_ceil(pieces[g])));
-    let mut most = 0;
     for g in order {
         let (tiles, n) = (groups[g].tiles(), pieces[g]);
         for i in 0..n {
             let (from, to) = (groups[g].begin + tiles * i / n, groups[g].begin + tiles * (i + 1) / n);
             if let Some(Reverse((busy, block))) = load.pop() {
                 out[block].push((g, from, to));
-                let busy = busy + to - from + overhead;
-                most = most.max(busy);
-                load.push(Reverse((busy, block)));
+                load.push(Reverse((busy + problem.cost(to - from, n > 1), block)));
             }
         }
     }
-    (most, out)
+    out
 }
 
 /// One block after the other up to a quota, groups being cut wherever it ends.
@@ -149,13 +174,12 @@ fn fill(groups: &[Group], quota: usize, overhead: usize) -> Vec<Vec<Piece>> {
 pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Plan {
     let groups = groups(problem, spans);
     let blocks = problem.blocks;
-    // What starting and joining an item costs, in tiles: 512 positions.
-    let overhead = (512 / problem.tile).max(1);
+    let overhead = problem.overhead();
     let total: usize = groups.iter().map(Group::tiles).sum();
     let longest = groups.iter().map(Group::tiles).max().unwrap_or(0);
 
     // Equal pieces waste nothing where they come out even; cutting at quotas always comes out even but cuts more.
-    let mut best: Option<(usize, Vec<Vec<Piece>>)> = None;
+    let mut plans = vec![];
     if groups.len() <= 4 * blocks {
         let mut chunks: Vec<usize> =
             (1..=blocks).map(|s| longest.div_ceil(s)).chain([total.div_ceil(blocks)]).collect();
@@ -164,10 +188,7 @@ pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Plan {
         for chunk in chunks {
             let pieces: Vec<_> = groups.iter().map(|g| g.tiles().div_ceil(chunk.max(1)).max(1)).collect();
             if pieces.iter().sum::<usize>() <= blocks.max(groups.len()) {
-                let found = whole_pieces(&groups, &pieces, blocks, overhead);
-                if best.as_ref().is_none_or(|b| found.0 < b.0) {
-                    best = Some(found);
-                }
+                plans.push(whole_pieces(problem, &groups, &pieces));
             }
         }
     }
@@ -180,21 +201,16 @@ pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Plan {
             low = middle + 1;
         }
     }
-    let work = match best {
-        Some((most, work)) if most <= low + low / 20 => work,
-        _ => {
-            let mut work = fill(&groups, low, overhead);
-            work.resize(blocks.max(work.len()), Vec::new());
-            work
-        }
-    };
-    number(&groups, &work)
+    let mut even = fill(&groups, low, overhead);
+    even.resize(blocks.max(even.len()), Vec::new());
+    plans.push(even);
+    let work = plans.iter().min_by_key(|work| problem.most(&groups, work)).expect("one at least");
+    number(&groups, work)
 }
 
 /// Items in the order that blocks find them, with their slots in the workspace.
 fn number(groups: &[Group], work: &[Vec<Piece>]) -> Plan {
-    let mut counts = vec![0u32; groups.len()];
-    work.iter().flatten().for_each(|&(g, ..)| counts[g] += 1);
+    let counts = counts(groups, work);
     let (mut firsts, mut parts) = (Vec::with_capacity(groups.len()), 0);
     for &n in &counts {
         firsts.push(parts);
@@ -273,7 +289,7 @@ mod tests {
             for (kv_heads, group, rows) in [(8, 4, 8), (2, 1, 8), (1, 20, 32), (3, 3, 16)] {
                 for tile in [16, 64] {
                     for (causal, window) in [(true, None), (false, None), (true, Some(5)), (true, Some(4000))] {
-                        let problem = Problem { kv_heads, group, rows, tile, blocks: 132, causal, window };
+                        let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, causal, window };
                         let plan = plan(&problem, &spans);
                         let work = walk(&plan, 132);
                         for wanted in groups(&problem, &spans) {
@@ -306,7 +322,8 @@ mod tests {
 
     #[test]
     fn long_contexts_fill_the_device_evenly() {
-        let problem = Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, blocks: 132, causal: true, window: None };
+        let problem =
+            Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, causal: true, window: None };
         for lens in [vec![(0, 131_072, 1)], vec![(0, 32_768, 1); 8], vec![(0, 8192, 1); 32]] {
             let plan = plan(&problem, &spans(&lens));
             let tiles = |items: &[Item]| items.iter().map(|i| i.tile_end - i.tile_begin).sum::<u32>();

@@ -23,15 +23,14 @@
 //                          waits for every copy)
 //   NARROW                 1: no item has more than 4 rows (0 by default; needs TILES_N = 1). The tensor cores' eight columns are
 //                          then four pairs, of a query in full and what its rounding lost
-//   WIDE_TABLES            1 (default) or 0: smaller and slower tables, see codec.cuh
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
 //   PAGE_SIZE              the page size if known when compiling, 0 (default): Params.page_size
 //
 // Choice: the first of these (WARPS x TILE) whose Layout fits the shared memory that a block may have (227 KiB on sm_90 and sm_100,
 // 163 on sm_80, 99 on sm_86, sm_89, sm_120): 12 x 64 (NARROW only), 8 x 64, 12 x 32, 8 x 32, 8 x 16, 4 x 16, 2 x 16, 1 x 16, the
-// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then the same with WIDE_TABLES = 0;
-// then 1 x 16 with STAGES = 1. Problems of less than two tiles of 64 a warp are faster with 8 x 32.
+// first three with TILES_N = 1 only, and 12 warps with HEAD_DIM <= 128 only (168 registers); then 1 x 16 with STAGES = 1. Problems
+// of less than two tiles of 64 a warp are faster with 8 x 32, and two tables with more than four rows with 12 x 32 than with 8 x 64.
 //
 // PLAN
 //
@@ -55,7 +54,8 @@
 // A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
 // codec.cuh), keys of 3 bits to integers, against queries that are integers too; K's scale multiplies the score and V's the weight.
 // A query is multiplied as two numbers where there are columns for it. The running maximum moves only when it grows by more than 2^4.
-// At the end of an item the block's warps are summed; of a split output the block that finishes last sums the parts.
+// At the end of an item the block's warps are summed, between two barriers, while the next item's queries become fragments; of a
+// split output the block that finishes last sums the parts.
 #include "attention.cuh"
 #include "codec.cuh"
 
@@ -69,6 +69,9 @@ constexpr bool K_INTEGER = K_BITS == 3, V_PLANES = V_BITS == 3;
 constexpr int PLANE_NIBBLES = D / 16;                    // of a key lane's quarter of a plane
 constexpr int PLANE_WORDS = (PLANE_NIBBLES + 7) / 8;
 constexpr int PLANE_BYTES = (PLANE_NIBBLES + 1) / 2;     // codes of a value lane in a plane: every other nibble of a quarter
+constexpr int CHUNKS = D < 128 ? 1 : D / 128;            // of a plane, where they are read as matrices
+// The place in a plane of nibble `i` of those that key lane t reads there.
+DEVICE constexpr int key_nibble(int t, int i) { return MATRICES ? i / 8 * 32 + t * 8 + i % 8 : t * PLANE_NIBBLES + i; }
 
 // Compile-time loop.
 template <int I> struct Index {
@@ -117,38 +120,20 @@ constexpr float QUERY_LARGEST = D > 512 ? 16256.f : 32512.f;  // of 16-bit queri
 struct Layout {
     static constexpr bool K_LOOK = !K_INTEGER && !Codec<K_BITS>::DENSE;
     static constexpr bool SHARED_TABLE = K_LOOK && K_BITS == V_BITS && K_LEVELS == V_LEVELS && K_SCALE == V_SCALE;
-    // Six-bit codes with a table for both places that they can have in a byte; see codec.cuh.
-    static constexpr bool K_BOTH = WIDE_TABLES && K_BITS == 6 && SHARED_TABLE, V_BOTH = K_BOTH;
-    static constexpr bool K_WIDE = K_LOOK && (Codec<K_BITS>::BYTE_INDEX || K_BOTH);
-    static constexpr bool V_WIDE = Codec<V_BITS>::BYTE_INDEX && !SHARED_TABLE;
-    static constexpr int WIDE = K_WIDE || V_WIDE ? 65536 : 0;
-    static constexpr int K_TABLE = K_WIDE ? 0 : WIDE;
-    static constexpr int AFTER_K = WIDE + (K_WIDE || !K_LOOK ? 0 : Codec<K_BITS>::ENTRIES * 128);
-    static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : V_WIDE ? 128 : AFTER_K;
-    static constexpr int TABLES = AFTER_K + (SHARED_TABLE || V_WIDE ? 0 : Codec<V_BITS>::ENTRIES * 128);
+    static constexpr int K_TABLE = 0, AFTER_K = K_LOOK ? Codec<K_BITS>::ENTRIES * 128 : 0;
+    static constexpr int V_TABLE = SHARED_TABLE ? K_TABLE : AFTER_K;
+    static constexpr int TABLES = AFTER_K + (SHARED_TABLE ? 0 : Codec<V_BITS>::ENTRIES * 128);
 
     static constexpr int STAGE = (TILE * (K::ROW + V::ROW + K::SCALE_ROW + V::SCALE_ROW) + 127) / 128 * 128;
     static constexpr int PIPES = TABLES;                               // [WARPS][STAGES][STAGE]
-    static constexpr int ACC = PIPES + WARPS * STAGES * STAGE;         // f32 [ROWS][D + 4]: queries, then sums
+    static constexpr int ACC = PIPES + WARPS * STAGES * STAGE;         // f32 [ROWS][D + 4]: sums
     static constexpr int ACC_ROW = D + 4;
-    static constexpr int AFTER_ACC = ACC + ROWS * ACC_ROW * 4;
-    static constexpr int Q_FRAGMENTS = TILES_N * Q_STEPS * 32 * (int)sizeof(QFragment);
-    static constexpr int SUM = WARPS * 2048;
-    // Queries stay in registers where they fit; else their fragments keep a place of their own.
-    static constexpr bool Q_REGISTERS = TILES_N * D <= 256;
-    static constexpr int SCRATCH_BYTES = Q_REGISTERS && Q_FRAGMENTS > SUM ? Q_FRAGMENTS : SUM;
-    // Where keys need no table, the value's leaves the lower half of each 256 bytes free.
-    static constexpr bool HOLES = K_INTEGER && V_WIDE && SCRATCH_BYTES <= 32768;
-    static constexpr int SCRATCH = HOLES ? 0 : AFTER_ACC;              // f32 [WARPS][512], or Q fragments, or codebooks
-    static constexpr int Q = HOLES ? AFTER_ACC : SCRATCH + SUM;        // Q fragments that are not kept in registers
-    static constexpr int ML = AFTER_ACC + (HOLES ? 0 : SCRATCH_BYTES) + (Q_REGISTERS ? 0 : Q_FRAGMENTS);
-    // A place in the scratch memory.
-    template <typename T> static DEVICE T* scratch(int i) {
-        extern __shared__ __align__(128) u8 shared_memory[];
-        const int at = i * (int)sizeof(T);
-        return (T*)(shared_memory + SCRATCH + (HOLES ? at % 128 + at / 128 * 256 : at));
-    }
-    static constexpr int BYTES = ML + (2 * WARPS + 3) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest, a flag
+    static constexpr int QUERIES = ACC + ROWS * ACC_ROW * 4;           // the same: the next item's queries
+    static constexpr int SCRATCH = QUERIES + ROWS * ACC_ROW * 4;       // f32 [WARPS][512], or codebooks
+    static constexpr int Q = SCRATCH + WARPS * 2048;                   // queries as fragments
+    static constexpr bool Q_REGISTERS = TILES_N * D <= 256;            // those of the item at work are kept in registers
+    static constexpr int ML = Q + TILES_N * Q_STEPS * 32 * (int)sizeof(QFragment);
+    static constexpr int BYTES = ML + (2 * WARPS + 4) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest and units, a flag
 };
 extern "C" __device__ const u32 attention_shared_bytes = Layout::BYTES;
 
@@ -325,35 +310,39 @@ template <int SCALE> DEVICE float load_scale(const u8* scales, int i) {
 // Queries of an item on their way to `acc`: read early, then rotated, in f32, and scaled; zero in rows beyond. One warp a row.
 struct Queries {
     static constexpr int N = (D + 31) / 32, MINE = (ROWS + WARPS - 1) / WARPS;
-    static constexpr bool EARLY = MINE * N <= 16;  // else registers would not suffice
-    float x[MINE][N];
+    static constexpr bool EARLY = MINE * N <= 16;  // else registers would not suffice, and each row is read when it is kept
+    static constexpr int UNROLL = EARLY ? MINE : 1;
+    float x[UNROLL][N];
 
+    DEVICE void load_row(const Params& p, const Item& it, u32 r, float (&to)[N], int lane) {
+        const u64 from = query_row(p, it, it.row + r) * D;
+#pragma unroll
+        for (int k = 0; k < N; k++) to[k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
+    }
     DEVICE void load(const Params& p, const Item& it, int warp, int lane) {
+        if constexpr (EARLY)
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            const u32 r = warp + i * WARPS;
-            const u64 from = query_row(p, it, it.row + r) * D;
-#pragma unroll
-            for (int k = 0; k < N; k++) x[i][k] = r < it.rows && lane + 32 * k < D ? load_element<Q_TYPE>(p.q, from + lane + 32 * k) : 0.f;
-        }
+            for (int i = 0; i < MINE; i++) load_row(p, it, warp + i * WARPS, x[i], lane);
     }
     // `largest`: of each row, at least 1e-20; NaN if it holds what is not finite.
-    DEVICE void keep(const Params& p, float* acc, float* largest, int warp, int lane) {
-#pragma unroll
+    DEVICE void keep(const Params& p, const Item& it, float* acc, float* largest, int warp, int lane) {
+#pragma unroll UNROLL
         for (int i = 0; i < MINE; i++) {
             const int r = warp + i * WARPS;
             if (r >= ROWS) break;
+            float(&x)[N] = this->x[EARLY ? i : 0];
+            if constexpr (!EARLY) load_row(p, it, r, x, lane);
             float* to = acc + r * Layout::ACC_ROW;
 #pragma unroll
             for (int k = 0; k < N; k++) {
-                x[i][k] *= p.q_scale;
-                if (p.rotate_q && lane + 32 * k < D) x[i][k] = flip_sign(p.k_signs, lane + 32 * k, x[i][k]);
+                x[k] *= p.q_scale;
+                if (p.rotate_q && lane + 32 * k < D) x[k] = flip_sign(p.k_signs, lane + 32 * k, x[k]);
             }
             if constexpr (D % 32 == 0)
-                if (p.rotate_q) rotate_registers<D>(x[i], lane);
+                if (p.rotate_q) rotate_registers<D>(x, lane);
 #pragma unroll
             for (int k = 0; k < N; k++)
-                if (lane + 32 * k < D) to[lane + 32 * k] = x[i][k];
+                if (lane + 32 * k < D) to[lane + 32 * k] = x[k];
             if constexpr (D % 32 != 0)
                 if (p.rotate_q) __syncwarp(), rotate_shared<D>(to, lane);
             if constexpr (K_INTEGER) {
@@ -380,12 +369,12 @@ DEVICE QFragment query_fragment(const float* acc, const float* largest, int n, i
     const float* const x = acc + row * Layout::ACC_ROW;
     QFragment out;
     if constexpr (K_INTEGER) {
-        const float factor = QUERY_LARGEST / largest[row];
+        const float factor = __fdividef(QUERY_LARGEST, largest[row]);
         u32 words[4] = {};  // high bytes, low bytes
 #pragma unroll
         for (int b = 0; b < 8; b++) {
             const int i = step % PLANE_WORDS * 8 + b;
-            const int v = i < PLANE_NIBBLES ? __float2int_rn(x[plane_element(step / PLANE_WORDS, t * PLANE_NIBBLES + i)] * factor) : 0;
+            const int v = i < PLANE_NIBBLES ? __float2int_rn(x[plane_element(step / PLANE_WORDS, key_nibble(t, i))] * factor) : 0;
             words[b / 4] |= ((v + 128) >> 8 & 0xff) << b % 4 * 8;
             words[b / 4 + 2] |= (v & 0xff) << b % 4 * 8;
         }
@@ -407,6 +396,10 @@ DEVICE QFragment query_fragment(const float* acc, const float* largest, int n, i
 // Where in a vector the element is that row g (e = 0) or g + 8 (e = 1) of an output's fragment holds; -1: nowhere.
 DEVICE int output_element(int fragment, int fragments, int g, int e) {
     if constexpr (V_PLANES) {
+        if constexpr (MATRICES) {
+            const int code = fragment * 2 + e, i = code % (4 * CHUNKS);
+            return plane_element(code / (4 * CHUNKS), i / 4 * 32 + g * 4 + i % 4);
+        }
         const int code = fragment * 2 + e, i = code % PLANE_BYTES * 2 + (g & 1);
         return i < PLANE_NIBBLES ? plane_element(code / PLANE_BYTES, (g >> 1) * PLANE_NIBBLES + i) : -1;
     }
@@ -427,31 +420,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const acc = (float*)(shared_memory + Layout::ACC);
-    const auto q_fragment = [](int i) { return Layout::Q_REGISTERS ? Layout::scratch<QFragment>(i) : (QFragment*)(shared_memory + Layout::Q) + i; };
+    float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
+    u16* const codebooks = (u16*)scratch;
+    float* const q_rows = (float*)(shared_memory + Layout::QUERIES);
+    QFragment* const q_fragments = (QFragment*)(shared_memory + Layout::Q);
     float* const warp_m = (float*)(shared_memory + Layout::ML);  // [WARPS][ROWS]
     float* const warp_l = warp_m + WARPS * ROWS;
     float* const block_m = warp_l + WARPS * ROWS;                // [ROWS]
     float* const block_l = block_m + ROWS;
     float* const q_largest = block_l + ROWS;
-    u32* const last = (u32*)(q_largest + ROWS);
+    float* const q_unit = q_largest + ROWS;
+    u32* const last = (u32*)(q_unit + ROWS);
 
     Item it = p.items[blockIdx.x];
     if (it.rows == 0) return;
     const Codebook<Layout::K_LOOK ? K_LEVELS : 1, THREADS> k_codebook(p.k_codebook, thread);
     const Codebook<V_LEVELS, THREADS> v_codebook(p.v_codebook, thread);
-    float k_levels[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) k_levels[i] = K_INTEGER ? p.k_codebook[i] : 0.f;
+    Levels levels;
+    if constexpr (K_INTEGER) levels.read();
+    const float k_largest = K_INTEGER ? p.k_codebook[7] : 0.f;
     Fetch fetch(p, it, warp, lane);
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(i); });
-    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, [](int i) { return Layout::scratch<u16>(256 + i); });
+    if constexpr (Layout::K_LOOK) k_codebook.keep(thread, codebooks);
+    if constexpr (!Codec<V_BITS>::DENSE) v_codebook.keep(thread, codebooks + 256);
     __syncthreads();
-    if constexpr (Layout::K_LOOK) build_table<K_BITS, Layout::K_BOTH>(shared_memory + Layout::K_TABLE, [](int i) { return *Layout::scratch<u16>(i); }, K_LEVELS, thread, THREADS);
+    if constexpr (Layout::K_LOOK) build_table<K_BITS>(shared_memory + Layout::K_TABLE, codebooks, K_LEVELS, thread, THREADS);
     if constexpr (!Codec<V_BITS>::DENSE && !Layout::SHARED_TABLE)
-        build_table<V_BITS, Layout::V_BOTH>(shared_memory + Layout::V_TABLE, [](int i) { return *Layout::scratch<u16>(256 + i); }, V_LEVELS, thread, THREADS);
+        build_table<V_BITS>(shared_memory + Layout::V_TABLE, codebooks + 256, V_LEVELS, thread, THREADS);
     const u8* const k_table = shared_memory + Layout::K_TABLE;
     const u8* const v_table = shared_memory + Layout::V_TABLE;
     const u32 k_lane = lane_offset<K_BITS>(lane), v_lane = lane_offset<V_BITS>(lane);
@@ -461,6 +458,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const u32 key_row = (g >> 1) + (g & 1) * 4;
     typedef Lane<K, K_INTEGER ? 3 : K::SCALES, K_INTEGER ? D : K::SPAN * K_BITS, K_INTEGER ? D / 4 : K::SPAN / 4 * K_BITS> KLane;
     typedef Lane<V, V_PLANES ? 3 : V::SCALES, V_PLANES ? D : V::SPAN * V_BITS, V_PLANES ? D / 4 : V::SPAN / 8 * V_BITS> VLane;
+    // Rows of matrices: of the two halves of a run, in two planes.
+    const u32 matrix_row = ((lane & 7) >> 1) + (lane & 1) * 4 + (lane & 8);
+    const u32 key_matrices = opaque(matrix_row * K::ROW + lane / 16 * (D / 8)), value_matrices = opaque(matrix_row * V::ROW + lane / 16 * (D / 8));
     KLane k_at;
     k_at.init(key_row, t);
     VLane v_at[2];
@@ -468,32 +468,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
     const u32 v_swap = V_PLANES && g & 1 ? 4 : 0;
     v_at[0].init(t + v_swap, V_PLANES ? g / 2 : g);
     v_at[1].init(t + 4 - v_swap, V_PLANES ? g / 2 : g);
-    Levels levels;
-    if constexpr (K_INTEGER) levels.build(k_levels);
+
+    const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
+    // The queries in `q_rows` as fragments, and what a score is to be multiplied by where keys and queries are integers.
+    const auto make_fragments = [&] {
+        for (int i = thread; i < TILES_N * Q_STEPS * 32; i += THREADS)
+            q_fragments[i] = query_fragment(q_rows, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
+        if (K_INTEGER && thread < ROWS) q_unit[thread] = q_largest[thread] * (256.f / QUERY_LARGEST / Levels::LARGEST) * k_largest * to_log2;
+    };
+    queries.keep(p, it, q_rows, q_largest, warp, lane);
+    __syncthreads();
+    make_fragments();
+    __syncthreads();
 
     u32 stage = 0;  // byte offset in the pipe
     while (true) {
         const u32 rows = it.rows;
-        queries.keep(p, acc, q_largest, warp, lane);
-        __syncthreads();
-        const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
-        for (int i = thread; i < TILES_N * Q_STEPS * 32; i += THREADS)
-            *q_fragment(i) = query_fragment(acc, q_largest, i / 32 / Q_STEPS, i / 32 % Q_STEPS, i & 31, to_log2);
-        // What a score is to be multiplied by, where keys and queries are integers.
         float unit[TILES_N][COLUMNS];
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c++)
-                unit[n][c] = K_INTEGER ? q_largest[tile_row(n, t, c)] * (256.f / QUERY_LARGEST) * levels.unit * to_log2 : 1.f;
-        __syncthreads();
+            for (int c = 0; c < COLUMNS; c++) unit[n][c] = K_INTEGER ? q_unit[tile_row(n, t, c)] : 1.f;
         QFragment q[Layout::Q_REGISTERS ? TILES_N : 1][Layout::Q_REGISTERS ? Q_STEPS : 1];
         if constexpr (Layout::Q_REGISTERS)
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                for (int j = 0; j < Q_STEPS; j++) q[n][j] = *q_fragment((n * Q_STEPS + j) * 32 + lane);
-        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : *q_fragment((n * Q_STEPS + step) * 32 + lane); };
+                for (int j = 0; j < Q_STEPS; j++) q[n][j] = q_fragments[(n * Q_STEPS + j) * 32 + lane];
+        const auto query = [&](int n, int step) { return Layout::Q_REGISTERS ? q[n][step] : q_fragments[(n * Q_STEPS + step) * 32 + lane]; };
+
+        if (it.next) queries.load(p, p.items[it.next], warp, lane);
 
         // Tiles within [all_lo, all_hi) are seen whole by every row.
         const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
@@ -547,10 +551,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         if constexpr (K_INTEGER) {
                             int high[TILES_N][4] = {}, low[TILES_N][4] = {};
                             u32 a[4][KLane::WORDS + 2], b[4][KLane::WORDS + 2];
-                            repeat<3>([&](auto plane) {
-                                constexpr int P = decltype(plane)::value;
-                                k_at.template load<P>(a[P], from), k_at.template load<P>(b[P], from + 8 * K::ROW);
-                            });
+                            if constexpr (MATRICES) {
+                                const u32 at = shared_address(from) + key_matrices;
+#pragma unroll
+                                for (int j = 0; j < CHUNKS; j++) {
+                                    load_matrices(a[0][j], b[0][j], a[1][j], b[1][j], at + j * 16);
+                                    load_matrices(a[2][j], b[2][j], at + j * 16 + D / 4);
+                                }
+                            } else {
+                                repeat<3>([&](auto plane) {
+                                    constexpr int P = decltype(plane)::value;
+                                    k_at.template load<P>(a[P], from), k_at.template load<P>(b[P], from + 8 * K::ROW);
+                                });
+                            }
 #pragma unroll
                             for (int j = 0; j < PLANE_WORDS; j++) {
                                 a[3][j] = fourth_plane(a[0][j], a[1][j], a[2][j]);
@@ -580,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             repeat<K_STEPS>([&](auto j) {
                                 constexpr int J = decltype(j)::value;
                                 u32 k[4];
-                                decode_keys<K_BITS, Layout::K_BOTH, 4 * J>(a, b, k_table, k_lane, k);
+                                decode_keys<K_BITS, 4 * J>(a, b, k_table, k_lane, k);
 #pragma unroll
                                 for (int n = 0; n < TILES_N; n++) {
                                     const QFragment x = query(n, H * K_STEPS + J);
@@ -668,24 +681,42 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         constexpr int H = decltype(h)::value;
                         const int r = (run * 16 + key_row) * V::SCALES + H;
                         u32 b0[TILES_N], b1[TILES_N];
-                        if constexpr (V_SCALE == 16) {
-                            u32 scale0 = ((const u16*)scales_v)[r], scale1 = ((const u16*)scales_v)[r + 8];
-                            scale0 = __byte_perm(scale0, 0, 0x1010), scale1 = __byte_perm(scale1, 0, 0x1010);
+                        // Rounded once, to f16, as a product: of few positions this is most of the output's error.
+                        const float scale0 = load_scale<V_SCALE>(scales_v, r), scale1 = load_scale<V_SCALE>(scales_v, r + 8 * V::SCALES);
 #pragma unroll
-                            for (int n = 0; n < TILES_N; n++) {
-                                b0[n] = transpose8(f16x2_mul(f16x2_from_f32(w[n][0], w[n][1]), scale0));
-                                b1[n] = transpose8(f16x2_mul(f16x2_from_f32(w[n][2], w[n][3]), scale1));
-                            }
-                        } else {
-                            const float scale0 = load_scale<V_SCALE>(scales_v, r), scale1 = load_scale<V_SCALE>(scales_v, r + 8 * V::SCALES);
-#pragma unroll
-                            for (int n = 0; n < TILES_N; n++) {
-                                b0[n] = transpose8(f16x2_from_f32(w[n][0] * scale0, w[n][1] * scale0));
-                                b1[n] = transpose8(f16x2_from_f32(w[n][2] * scale1, w[n][3] * scale1));
-                            }
+                        for (int n = 0; n < TILES_N; n++) {
+                            b0[n] = transpose8(f16x2_from_f32(w[n][0] * scale0, NARROW ? 0.f : w[n][1] * scale0));
+                            b1[n] = transpose8(f16x2_from_f32(w[n][2] * scale1, NARROW ? 0.f : w[n][3] * scale1));
                         }
                         const u8* from = codes_v + run * 16 * V::ROW;
-                        if constexpr (V_PLANES) {
+                        if constexpr (V_PLANES && MATRICES) {
+                            u32 x[2][4][CHUNKS];
+                            const u32 at = shared_address(from) + value_matrices;
+#pragma unroll
+                            for (int j = 0; j < CHUNKS; j++) {
+                                load_transposed(x[0][0][j], x[1][0][j], x[0][1][j], x[1][1][j], at + j * 16);
+                                load_transposed(x[0][2][j], x[1][2][j], at + j * 16 + D / 4);
+#pragma unroll
+                                for (int pair = 0; pair < 2; pair++) x[pair][3][j] = fourth_plane(x[pair][0][j], x[pair][1][j], x[pair][2][j]);
+                            }
+                            repeat<V_TILES / 2>([&](auto i) {
+                                constexpr int P = decltype(i)::value / CHUNKS, C = decltype(i)::value % CHUNKS;
+                                u32 a[2][4];
+#pragma unroll
+                                for (int pair = 0; pair < 2; pair++) {
+                                    // Codes times 16 in bytes, the lower two of one row and the upper two of another.
+                                    const u32 even = x[pair][P][C] << 4 & 0x70707070, odd = x[pair][P][C] & 0x70707070;
+                                    a[0][2 * pair] = look(v_table, dot_bytes4(8 | 64 << 16, even, v_lane));
+                                    a[0][2 * pair + 1] = look(v_table, dot_bytes4(8 | 64 << 16, odd, v_lane));
+                                    a[1][2 * pair] = look(v_table, dot_bytes4(8 << 8 | 64 << 24, even, v_lane));
+                                    a[1][2 * pair + 1] = look(v_table, dot_bytes4(8 << 8 | 64 << 24, odd, v_lane));
+                                }
+#pragma unroll
+                                for (int k = 0; k < 2; k++)
+#pragma unroll
+                                    for (int n = 0; n < TILES_N; n++) mma(o[n][(P * CHUNKS + C) * 2 + k], a[k][0], a[k][1], a[k][2], a[k][3], b0[n], b1[n]);
+                            });
+                        } else if constexpr (V_PLANES) {
                             u32 x[2][4][PLANE_WORDS];  // merged rows
                             repeat<2>([&](auto pair) {
                                 repeat<3>([&](auto plane) {
@@ -721,8 +752,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                             repeat<V_TILES, 2>([&](auto i) {
                                 constexpr int I = decltype(i)::value;
                                 u32 a[4], b[4];
-                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
-                                decode_rows<V_BITS, Layout::V_BOTH, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
+                                decode_rows<V_BITS, (I + 1 < V_TILES), 2 * I>(x0, x1, v_table, v_lane, a);
+                                decode_rows<V_BITS, (I + 1 < V_TILES), 2 * I>(x2, x3, v_table, v_lane, b);
 #pragma unroll
                                 for (int n = 0; n < TILES_N; n++) {
                                     mma(o[n][H * V_TILES + I], a[0], a[1], b[0], b[1], b0[n], b1[n]);
@@ -738,9 +769,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
         }
 
         const Item next = p.items[it.next];
-        if (Queries::EARLY && it.next) queries.load(p, next, warp, lane);
-
-        // The block's sum.
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -752,27 +780,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     warp_l[warp * ROWS + tile_row(n, t, c)] = l[n][c];
                 }
             }
-        __syncthreads();
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                float top = -1e30f;
-#pragma unroll
-                for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + tile_row(n, t, c)]);
-                const float shrink = exp2_approx(m[n][c] - top);
-#pragma unroll
-                for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= shrink, o[n][i][c + 2] *= shrink;
-            }
-        if (thread < (NARROW ? 4 : ROWS)) {
-            float top = -1e30f, sum = 0.f;
-#pragma unroll
-            for (int k = 0; k < WARPS; k++) top = fmaxf(top, warp_m[k * ROWS + thread]);
-#pragma unroll
-            for (int k = 0; k < WARPS; k++) sum += exp2_approx(warp_m[k * ROWS + thread] - top) * warp_l[k * ROWS + thread];
-            block_m[thread] = top, block_l[thread] = sum;
-        }
-        // Four rows by 128 dims at a time.
+        if (it.next) queries.keep(p, next, q_rows, q_largest, warp, lane);
+        // The block's sum, four rows by 128 dims at a time; beside the first, the next item's queries.
 #pragma unroll
         for (int quad = 0; quad < ROWS / 4; quad++) {
             if (quad * 4 >= rows) break;
@@ -786,19 +795,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
 #pragma unroll
                             for (int e = 0; e < 2; e++) {
                                 const float* x = o[quad >> 1][from + i] + 2 * e;
-                                float* const to = Layout::scratch<float>(warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1)));
+                                float* const to = scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1));
                                 if (NARROW) *to = x[0];
                                 else *(float2*)to = make_float2(x[0], x[1]);
                             }
                 __syncthreads();
+                if (quad + from == 0 && it.next) make_fragments();
+                float top = -1e30f, factor[WARPS];
+                const int row = quad * 4 + (thread & 3);
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) factor[k] = warp_m[k * ROWS + row], top = fmaxf(top, factor[k]);
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx(factor[k] - top);
+                if (from == 0 && thread < 4) {
+                    float sum = 0.f;
+#pragma unroll
+                    for (int k = 0; k < WARPS; k++) sum += factor[k] * warp_l[k * ROWS + row];
+                    block_m[row] = top, block_l[row] = sum;
+                }
                 for (int i = thread; i < FULL * 64; i += THREADS) {
                     const int fragment = from + i / 64;
                     if (fragment >= FRAGMENTS) break;
                     float sum = 0.f;
 #pragma unroll
-                    for (int k = 0; k < WARPS; k++) sum += *Layout::scratch<float>(k * 512 + i);
+                    for (int k = 0; k < WARPS; k++) sum += factor[k] * scratch[k * 512 + i];
                     const int d = output_element(fragment, V_TILES, i >> 3 & 7, i >> 2 & 1);
-                    if (d >= 0) acc[(quad * 4 + (i & 3)) * Layout::ACC_ROW + d] = sum;
+                    if (d >= 0) acc[row * Layout::ACC_ROW + d] = sum;
                 }
                 __syncthreads();
             }
@@ -855,8 +877,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                 finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
         if (it.next == 0) break;
         it = next;
-        __syncwarp();
-        if (!Queries::EARLY) queries.load(p, it, warp, lane);
     }
     copy_wait<0>();
 }

@@ -31,9 +31,9 @@ DEVICE u32 f16x2_from_f32(float lo, float hi) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
     return v;
 }
-DEVICE u32 f16x2_mul(u32 a, u32 b) {
+DEVICE u32 f16x2_add(u32 a, u32 b) {
     u32 v;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
     return v;
 }
 DEVICE float f32_from_bf16(u16 h) { return __uint_as_float((u32)h << 16); }
@@ -90,6 +90,20 @@ DEVICE u32 select_bytes(u32 a, u32 b, u32 select) {
     return v;
 }
 
+// c plus the products of a's two halves with the lower (HALF = 0) or upper two bytes of b.
+template <int HALF> DEVICE u32 dot_bytes(u32 a, u32 b, u32 c) {
+    u32 v;
+    if constexpr (HALF) asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    else asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+// c plus the products of the bytes of a and b.
+DEVICE u32 dot_bytes4(u32 a, u32 b, u32 c) {
+    u32 v;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Asynchronous copies from global to shared memory.
@@ -125,4 +139,18 @@ DEVICE u32 transpose8(u32 a) {
     u32 d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
     return d;
+}
+// Reads 8 x 8 matrices of 16-bit elements from shared memory: lane 4 i + j gets elements 2 j and 2 j + 1 of row i; transposed, of
+// column i. Lane 8 m + i gives the address of row i of matrix m.
+DEVICE void load_matrices(u32& a, u32& b, u32& c, u32& d, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(from));
+}
+DEVICE void load_matrices(u32& a, u32& b, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from));
+}
+DEVICE void load_transposed(u32& a, u32& b, u32& c, u32& d, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(from));
+}
+DEVICE void load_transposed(u32& a, u32& b, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from));
 }
