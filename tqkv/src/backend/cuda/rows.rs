@@ -18,8 +18,7 @@ const THREADS: usize = 256;
 const BLOCKS: usize = 8;
 const DEQUANTIZE_THREADS: usize = 128;
 const DEQUANTIZE_BLOCKS: usize = 32;
-/// Tiles (quantize.cu): as many as a multiprocessor holds at once. Warps take eight rows.
-const TILE_BLOCKS: usize = 2;
+/// Rows that a warp takes at once in tiles (quantize.cu).
 const TILE: usize = 8;
 
 /// Lanes that share a row, as `Shape::GROUP` of row.cuh.
@@ -217,8 +216,13 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Resu
     };
     let need_a = needed(&shapes[0], &a.1);
     let need_b = if parts.len() == 2 { needed(&shapes[1], &b.1) } else { 0 };
-    let held = if shapes.iter().any(|s| s.tiles().is_some()) { TILE_BLOCKS } else { BLOCKS };
-    let all = gpu.blocks(need_a + need_b, held) as usize;
+    // Of tiles as many as a multiprocessor holds at once: `Work::HELD`.
+    let held = |shape: &QuantizeShape| match shape.tiles() {
+        Some(_) if shape.row.head_dim() <= 128 => 3,
+        Some(_) => 2,
+        None => BLOCKS,
+    };
+    let all = gpu.blocks(need_a + need_b, held(&shapes[0]).min(held(&shapes[1]))) as usize;
     let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
     let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
     let params = QuantizeParams {

@@ -63,10 +63,8 @@ struct Places {
     }
 };
 
-// Encodes one row of one side; lanes of the group hold `x`. Rows that are not `valid` store nothing. REPLICAS: of the tables in
-// shared memory; 0: they are used where the host put them.
+// Encodes one row of one side; lanes of the group hold `x`. Rows that are not `valid` store nothing.
 template <typename R, int CELLS, int REPLICAS> struct Encoder {
-    static constexpr int COPIES = REPLICAS ? REPLICAS : 1, SQUARES = REPLICAS ? R::REPLICAS : 1;
     static constexpr int CELL_BYTES = R::CODED ? CELLS * REPLICAS * 8 : 0;
     static constexpr int BYTES = CELL_BYTES + R::TABLE * 4;
 
@@ -80,17 +78,16 @@ template <typename R, int CELLS, int REPLICAS> struct Encoder {
     // get the code below the boundary at zero.
     static DEVICE u64 assign(const Side& s, const u8* shared, float* x, float gain) {
         // The sum with `first_cell` has the cell's number in its low bits.
-        const u32 base = threadIdx.x % COPIES * 8 - 0x4b400000u * (COPIES * 8);
-        const u8* const cells = REPLICAS ? shared : (const u8*)s.cells;
-        const float* const squares = (REPLICAS ? (const float*)(shared + CELL_BYTES) : s.squares) + threadIdx.x % SQUARES;
+        const u32 base = threadIdx.x % REPLICAS * 8 - 0x4b400000u * (REPLICAS * 8);
+        const float* squares = (const float*)(shared + CELL_BYTES) + threadIdx.x % R::REPLICAS;
         u32 low = 0, high = 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const float u = fminf(fmaxf(x[i] * gain, -s.limit), s.limit);
-            const u32 at = __float_as_uint(__fmaf_rn(u, s.per_cell, s.first_cell)) * (COPIES * 8) + base;
-            const uint2 cell = *(const uint2*)(cells + at);
+            const u32 at = __float_as_uint(__fmaf_rn(u, s.per_cell, s.first_cell)) * (REPLICAS * 8) + base;
+            const uint2 cell = *(const uint2*)(shared + at);
             const u32 code = cell.y + (u > __uint_as_float(cell.x));
-            if (R::SCALING == SCALE_CORRECTED) x[i] = squares[code * SQUARES];
+            if (R::SCALING == SCALE_CORRECTED) x[i] = squares[code * R::REPLICAS];
             const int bit = i * R::FIELD;
             if (bit < 32) low |= code << bit;
             if (bit < 32 && bit + R::FIELD > 32) high |= code >> (32 - bit);
@@ -158,7 +155,7 @@ DEVICE void encode(const Params& p, const Side& s, u32 block, u32 blocks) {
 // A warp takes eight rows of native codecs at once. Tensor cores do the first stages of the transform: products with +-1 are exact
 // and sums nearly so. Norms and sums of levels are added up in any order, codes are found as above. All this is off by far less
 // than NEAR: so where an element comes nearer than that to a boundary, or a scale to the middle between two f16s, or a norm is out
-// of the ordinary, the row is doubtful, and Encoder does it again.
+// of the ordinary, the row is doubtful. Such rows wait in a list, and Encoder does them again.
 
 DEVICE float fma_up(float a, float b, float c) {
     float v;
@@ -222,10 +219,14 @@ template <int CELLS> struct Grid {
 // R: four lanes a row. Lane 4 g + t holds runs of row g.
 template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
     static constexpr int ROWS = 8, RUNS = R::N / 8, STRIDE = (R::BYTES + 15) / 16 * 16 + 16;
-    static constexpr int SIGNS = Grid<GRID>::BYTES, CODES = SIGNS + RUNS * 64, BYTES = CODES + THREADS / 4 * STRIDE;
+    static constexpr int LISTED = 32;  // vectors that wait, at most, a warp
+    typedef Row<R::D, R::BITS, R::PACKING, R::SCALING, R::ALIGN, min_of(R::BLOCK / 8, 32)> Wide;
+    typedef Encoder<Wide, CELLS, 1> Exact;
+    // In shared memory, after the grid.
+    static constexpr int SIGNS = Grid<GRID>::BYTES, CODES = SIGNS + RUNS * 64, LIST = CODES + THREADS / 4 * STRIDE;
+    static constexpr int TABLES = LIST + THREADS / 32 * LISTED * 8, BYTES = TABLES + Exact::BYTES;
     static constexpr int PIECE = min_of(16, min_of(R::BYTES & -R::BYTES, R::ALIGN)), PIECES = R::BYTES / PIECE;
     typedef Row<R::D, R::BITS, R::PACKING, R::SCALING, 16, 4> Staged;
-    typedef Row<R::D, R::BITS, R::PACKING, R::SCALING, R::ALIGN, min_of(R::BLOCK / 8, 32)> Wide;
 
     const Side& s;
     const Places places;
@@ -236,6 +237,7 @@ template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
 
     DEVICE Tile(const Params& p, const Side& s)
         : s(s), places(p, s), grid(s, shared_memory), t(opaque(threadIdx.x % 4)), g(opaque(threadIdx.x % 32 / 4)) {
+        Exact::fill(s, shared_memory + TABLES);
         // Of two neighbours each, where they lie in a word.
         for (int i = threadIdx.x; i < RUNS * 16; i += THREADS) {
             const int e = R::element(i / 16, i / 4 % 4) + i % 4 * 2;
@@ -317,42 +319,46 @@ template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
         return valid && (scale != most || !(far & 1 << 30));
     }
 
-    // Rows of a tile that are doubtful: bits of their lanes.
-    DEVICE void again(u32 doubtful, u32 tile, u32 place) const {
-        constexpr int AT_ONCE = 32 / Wide::GROUP;
+    // The warp's list: a vector and its place.
+    static DEVICE uint2* list() { return (uint2*)(shared_memory + LIST) + threadIdx.x / 32 * LISTED; }
+    DEVICE void again(u32 listed) const {
         const int lane = threadIdx.x % Wide::GROUP;
-        while (doubtful) {
-            // Those of the first rows, one for each group of lanes.
-            int row = 0;
-            bool valid = false;
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                const int first = (__ffs(doubtful) - 1) / 4;
-                if (threadIdx.x % 32 / Wide::GROUP == k) row = doubtful ? first : 0, valid = doubtful;
-                if (doubtful) doubtful &= ~(0xfu << first * 4);
-            }
-            const u32 from = vector(tile, row), to = __shfl_sync(~0u, place, row * 4);
+        for (u32 first = 0; first < listed; first += 32 / Wide::GROUP) {
+            const u32 own = first + threadIdx.x % 32 / Wide::GROUP;
+            const uint2 entry = list()[min(own, listed - 1)];
             float x[Wide::N];
 #pragma unroll
-            for (int r = 0; r < Wide::N / 8; r++) load8<TYPE, true>(s.x, (u64)from * R::D + Wide::element(r, lane), x + r * 8);
-            Encoder<Wide, CELLS, 0>::run(s, nullptr, x, to, lane, valid);
+            for (int r = 0; r < Wide::N / 8; r++) load8<TYPE, true>(s.x, (u64)entry.x * R::D + Wide::element(r, lane), x + r * 8);
+            Exact::run(s, shared_memory + TABLES, x, entry.y, lane, own < listed);
         }
     }
 
     DEVICE void run(u32 block, u32 blocks) {
         const u32 tiles = (s.rows + ROWS - 1) / ROWS, step = blocks * (THREADS / 32);
-        u32 tile = block * (THREADS / 32) + threadIdx.x / 32, places_of_four = 0;
-        if (tile < tiles) fetch(tile);
-        for (u32 quarter = 0; tile < tiles; tile += step, quarter = (quarter + 1) % 4) {
-            // Lanes find the places of four tiles' rows.
-            if (quarter == 0)
-                places_of_four = places.of(vector(min(tile + threadIdx.x % 32 / ROWS * step, tiles - 1), threadIdx.x % ROWS));
-            float x[R::N];
-            rotate(x);
-            fetch(min(tile + step, tiles - 1));
-            const u32 place = __shfl_sync(~0u, places_of_four, quarter * ROWS + g);
-            const u32 doubtful = __ballot_sync(~0u, encode(x, place, tile * ROWS + g < s.rows));
-            if (unlikely(doubtful)) again(doubtful, tile, place);
+        u32 tile = block * (THREADS / 32) + threadIdx.x / 32;
+        while (tile < tiles) {
+            u32 places_of_four = 0, listed = 0;
+            fetch(tile);
+            for (u32 quarter = 0; tile < tiles && listed <= LISTED - ROWS; tile += step, quarter = (quarter + 1) % 4) {
+                // Lanes find the places of four tiles' rows.
+                if (quarter == 0)
+                    places_of_four = places.of(vector(min(tile + threadIdx.x % 32 / ROWS * step, tiles - 1), threadIdx.x % ROWS));
+                float x[R::N];
+                rotate(x);
+                fetch(min(tile + step, tiles - 1));
+                const u32 place = __shfl_sync(~0u, places_of_four, quarter * ROWS + g);
+                u32 doubtful = __ballot_sync(~0u, encode(x, place, tile * ROWS + g < s.rows));
+                if (unlikely(doubtful)) {
+                    // A bit for each row, where its first lane's is.
+                    doubtful |= doubtful >> 1, doubtful = (doubtful | doubtful >> 2) & 0x11111111u;
+                    const u32 lane = threadIdx.x % 32;
+                    if (doubtful >> lane & 1) list()[listed + __popc(doubtful & ((1u << lane) - 1))] = make_uint2(vector(tile, g), place);
+                    listed += __popc(doubtful);
+                }
+            }
+            __syncwarp();
+            again(listed);
+            __syncwarp();
         }
     }
 };
@@ -361,7 +367,7 @@ template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
 template <typename R, int CELLS, int REPLICAS, int GRID, int TYPE, bool ALIGNED> struct Work {
     typedef Tile<Row<R::D, R::BITS, R::PACKING, R::SCALING, R::ALIGN, 4>, CELLS, GRID, TYPE> Tiles;
     // Blocks that a multiprocessor shall hold at once.
-    static constexpr int HELD = GRID ? 2 : R::N <= 32 ? 4 : R::N <= 40 ? 3 : 1;
+    static constexpr int HELD = GRID ? (R::D <= 128 ? 3 : 2) : R::N <= 32 ? 4 : R::N <= 40 ? 3 : 1;
     static constexpr int bytes() {
         if constexpr (GRID > 0) return Tiles::BYTES;
         else return Encoder<R, CELLS, REPLICAS>::BYTES;
