@@ -110,7 +110,7 @@ impl Tables {
             gain = f16_gain(&book.levels);
             words.extend(book.levels.iter().map(|l| (l * gain).to_bits()));
             offsets[4] = words.len();
-            grid = Grid::new(row, &cells);
+            grid = Grid::new(row, cells);
             words.extend(grid.iter().flat_map(|g| &g.words));
         }
         let memory = stream.upload(bytemuck::cast_slice(&words))?;
