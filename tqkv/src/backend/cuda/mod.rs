@@ -28,9 +28,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tables::Tables;
 
-/// Blocks of the row kernels that a multiprocessor holds at once.
-const BLOCKS_EACH: usize = 8;
-
 /// How many GPUs the driver finds.
 pub(crate) fn count() -> Result<usize> {
     driver::count()
@@ -177,9 +174,9 @@ impl Gpu {
         Ok(new)
     }
 
-    /// Blocks for this much work, if blocks take several pieces.
-    fn blocks(&self, wanted: usize) -> u32 {
-        wanted.clamp(1, self.stream.context.limits.multiprocessors as usize * BLOCKS_EACH) as u32
+    /// Blocks for this much work, if blocks take several pieces: at most so many a multiprocessor.
+    fn blocks(&self, wanted: usize, most: usize) -> u32 {
+        wanted.clamp(1, self.stream.context.limits.multiprocessors as usize * most) as u32
     }
 
     fn prepare<P: bytemuck::Pod>(

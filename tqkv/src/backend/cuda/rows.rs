@@ -2,7 +2,7 @@
 
 use super::driver::Launch;
 use super::nvrtc::Source;
-use super::tables::{Tables, Turn, row_defines, scale_unit};
+use super::tables::{Grid, NEAR, Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, Work, address, type_number};
 use crate::backend::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::compute::{Buffer, DType, KernelSource};
@@ -13,8 +13,13 @@ use crate::ops::{Direction, Domain, PagePool, Positions, RowOrder};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
-/// Threads of a block of these kernels.
+/// Threads of a block of these kernels, and how many blocks a multiprocessor is given.
 const THREADS: usize = 256;
+const BLOCKS: usize = 8;
+const DEQUANTIZE_THREADS: usize = 128;
+const DEQUANTIZE_BLOCKS: usize = 32;
+/// Rows that a warp takes at once in tiles (quantize.cu).
+const TILE: usize = 8;
 
 /// Lanes that share a row, as `Shape::GROUP` of row.cuh.
 fn group(row: &RowFormat) -> usize {
@@ -75,7 +80,7 @@ pub(super) fn rotate(gpu: &Gpu, op: &Rotate) -> Result<Prepared> {
     let source = rotate_source(&op.row, op.direction, op.x.dtype(), op.out.dtype(), aligned);
     let rows32 = to_u32("rows", rows)?;
     let params = RotateParams { x: address(&op.x), out: address(&op.out), turn: tables.turn, rows: rows32, pad: 0 };
-    let blocks = gpu.blocks(rows.div_ceil(THREADS / group(&op.row)));
+    let blocks = gpu.blocks(rows.div_ceil(THREADS / group(&op.row)), BLOCKS);
     gpu.prepare(&source, blocks, &params, vec![op.x.clone(), op.out.clone()])
 }
 
@@ -94,6 +99,11 @@ struct QuantizeSide {
     per_cell: f32,
     limit: f32,
     first_cell: f32,
+    grid: u64,
+    grid_step: f32,
+    grid_zero: f32,
+    square_root: f32,
+    pad: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -113,9 +123,17 @@ struct QuantizeParams {
 pub(super) struct QuantizeShape<'a> {
     pub row: &'a RowFormat,
     pub cells: Option<&'a Cells>,
+    pub grid: Option<&'a Grid>,
     pub input: DType,
     pub input_aligned: u32,
     pub code_alignment: u64,
+}
+
+impl<'a> QuantizeShape<'a> {
+    /// Whether tensor cores do it.
+    fn tiles(&self) -> Option<&'a Grid> {
+        self.grid.filter(|_| self.input != DType::F32 && self.input_aligned == 1)
+    }
 }
 
 /// Copies of the cells in shared memory, so that neighbouring lanes read different banks.
@@ -128,29 +146,23 @@ pub(super) fn quantize_source(sides: [QuantizeShape; 2]) -> Source {
     let [a, b] = &sides;
     let kind = |s: &QuantizeShape| (s.row.codec(), s.row.head_dim(), s.input, s.input_aligned, s.code_alignment);
     let same = (kind(a) == kind(b)) as u32;
-    let mut options = vec![format!("-DZERO_NORM={ZERO_NORM:e}f"), format!("-DSAME={same}")];
-    let mut shared = 0;
+    let mut options =
+        vec![format!("-DZERO_NORM={ZERO_NORM:e}f"), format!("-DNEAR={NEAR:e}f"), format!("-DSAME={same}")];
     for (name, side) in ["A_", "B_"].into_iter().zip(sides) {
-        let row = side.row;
-        options.extend(row_defines(name, row));
         let (cells, replicas) = side.cells.map_or((1, 1), |c| (c.entries.len(), replicas(c)));
+        options.extend(row_defines(name, side.row));
         options.extend([
             format!("-D{name}TYPE={}", type_number(side.input)),
             format!("-D{name}ALIGNED={}", side.input_aligned),
             format!("-D{name}CODE_ALIGN={}", side.code_alignment),
             format!("-D{name}CELLS={cells}"),
             format!("-D{name}CELL_REPLICAS={replicas}"),
+            format!("-D{name}GRID={}", side.tiles().map_or(0, |g| g.cells)),
         ]);
-        if let Some(book) = row.codebook() {
-            // Cells, then replicated squares of levels: `Encoder::BYTES`.
-            let levels = book.levels.len();
-            let squares = if levels <= 32 { 32 * levels } else { 1024 };
-            shared = shared.max(cells * replicas * 8 + squares * 4);
-        }
     }
-    let mut source = source("quantize", include_str!("kernels/quantize.cu"), size_of::<QuantizeParams>(), options);
-    source.shared_memory = shared as u32;
-    source
+    let text = include_str!("kernels/quantize.cu");
+    let source = source("quantize", text, size_of::<QuantizeParams>(), options);
+    Source { shared_memory_symbol: Some("quantize_shared_bytes"), ..source }
 }
 
 /// K and V (any two parts) go in one launch.
@@ -161,16 +173,18 @@ pub(super) fn quantize(gpu: &Gpu, op: &Quantize) -> Result<Vec<Prepared>> {
 fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Result<Prepared> {
     let (a, b) = (&parts[0], &parts[parts.len() - 1]);
     let tables = [gpu.tables(a.1.row())?, gpu.tables(b.1.row())?];
-    let source = quantize_source([(a, &tables[0]), (b, &tables[1])].map(|((x, pool), tables)| QuantizeShape {
+    let shapes = [(a, &tables[0]), (b, &tables[1])].map(|((x, pool), tables)| QuantizeShape {
         row: pool.row(),
         cells: tables.cells.as_ref(),
+        grid: tables.grid.as_ref(),
         input: x.dtype(),
         input_aligned: aligned(x),
         code_alignment: code_alignment(pool),
-    }));
+    });
+    let source = quantize_source(shapes);
     let side = |(x, pool): &(Buffer, PagePool), tables: &Tables| -> Result<QuantizeSide> {
         let row = pool.row();
-        let cells = tables.cells.as_ref();
+        let (cells, grid) = (tables.cells.as_ref(), tables.grid.as_ref());
         Ok(QuantizeSide {
             x: address(x),
             codes: address(pool.codes()),
@@ -188,12 +202,27 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Resu
             per_cell: cells.map_or(0.0, |c| c.per_unit),
             limit: cells.map_or(0.0, |c| c.limit),
             first_cell: cells.map_or(0.0, |c| c.first),
+            grid: tables.grid_at,
+            grid_step: grid.map_or(0.0, |g| g.step),
+            grid_zero: grid.map_or(0.0, |g| g.zero),
+            square_root: grid.map_or(0.0, |g| g.square_root),
+            pad: 0,
         })
     };
     let sides = [side(a, &tables[0])?, side(b, &tables[1])?];
-    let needed = |side: &QuantizeSide, pool: &PagePool| (side.rows as usize).div_ceil(THREADS / group(pool.row()));
-    let (need_a, need_b) = (needed(&sides[0], &a.1), if parts.len() == 2 { needed(&sides[1], &b.1) } else { 0 });
-    let all = gpu.blocks(need_a + need_b) as usize;
+    let needed = |shape: &QuantizeShape, pool: &PagePool| {
+        let rows = if shape.tiles().is_some() { TILE * THREADS / 32 } else { THREADS / group(pool.row()) };
+        (op.batch.tokens() * pool.kv_heads()).div_ceil(rows)
+    };
+    let need_a = needed(&shapes[0], &a.1);
+    let need_b = if parts.len() == 2 { needed(&shapes[1], &b.1) } else { 0 };
+    // Of tiles as many as a multiprocessor holds at once: `Work::HELD`.
+    let held = |shape: &QuantizeShape| match shape.tiles() {
+        Some(_) if shape.row.head_dim() <= 128 => 3,
+        Some(_) => 2,
+        None => BLOCKS,
+    };
+    let all = gpu.blocks(need_a + need_b, held(&shapes[0]).min(held(&shapes[1]))) as usize;
     let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
     let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
     let params = QuantizeParams {
@@ -271,7 +300,7 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize) -> Result<Prepared> {
     };
     let mut keep = vec![op.batch.device_table().clone(), op.out.clone()];
     keep.extend(pool.buffers().cloned());
-    let blocks = gpu.blocks((rows as usize).div_ceil(THREADS / group(row)));
+    let blocks = gpu.blocks((rows as usize).div_ceil(DEQUANTIZE_THREADS / group(row)), DEQUANTIZE_BLOCKS);
     let mut prepared = gpu.prepare(&source, blocks, &params, keep)?;
     prepared.memory.extend(list.map(Arc::new));
     Ok(prepared)

@@ -28,6 +28,52 @@ fn f16_gain(levels: &[f32]) -> f32 {
     gains.min_by(|a, b| loss(*a).total_cmp(&loss(*b))).unwrap_or(1.0)
 }
 
+/// Elements nearer than this to a boundary are doubtful to tiles (quantize.cu), whose error is far less.
+pub(super) const NEAR: f32 = 1.0 / 262_144.0;
+
+/// What tiles look codes up in: `Grid` of quantize.cu.
+pub(super) struct Grid {
+    pub words: Vec<u32>,
+    pub cells: usize,
+    /// Cells in a unit, and the cell of zero, as the kernel wants them: floats in [2, 4) step by 2^-22.
+    pub step: f32,
+    pub zero: f32,
+    /// The root of what squares are multiplied by.
+    pub square_root: f32,
+}
+
+impl Grid {
+    /// None if tiles do not take such rows.
+    pub fn new(row: &RowFormat, cells: &Cells) -> Option<Self> {
+        let takes = row.scaling() == Scaling::Corrected && row.head_dim().is_multiple_of(32) && row.head_dim() <= 256;
+        let book = row.codebook().filter(|_| takes)?;
+        // No element of a row is larger than the root of head_dim.
+        let own = cells.entries.len() / 2;
+        let half = own.max(((row.head_dim() as f32).sqrt() * cells.per_unit).ceil() as usize + 1);
+        let last = (f32::INFINITY, book.boundaries.len() as u32);
+        let entry = |cell: usize| match (cell + own).checked_sub(half) {
+            None => (f32::INFINITY, 0),
+            Some(cell) => cells.entries.get(cell).copied().unwrap_or(last),
+        };
+        let entries: Vec<_> = (0..=2 * half).map(entry).collect();
+        // In a cell without a boundary one far away will do, which the kernel can still scale.
+        let boundary = |b: f32| (b.min(1000.0) * -2.0 / NEAR).to_bits();
+        let field = if row.packing() == Packing::Planes { 4 } else { row.bits() };
+        // The squares of a row's levels sum to less than four times those of its elements.
+        let unit = 2f64.powi(32 - field as i32) / (4 * row.head_dim()) as f64;
+        let square = |code: u32| f64::from(book.levels[code as usize]).powi(2) * unit;
+        let word = |code: u32| code << (32 - field) | square(code).round() as u32;
+        let below = entries.iter().chain([&last]).map(|e| e.1);
+        Some(Grid {
+            words: entries.iter().map(|e| boundary(e.0)).chain(below.map(word)).collect(),
+            cells: entries.len(),
+            step: cells.per_unit / 4_194_304.0,
+            zero: 2.0 + half as f32 / 4_194_304.0,
+            square_root: unit.sqrt() as f32,
+        })
+    }
+}
+
 /// The tables of a codec at a head_dim, on the device.
 pub(super) struct Tables {
     pub turn: Turn,
@@ -41,14 +87,18 @@ pub(super) struct Tables {
     pub cells_at: u64,
     /// None for dense floats.
     pub cells: Option<Cells>,
+    pub grid_at: u64,
+    /// Of rows that tiles take.
+    pub grid: Option<Grid>,
     _memory: Memory,
 }
 
 impl Tables {
     pub fn new(stream: &Arc<Stream>, row: &RowFormat) -> Result<Self> {
         let mut words: Vec<u32> = row.signs().to_vec();
-        let (mut offsets, mut gain) = ([0; 4], 1.0);
+        let (mut offsets, mut gain) = ([0; 5], 1.0);
         let cells = row.codebook().map(|book| Cells::new(&book.boundaries));
+        let mut grid = None;
         if let (Some(book), Some(cells)) = (row.codebook(), &cells) {
             offsets[0] = words.len();
             words.extend(book.levels.iter().map(|l| l.to_bits()));
@@ -59,6 +109,9 @@ impl Tables {
             offsets[3] = words.len();
             gain = f16_gain(&book.levels);
             words.extend(book.levels.iter().map(|l| (l * gain).to_bits()));
+            offsets[4] = words.len();
+            grid = Grid::new(row, cells);
+            words.extend(grid.iter().flat_map(|g| &g.words));
         }
         let memory = stream.upload(bytemuck::cast_slice(&words))?;
         let at = |words: usize| memory.address + 4 * words as u64;
@@ -70,8 +123,8 @@ impl Tables {
             rotated: row.is_rotated() as u32,
             pad: 0,
         };
-        let [levels, squares, cells_at, tensor_levels] = offsets.map(at);
-        Ok(Tables { turn, levels, tensor_levels, gain, squares, cells_at, cells, _memory: memory })
+        let [levels, squares, cells_at, tensor_levels, grid_at] = offsets.map(at);
+        Ok(Tables { turn, levels, tensor_levels, gain, squares, cells_at, cells, grid_at, grid, _memory: memory })
     }
 
     pub fn signs(&self) -> u64 {
@@ -120,6 +173,35 @@ pub(super) fn scale_unit(row: &RowFormat) -> f32 {
 mod tests {
     use super::*;
     use crate::format::Codec;
+
+    /// As the kernel does it, in f32 and off by as much as it may be.
+    #[test]
+    fn grids_give_the_code() {
+        for (bits, d) in (2..=8).flat_map(|b| [32, 64, 96, 128, 192, 256].map(|d| (b, d))) {
+            let row = RowFormat::new(Codec::tq(bits), d).unwrap();
+            let book = row.codebook().unwrap();
+            let grid = Grid::new(&row, &Cells::new(&book.boundaries)).unwrap();
+            let field = if bits == 3 { 4 } else { row.bits() as u32 };
+            let unit = 2f64.powi(32 - field as i32) / (4 * d) as f64;
+            let root = (d as f32).sqrt();
+            let near = book.boundaries.iter().flat_map(|&b| [b - 1.01 * NEAR, b + 1.01 * NEAR]);
+            let far = (-1000..=1000).map(|i| i as f32 / 1000.0 * root);
+            for u in near.chain(far) {
+                for off in [-NEAR / 4.0, NEAR / 4.0] {
+                    let v = u + off;
+                    let cell = v.mul_add(grid.step, grid.zero).to_bits() as usize - 0x4000_0000;
+                    let above = v.mul_add(2.0 / NEAR, f32::from_bits(grid.words[cell]));
+                    let word = grid.words[grid.cells + cell + (above > 0.0) as usize];
+                    let (code, square) = ((word >> (32 - field)) as u8, f64::from(word << field >> field));
+                    if above.abs() >= 2.0 {
+                        assert_eq!(code, book.code(u), "{bits} bits, D = {d}: {u}");
+                    }
+                    let exact = f64::from(book.levels[code as usize]).powi(2) * unit;
+                    assert!((square - exact).abs() <= 0.5, "{bits} bits, D = {d}: {u}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn gains_spare_levels() {

@@ -3,6 +3,7 @@
 use super::attention::{Shape, Variant, plain_source};
 use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
+use super::tables::Grid;
 use crate::compute::{DType, Device};
 use crate::format::cells::Cells;
 use crate::format::{Codec, RowFormat};
@@ -41,11 +42,13 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
             let dtype = [DType::F32, DType::F16, DType::BF16][i % 3];
             let alignment = |aligned: bool| if aligned { 1 << row.row_bytes().trailing_zeros().min(4) } else { 1 };
             let cells = row.codebook().map(|b| Cells::new(&b.boundaries));
+            let grid = cells.as_ref().and_then(|cells| Grid::new(&row, cells));
             // Odd addresses take other code, the same way at every head_dim.
             for aligned in [true, false].into_iter().filter(|&a| a || matches!(d, 80 | 128)) {
                 let side = QuantizeShape {
                     row: &row,
                     cells: cells.as_ref(),
+                    grid: grid.as_ref(),
                     input: dtype,
                     input_aligned: aligned as u32,
                     code_alignment: alignment(aligned),

@@ -18,7 +18,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 
 template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) {
     if (R::SCALING == SCALE_CORRECTED) return f32_from_f16(((const u16*)scales)[i]);
@@ -36,13 +36,15 @@ template <typename R> DEVICE void decode(const Params& p) {
     const int lane = threadIdx.x % R::GROUP;
     const float* const mine = levels + threadIdx.x % R::REPLICAS;
     const u32 rows = p.count * p.kv_heads;
+    const Divisor inner(p.head_major ? p.count : p.kv_heads), page_size(p.page_size);
     // All lanes of a warp take part in shuffles: those past the end repeat the last row and store nothing.
     for (u32 first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
-        const u32 wanted = first + threadIdx.x / R::GROUP, r = min(wanted, rows - 1);
-        const u32 head = p.head_major ? r / p.count : r % p.kv_heads;
-        const u32 i = p.head_major ? r - head * p.count : r / p.kv_heads;
+        const u32 wanted = first + threadIdx.x / R::GROUP;
+        u32 rest;
+        const u32 outer = inner.divide(min(wanted, rows - 1), rest);
+        const u32 head = p.head_major ? outer : rest, i = p.head_major ? rest : outer;
         const u32 position = p.positions ? p.positions[i] : p.start + i;
-        const u64 row = locate(p.table, position, p.page_size, p.width, p.kv_heads, head);
+        const u64 row = locate(p.table, position, page_size, p.width, p.kv_heads, head);
         const u8* const codes = p.codes + row * R::BYTES;
         float x[R::N];
         if constexpr (R::CODED) {
@@ -69,6 +71,7 @@ template <typename R> DEVICE void decode(const Params& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) dequantize(const __grid_constant__ Params p) {
-    decode<Row<ROW_HEAD_DIM, ROW_BITS, ROW_PACKING, ROW_SCALING, CODE_ALIGN>>(p);
+typedef Row<ROW_HEAD_DIM, ROW_BITS, ROW_PACKING, ROW_SCALING, CODE_ALIGN> R;
+extern "C" __global__ void __launch_bounds__(THREADS, R::N <= 32 ? 10 : R::N <= 40 ? 6 : 2) dequantize(const __grid_constant__ Params p) {
+    decode<R>(p);
 }

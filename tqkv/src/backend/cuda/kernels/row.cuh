@@ -20,11 +20,12 @@
 
 constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * power_of_two_above((n + 1) / 2); }
 
-template <int HEAD_DIM_> struct Shape {
+// LANES: how many share a row, if not the usual number.
+template <int HEAD_DIM_, int LANES = 0> struct Shape {
     static constexpr int D = HEAD_DIM_;
     static constexpr int BLOCK = D & -D;
     static constexpr int BLOCKS = D / BLOCK;
-    static constexpr int WANTED = power_of_two_above((D + 31) / 32);
+    static constexpr int WANTED = LANES ? LANES : power_of_two_above((D + 31) / 32);
     static constexpr int GROUP = WANTED < BLOCK / 8 ? WANTED : BLOCK / 8;
     static constexpr int RUNS = BLOCK / 8 / GROUP;  // of eight elements, a lane and block
     static constexpr int N = D / GROUP;             // elements a lane
@@ -57,6 +58,28 @@ DEVICE void butterfly(float& a, float& b) {
     a = sum, b = difference;
 }
 
+// The last stages of the transform, over a lane's runs.
+template <typename S> DEVICE void transform_runs(float (&x)[S::N]) {
+#pragma unroll
+    for (int h = 1; h < S::RUNS; h <<= 1)
+#pragma unroll
+        for (int k = 0; k < S::N; k++)
+            if (!(k / 8 & h)) butterfly(x[k], x[k + 8 * h]);
+}
+template <typename S> DEVICE void reflect(float (&x)[S::N], const Turn& t) {
+    if constexpr (S::BLOCKS > 1) {
+        constexpr int PER = S::RUNS * 8;
+#pragma unroll
+        for (int j = 0; j < PER; j++) {
+            float sum = x[j];
+#pragma unroll
+            for (int b = 1; b < S::BLOCKS; b++) sum += x[b * PER + j];
+            sum *= t.reflect;
+#pragma unroll
+            for (int b = 0; b < S::BLOCKS; b++) x[b * PER + j] -= sum;
+        }
+    }
+}
 template <typename S> DEVICE void transform(float (&x)[S::N], const Turn& t, int lane) {
 #pragma unroll
     for (int h = 1; h < 8; h <<= 1)
@@ -70,25 +93,10 @@ template <typename S> DEVICE void transform(float (&x)[S::N], const Turn& t, int
 #pragma unroll
         for (int k = 0; k < S::N; k++) x[k] = __fmaf_rn(x[k], sign, __shfl_xor_sync(~0u, x[k], h));
     }
-#pragma unroll
-    for (int h = 1; h < S::RUNS; h <<= 1)
-#pragma unroll
-        for (int k = 0; k < S::N; k++)
-            if (!(k / 8 & h)) butterfly(x[k], x[k + 8 * h]);
+    transform_runs<S>(x);
 #pragma unroll
     for (int k = 0; k < S::N; k++) x[k] *= t.norm;
-    if (S::BLOCKS > 1) {
-        constexpr int PER = S::RUNS * 8;
-#pragma unroll
-        for (int j = 0; j < PER; j++) {
-            float sum = x[j];
-#pragma unroll
-            for (int b = 1; b < S::BLOCKS; b++) sum += x[b * PER + j];
-            sum *= t.reflect;
-#pragma unroll
-            for (int b = 0; b < S::BLOCKS; b++) x[b * PER + j] -= sum;
-        }
-    }
+    reflect<S>(x, t);
 }
 
 template <typename S> DEVICE void rotate(float (&x)[S::N], const Turn& t, int lane) {
@@ -238,7 +246,7 @@ template <int N, int ALIGN> DEVICE void store_bytes(u8* p, u64 v) {
 }
 
 // How a row is stored.
-template <int D_, int BITS_, int PACKING_, int SCALING_, int ALIGN_> struct Row : Shape<D_> {
+template <int D_, int BITS_, int PACKING_, int SCALING_, int ALIGN_, int LANES = 0> struct Row : Shape<D_, LANES> {
     static constexpr int BITS = BITS_;
     static constexpr int PACKING = PACKING_;
     static constexpr int SCALING = SCALING_;
@@ -282,7 +290,21 @@ template <typename R> DEVICE void store_run_codes(u8* codes, int element, u64 fi
 struct Span {
     u32 first, len, start, new_;
 };
-DEVICE u32 locate(const u32* table, u32 position, u32 page_size, u32 width, u32 kv_heads, u32 head) {
-    const u32 capacity = page_size * width, slot = position < capacity ? position : position % capacity, page = slot / page_size;
-    return (table[page] * kv_heads + head) * page_size + slot - page * page_size;
+// A number that many are divided by: its reciprocal is made once.
+struct Divisor {
+    u32 value, reciprocal;
+    DEVICE Divisor(u32 value) : value(value), reciprocal(~0u / value) {}
+    DEVICE u32 divide(u32 n, u32& rest) const {
+        u32 quotient = __umulhi(n, reciprocal);  // or one less
+        rest = n - quotient * value;
+        if (rest >= value) quotient++, rest -= value;
+        return quotient;
+    }
+};
+DEVICE u32 locate(const u32* table, u32 position, Divisor page_size, u32 width, u32 kv_heads, u32 head) {
+    const u32 capacity = page_size.value * width;
+    if (position >= capacity) position %= capacity;
+    u32 slot;
+    const u32 page = page_size.divide(position, slot);
+    return (table[page] * kv_heads + head) * page_size.value + slot;
 }
