@@ -28,8 +28,13 @@ fn f16_gain(levels: &[f32]) -> f32 {
     gains.min_by(|a, b| loss(*a).total_cmp(&loss(*b))).unwrap_or(1.0)
 }
 
-/// Elements nearer than this to a boundary are doubtful to tiles (quantize.cu), whose error is far less.
-pub(super) const NEAR: f32 = 1.0 / 262_144.0;
+/// Elements nearer than this to a boundary are doubtful to tiles (quantize.cu). Elements have an rms of 1, so a row has the length √D,
+/// and an error that is spread over a row can at worst meet in one element. In units of 2^-24 √D the exact transform is off by
+/// log2 D (every stage rounds once), a tile by 16 (sums of sixteen products that lose 2^-24 of the largest each) and log2 D - 4.
+/// At D = 256 that is 28 · 16 · 2^-24, or 2^-15.2; rounding of the gain, 2^-21 of the element, is small beside it.
+pub(super) const NEAR: f32 = 1.0 / 32_768.0;
+/// With more bits too many rows are doubtful: of 6 bits one in twelve, of 8 bits every second one.
+const MOST_BITS: usize = 6;
 
 /// What tiles look codes up in: `Grid` of quantize.cu.
 pub(super) struct Grid {
@@ -45,7 +50,10 @@ pub(super) struct Grid {
 impl Grid {
     /// None if tiles do not take such rows.
     pub fn new(row: &RowFormat, cells: &Cells) -> Option<Self> {
-        let takes = row.scaling() == Scaling::Corrected && row.head_dim().is_multiple_of(32) && row.head_dim() <= 256;
+        let takes = row.scaling() == Scaling::Corrected
+            && row.bits() <= MOST_BITS
+            && row.head_dim().is_multiple_of(32)
+            && row.head_dim() <= 256;
         let book = row.codebook().filter(|_| takes)?;
         // No element of a row is larger than the root of head_dim.
         let own = cells.entries.len() / 2;
@@ -177,7 +185,7 @@ mod tests {
     /// As the kernel does it, in f32 and off by as much as it may be.
     #[test]
     fn grids_give_the_code() {
-        for (bits, d) in (2..=8).flat_map(|b| [32, 64, 96, 128, 192, 256].map(|d| (b, d))) {
+        for (bits, d) in (2..=MOST_BITS as u8).flat_map(|b| [32, 64, 96, 128, 192, 256].map(|d| (b, d))) {
             let row = RowFormat::new(Codec::tq(bits), d).unwrap();
             let book = row.codebook().unwrap();
             let grid = Grid::new(&row, &Cells::new(&book.boundaries)).unwrap();
