@@ -266,8 +266,8 @@ impl Simd for Avx2 {
             let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
             let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
             let mut b = [code; 4];
-            for i in 0..4 {
-                b[i] = _mm256_shuffle_epi8(levels.planes[i], code);
+            for (b, &plane) in b.iter_mut().zip(&levels.planes) {
+                *b = _mm256_shuffle_epi8(plane, *b);
             }
             let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
             let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
