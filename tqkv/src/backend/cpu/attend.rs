@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each tile of positions:
-//!     decode its keys and values to f32, levels only           once for all rows
+//!     decode its keys and values to f32, levels only           once for all rows; if they are few, as they are used
 //!     for each four rows:
 //!         s = (q · levels) · key factor · scale                lanes summed in f32, then added in f64
 //!         m' = max(m, s); p = exp(s - m'); sum, out shrink by exp(m - m')
@@ -13,18 +13,18 @@
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
-use super::memory::Rows;
+use super::memory::{Line, Rows};
 use super::rows::RowCoder;
 use super::simd::Simd;
-use crate::format::Scaling;
+use crate::format::{MAX_HEAD_DIM, Packing, Scaling};
 use crate::ops::Batch;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
-const MAX_TILE: usize = 64;
+const MAX_TILE: usize = 256;
 /// Floats of a tile of keys: a quarter of a first-level cache.
 const TILE_FLOATS: usize = 4096;
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
-const LARGE: f32 = 256.0;
+const LARGE: f32 = 128.0;
 /// Rows that share the registers.
 const ROWS: usize = 4;
 
@@ -65,6 +65,9 @@ pub(crate) struct Task<'a> {
 /// Scores, weights and factors of a tile.
 #[repr(align(64))]
 struct Tile {
+    /// Where each row of K and V is: its codes, or its levels.
+    keys: [*const u8; MAX_TILE],
+    values: [*const u8; MAX_TILE],
     scores: [[f64; MAX_TILE]; ROWS],
     weights: [[f32; MAX_TILE]; ROWS],
     key_factors: [f64; MAX_TILE],
@@ -76,10 +79,20 @@ struct Tile {
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
     let (n, d) = (task.seen.len(), task.key.coder.row.head_dim());
-    let tile = (TILE_FLOATS / d).next_multiple_of(16).min(MAX_TILE);
-    // The lines of keys and values start where caches' lines do.
-    let (mut keys, mut values) = (vec![0f32; tile * d], vec![0f32; tile * d]);
+    let (key_bits, value_bits) = (runs::<S>(&task.key, n), runs::<S>(&task.value, n));
+    // Decoded rows must stay in the first-level cache; otherwise a long tile keeps waiting for its weights rare.
+    let tile = if key_bits > 0 && value_bits > 0 { MAX_TILE } else { (TILE_FLOATS / d).next_multiple_of(16).min(64) };
+    let mut q = lines(n * d);
+    let q: &mut [f32] = bytemuck::cast_slice_mut(&mut q);
+    q.copy_from_slice(task.q);
+    if key_bits > 0 {
+        q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
+    }
+    let (mut keys, mut values) = (lines(tile * d), lines(tile * d));
+    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
     let mut t = Tile {
+        keys: [std::ptr::null(); MAX_TILE],
+        values: [std::ptr::null(); MAX_TILE],
         scores: [[0.0; MAX_TILE]; ROWS],
         weights: [[0.0; MAX_TILE]; ROWS],
         key_factors: [0.0; MAX_TILE],
@@ -89,67 +102,134 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
     for start in (task.start..task.end).step_by(tile) {
         let count = tile.min(task.end - start);
         let mut factors = [1f32; MAX_TILE];
-        decode(task, &task.key, start, count, &mut keys, &mut factors);
+        find::<S>(task, &task.key, key_bits, start, count, keys, &mut t.keys, &mut factors);
         let next = start + count;
-        prefetch::<S>(task, &task.key, next, tile.min(task.end - next));
-        for (wide, &narrow) in t.key_factors.iter_mut().zip(&factors) {
+        if key_bits == 0 {
+            prefetch::<S>(task, &task.key, next, tile.min(task.end - next));
+        }
+        for (wide, &narrow) in t.key_factors.iter_mut().zip(&factors[..count]) {
             *wide = narrow as f64 * task.scale;
         }
-        // SAFETY: the tile holds a multiple of four keys.
-        unsafe { norms::<S>(task, &mut t, count, &keys) };
-        decode(task, &task.value, start, count, &mut values, &mut t.value_factors);
-        prefetch::<S>(task, &task.value, next, tile.min(task.end - next));
+        // SAFETY: `find` gives a multiple of four keys.
+        unsafe { norms::<S>(task, &mut t, count) };
+        find::<S>(task, &task.value, value_bits, start, count, values, &mut t.values, &mut t.value_factors);
+        if value_bits == 0 {
+            prefetch::<S>(task, &task.value, next, tile.min(task.end - next));
+        }
         for r in (0..n).step_by(ROWS) {
-            // SAFETY: rows r..r + 4 or up to n exist; the tile holds `tile` decoded positions.
+            // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
             unsafe {
+                let q = q.as_ptr().add(r * d);
                 match n - r {
-                    1 => rows::<S, 1>(task, &mut t, r, start, count, &keys, &values),
-                    2 => rows::<S, 2>(task, &mut t, r, start, count, &keys, &values),
-                    3 => rows::<S, 3>(task, &mut t, r, start, count, &keys, &values),
-                    _ => rows::<S, 4>(task, &mut t, r, start, count, &keys, &values),
+                    1 => rows::<S, 1>(task, &mut t, q, r, start, count, key_bits, value_bits),
+                    2 => rows::<S, 2>(task, &mut t, q, r, start, count, key_bits, value_bits),
+                    3 => rows::<S, 3>(task, &mut t, q, r, start, count, key_bits, value_bits),
+                    _ => rows::<S, 4>(task, &mut t, q, r, start, count, key_bits, value_bits),
                 }
             }
         }
     }
+    if value_bits > 0 {
+        task.out.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, S::LANES));
+    }
 }
 
-/// Levels of positions `start..start + count`, and the factor of each.
-fn decode(task: &Task, side: &Source, start: usize, count: usize, levels: &mut [f32], factors: &mut [f32; MAX_TILE]) {
-    let (page_size, d) = (task.batch.page_size(), side.coder.row.head_dim());
+/// Floats that start where a cache's line does: a vector across two costs two accesses.
+fn lines(floats: usize) -> Vec<Line> {
+    vec![Line([0; 64]); floats / 16]
+}
+
+/// Vectors that are decoded from one register of codes: lane l holds elements 8 l to 8 l + 7 of a run, and vector c their
+/// elements c.
+const RUN: usize = 8;
+
+/// The width of codes that are decoded as they are used, 2 or 4; 0 for levels. Rows of 3 bits become nibbles first.
+fn runs<S: Simd>(side: &Source, n: usize) -> usize {
+    let row = &side.coder.row;
+    let whole = row.head_dim().is_multiple_of(RUN * S::LANES);
+    let one_factor = matches!(row.scaling(), Scaling::Corrected | Scaling::Norm);
+    match (row.packing(), row.bits()) {
+        _ if n > ROWS || !whole || !one_factor => 0,
+        (Packing::Dense, 2) if S::NIBBLES > 0 => 2,
+        (Packing::Dense | Packing::Planes, bits @ (3 | 4)) if bits <= S::NIBBLES => 4,
+        _ => 0,
+    }
+}
+
+/// A matrix of `columns` columns into one of as many rows.
+fn transpose(x: &mut [f32], columns: usize) {
+    let mut old = [0f32; RUN * 16];
+    let (old, rows) = (&mut old[..x.len()], x.len() / columns);
+    old.copy_from_slice(x);
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = old[i % rows * columns + i / rows];
+    }
+}
+
+/// The rows of positions `start..start + count`, and the factor of each: levels if there are no `bits`, codes of 3 bits as
+/// nibbles, other codes as they are. What is not in the pool is in `decoded`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn find<S: Simd>(
+    task: &Task,
+    side: &Source,
+    bits: usize,
+    start: usize,
+    count: usize,
+    decoded: &mut [f32],
+    rows: &mut [*const u8; MAX_TILE],
+    factors: &mut [f32; MAX_TILE],
+) {
+    let (page_size, d, bytes) = (task.batch.page_size(), side.coder.row.head_dim(), side.coder.row.row_bytes());
     let mut i = 0;
     while i < count {
         // Positions of one page lie one after the other.
         let (page, slot) = task.batch.locate(task.sequence, start + i);
         let n = (page_size - slot).min(count - i);
         let first = page * side.page_rows + side.head_rows + slot;
-        let out = &mut levels[i * d..][..n * d];
         let (codes, scales) = (side.codes.padded(first, n), side.scales.rows(first, n));
-        // SAFETY: `padded` gives a pointer that is readable past the rows.
-        unsafe {
-            match side.coder.row.scaling() {
-                Scaling::None => side.coder.decode(codes, None, out),
-                // Several factors a row cannot be pulled out of its sums.
-                Scaling::BlockRms => {
+        match side.coder.row.scaling() {
+            Scaling::None | Scaling::BlockRms => factors[i..i + n].fill(1.0),
+            Scaling::Corrected | Scaling::Norm => side.coder.factors(scales, &mut factors[i..i + n]),
+        }
+        if bits == 0 {
+            let levels = &mut decoded[i * d..][..n * d];
+            (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
+            // SAFETY: `padded` gives a pointer that is readable past the rows.
+            unsafe {
+                if side.coder.row.scaling() == Scaling::BlockRms {
+                    // Several factors a row cannot be pulled out of its sums.
                     let mut wide = [0f32; MAX_TILE * 4];
                     let wide = &mut wide[..n * side.coder.row.scales_per_row()];
                     side.coder.factors(scales, wide);
-                    side.coder.decode(codes, Some(wide), out);
-                }
-                Scaling::Corrected | Scaling::Norm => {
-                    side.coder.factors(scales, &mut factors[i..i + n]);
-                    side.coder.decode(codes, None, out);
+                    side.coder.decode(codes, Some(wide), levels);
+                } else {
+                    side.coder.decode(codes, None, levels);
                 }
             }
-        }
-        if matches!(side.coder.row.scaling(), Scaling::None | Scaling::BlockRms) {
-            factors[i..i + n].fill(1.0);
+        } else if side.coder.row.packing() == Packing::Planes {
+            for j in 0..n {
+                let (from, to) =
+                    (codes.wrapping_add(j * bytes), decoded[(i + j) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>());
+                for k in (0..d / 8).step_by(S::LANES) {
+                    let planes = [0, 1, 2].map(|plane| from.wrapping_add(plane * d / 8 + k));
+                    // SAFETY: `padded` again; D is a multiple of a run.
+                    unsafe { S::nibbles(planes, to.add(4 * k)) };
+                }
+                rows[i + j] = to;
+            }
+        } else {
+            (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * bytes));
         }
         i += n;
     }
+    // Four keys at a time are read.
+    let last = rows[count - 1];
+    rows[count..count.next_multiple_of(4)].fill(last);
 }
 
-/// Asks for the codes of positions `start..start + count` ahead of their use. Tiles are short bursts from two places,
-/// which hardware does not foresee.
+/// Asks for the codes of positions `start..start + count` ahead of their use. Short tiles are bursts from two places, which
+/// hardware does not foresee; it does foresee long ones.
 #[inline(always)]
 fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
     let (page_size, bytes) = (task.batch.page_size(), side.coder.row.row_bytes());
@@ -167,11 +247,11 @@ fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
 
 /// The keys' norms, times scale. Levels have a norm near √D.
 #[inline(always)]
-unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize, keys: &[f32]) {
+unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize) {
     let d = task.key.coder.row.head_dim();
     if matches!(task.key.coder.row.scaling(), Scaling::Corrected | Scaling::Norm) {
         let root = (d as f64).sqrt();
-        for (norm, factor) in t.key_norms.iter_mut().zip(&t.key_factors) {
+        for (norm, factor) in t.key_norms.iter_mut().zip(&t.key_factors[..count]) {
             *norm = (factor.abs() * root) as f32;
         }
         return;
@@ -183,7 +263,7 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize, keys: &[f32]) 
             let mut sums = [S::splat(0.0); 4];
             for j in (0..d).step_by(S::LANES) {
                 for m in 0..4 {
-                    let k = S::load(keys.as_ptr().add((i + m) * d + j));
+                    let k = S::load(t.keys[i + m].cast::<f32>().add(j));
                     sums[m] = S::fma(k, k, sums[m]);
                 }
             }
@@ -200,104 +280,184 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize, keys: &[f32]) 
 /// # Safety
 /// See `attend`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn rows<S: Simd, const M: usize>(
     task: &mut Task,
     t: &mut Tile,
+    q: *const f32,
     r: usize,
     start: usize,
     count: usize,
-    keys: &[f32],
-    values: &[f32],
+    key_bits: usize,
+    value_bits: usize,
 ) {
     let d = task.key.coder.row.head_dim();
     // What each row sees of the tile.
     let mut seen = [(0, 0); M];
-    let (mut low, mut high) = (count, 0);
     for i in 0..M {
         let (from, to) = task.seen[r + i];
         seen[i] = (from.max(start) - start, to.min(start + count).saturating_sub(start));
-        if seen[i].0 < seen[i].1 {
-            (low, high) = (low.min(seen[i].0), high.max(seen[i].1));
-        }
     }
-    // SAFETY: pointers to D floats a row within q, out, keys and values; low and high are within the tile.
+    // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
     unsafe {
-        let q = task.q.as_ptr().add(r * d);
-        let scores = &mut t.scores[..M];
-        let mut i = low / 4 * 4;
-        while i < high {
-            let k = keys.as_ptr().add(i * d);
-            // Sixteen sums fill half of 32 registers, eight half of 16.
-            if S::LANES == 16 {
-                dots::<S, M>(q, k, d, scores, i);
-            } else {
-                match M {
-                    1 => dots::<S, 1>(q, k, d, scores, i),
-                    2 => dots::<S, 2>(q, k, d, scores, i),
-                    3 => {
-                        dots::<S, 2>(q, k, d, scores, i);
-                        dots::<S, 1>(q.add(2 * d), k, d, &mut scores[2..], i);
-                    }
-                    _ => {
-                        dots::<S, 2>(q, k, d, scores, i);
-                        dots::<S, 2>(q.add(2 * d), k, d, &mut scores[2..], i);
-                    }
-                }
-            }
-            i += 4;
+        match key_bits {
+            0 => score::<S, M, 0>(task, t, q, r, &seen),
+            2 => score::<S, M, 2>(task, t, q, r, &seen),
+            _ => score::<S, M, 4>(task, t, q, r, &seen),
         }
         let mut same = true;
         for i in 0..M {
             if seen[i].0 < seen[i].1 {
-                scale(task, t, i, r + i, seen[i], keys);
                 soften::<S>(task, t, i, r + i, seen[i]);
             }
             same &= seen[i] == seen[0];
         }
         let out = task.out.as_mut_ptr().add(r * d);
         if same {
-            add_values::<S, M>(t, 0, seen[0], values.as_ptr(), d, out);
+            match value_bits {
+                0 => add_values::<S, M, 0>(task, t, 0, seen[0], out),
+                2 => add_values::<S, M, 2>(task, t, 0, seen[0], out),
+                _ => add_values::<S, M, 4>(task, t, 0, seen[0], out),
+            }
         } else {
             for i in 0..M {
-                add_values::<S, 1>(t, i, seen[i], values.as_ptr(), d, out.add(i * d));
+                match value_bits {
+                    0 => add_values::<S, 1, 0>(task, t, i, seen[i], out.add(i * d)),
+                    2 => add_values::<S, 1, 2>(task, t, i, seen[i], out.add(i * d)),
+                    _ => add_values::<S, 1, 4>(task, t, i, seen[i], out.add(i * d)),
+                }
             }
         }
     }
 }
 
-/// Dot products of M queries with four keys.
+/// Scores of M queries with the keys that they see.
 #[inline(always)]
-unsafe fn dots<S: Simd, const M: usize>(
+unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
+    task: &Task,
+    t: &mut Tile,
     q: *const f32,
-    k: *const f32,
+    r: usize,
+    seen: &[(usize, usize); M],
+) {
+    let (mut low, mut high) = (MAX_TILE, 0);
+    for &(from, to) in seen.iter().filter(|(from, to)| from < to) {
+        (low, high) = (low.min(from), high.max(to));
+    }
+    let d = task.key.coder.row.head_dim();
+    // SAFETY: the caller's.
+    unsafe {
+        let levels = task.key.coder.levels();
+        // Sixteen sums fill half of 32 registers, eight half of 16.
+        if S::LANES == 16 || M <= 2 {
+            for i in (low / 4 * 4..high).step_by(4) {
+                dots::<S, M, 4, BITS>(q, t, d, levels, i);
+            }
+        } else {
+            for i in (low / 2 * 2..high).step_by(2) {
+                dots::<S, M, 2, BITS>(q, t, d, levels, i);
+            }
+        }
+        for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
+            scale::<S, BITS>(task, t, q.add(i * d), i, r + i, seen[i]);
+        }
+    }
+}
+
+/// Vector `c` of a row from element `j` on: of the run of codes there, or of levels.
+#[inline(always)]
+unsafe fn vector<S: Simd, const BITS: usize>(row: *const u8, j: usize, c: usize, levels: *const f32) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        match BITS {
+            0 => S::load(row.cast::<f32>().add(j + c * S::LANES)),
+            _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c, levels),
+        }
+    }
+}
+
+/// Dot products of M queries with K keys from `at` on.
+#[inline(always)]
+unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
+    q: *const f32,
+    t: &mut Tile,
     d: usize,
-    scores: &mut [[f64; MAX_TILE]],
+    levels: *const f32,
     at: usize,
+) {
+    let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i]);
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums = [[S::splat(0.0); K]; M];
+        if BITS == 0 {
+            for j in (0..d).step_by(S::LANES) {
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+            }
+        } else {
+            for j in (0..d).step_by(RUN * S::LANES) {
+                // Not a loop: it would not be unrolled, and a shift needs to know how far.
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 1, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 2, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 3, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 4, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 5, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 6, &mut sums);
+                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 7, &mut sums);
+            }
+        }
+        let mut totals = [0f64; 16];
+        for n in (0..M * K).step_by(4) {
+            let mut four = [S::splat(0.0); 4];
+            for i in 0..4 {
+                if n + i < M * K {
+                    four[i] = sums[(n + i) / K][(n + i) % K];
+                }
+            }
+            S::sum4(four, totals.as_mut_ptr().add(n));
+        }
+        for m in 0..M {
+            t.scores[m][at..at + K].copy_from_slice(&totals[m * K..][..K]);
+        }
+    }
+}
+
+/// The products of vector `c` from element `j` on.
+#[inline(always)]
+unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usize>(
+    q: *const f32,
+    keys: &[*const u8],
+    d: usize,
+    levels: *const f32,
+    j: usize,
+    c: usize,
+    sums: &mut [[S::F; K]; M],
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); 4]; M];
-        for j in (0..d).step_by(S::LANES) {
-            let mut key = [S::splat(0.0); 4];
-            for i in 0..4 {
-                key[i] = S::load(k.add(i * d + j));
-            }
-            for m in 0..M {
-                let query = S::load(q.add(m * d + j));
-                for i in 0..4 {
-                    sums[m][i] = S::fma(query, key[i], sums[m][i]);
-                }
-            }
+        let mut key = [S::splat(0.0); K];
+        for i in 0..K {
+            key[i] = vector::<S, BITS>(keys[i], j, c, levels);
         }
         for m in 0..M {
-            S::sum4(sums[m], scores.get_unchecked_mut(m).as_mut_ptr().add(at));
+            let query = S::load(q.add(m * d + j + c * S::LANES));
+            for i in 0..K {
+                sums[m][i] = S::fma(query, key[i], sums[m][i]);
+            }
         }
     }
 }
 
 /// Dot products of row `row` (row `i` of the tile) into scores.
 #[inline(always)]
-fn scale(task: &Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, usize), keys: &[f32]) {
+unsafe fn scale<S: Simd, const BITS: usize>(
+    task: &Task,
+    t: &mut Tile,
+    q: *const f32,
+    i: usize,
+    row: usize,
+    (from, to): (usize, usize),
+) {
     let (scores, factors, norms) = (&mut t.scores[i][from..to], &t.key_factors[from..to], &t.key_norms[from..to]);
     let limit = LARGE / task.norms[row];
     let mut large = false;
@@ -306,11 +466,10 @@ fn scale(task: &Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, us
         large |= norm > limit;
     }
     if large {
-        let d = task.key.coder.row.head_dim();
-        let keys = keys.chunks_exact(d).skip(from);
-        for (((s, factor), &norm), key) in scores.iter_mut().zip(factors).zip(norms).zip(keys) {
+        for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
             if norm > limit {
-                *s = exact_dot(&task.q[row * d..][..d], key) * factor;
+                // SAFETY: the caller's.
+                *s = unsafe { exact_dot::<S, BITS>(task, q, key) } * factor;
             }
         }
     }
@@ -319,10 +478,22 @@ fn scale(task: &Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, us
     }
 }
 
+/// The dot product in f64.
 #[inline(always)]
-fn exact_dot(a: &[f32], b: &[f32]) -> f64 {
-    let mut lanes = [0f64; 16];
-    for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
+unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key: *const u8) -> f64 {
+    let d = task.key.coder.row.head_dim();
+    let vectors = if BITS == 0 { 1 } else { RUN };
+    let (mut lanes, mut levels) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
+    // SAFETY: D floats and a row of as many elements.
+    let q = unsafe {
+        for j in (0..d).step_by(S::LANES) {
+            let first = j / (vectors * S::LANES) * (vectors * S::LANES);
+            let x = vector::<S, BITS>(key, first, (j - first) / S::LANES, task.key.coder.levels());
+            S::store(levels.as_mut_ptr().add(j), x);
+        }
+        std::slice::from_raw_parts(q, d)
+    };
+    for (a, b) in q.chunks_exact(16).zip(levels.chunks_exact(16)) {
         for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
             *l += a as f64 * b as f64;
         }
@@ -344,7 +515,12 @@ unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (
             *l = if s > *l { s } else { *l };
         }
     }
-    let max = lanes.iter().fold(task.max[row], |m, &l| if l > m { l } else { m });
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+    }
+    let max = if lanes[0] > task.max[row] { lanes[0] } else { task.max[row] };
     let d = task.key.coder.row.head_dim();
     if max > task.max[row] {
         let shrink = (task.max[row] - max).exp();
@@ -376,56 +552,76 @@ unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (
 
 /// out += Σ weight · value for M rows with the same range.
 #[inline(always)]
-unsafe fn add_values<S: Simd, const M: usize>(
+unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
+    task: &Task,
     t: &Tile,
     i: usize,
-    (from, to): (usize, usize),
-    values: *const f32,
-    d: usize,
+    seen: (usize, usize),
     out: *mut f32,
 ) {
+    let d = task.key.coder.row.head_dim();
+    let mut j = 0;
     // Four rows of as many vectors as leave half of the registers free.
-    let (wide, mut j) = (if S::LANES == 16 { 4 } else { 2 }, 0);
     // SAFETY: the caller's.
     unsafe {
+        let levels = task.value.coder.levels();
+        if BITS > 0 {
+            while j < d {
+                if S::LANES == 16 {
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, out);
+                } else {
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, out);
+                }
+                j += RUN * S::LANES;
+            }
+            return;
+        }
+        let wide = if S::LANES == 16 { 4 } else { 2 };
         while j + wide * S::LANES <= d {
             if S::LANES == 16 {
-                add_columns::<S, M, 4>(t, i, from, to, values.add(j), d, out.add(j));
+                add_columns::<S, M, 4, 0>(t, i, seen, d, j, 0, levels, out);
             } else {
-                add_columns::<S, M, 2>(t, i, from, to, values.add(j), d, out.add(j));
+                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, out);
             }
             j += wide * S::LANES;
         }
         while j < d {
-            add_columns::<S, M, 1>(t, i, from, to, values.add(j), d, out.add(j));
+            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, out);
             j += S::LANES;
         }
     }
 }
 
+/// The same for N vectors from vector `c` on, counted from element `j`.
 #[inline(always)]
-unsafe fn add_columns<S: Simd, const M: usize, const N: usize>(
+#[allow(clippy::too_many_arguments)]
+unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize>(
     t: &Tile,
     row: usize,
-    from: usize,
-    to: usize,
-    values: *const f32,
+    (from, to): (usize, usize),
     d: usize,
+    j: usize,
+    c: usize,
+    levels: *const f32,
     out: *mut f32,
 ) {
     // SAFETY: the caller's.
     unsafe {
+        let out = out.add(j + c * S::LANES);
         let mut sums = [[S::splat(0.0); N]; M];
         for m in 0..M {
             for n in 0..N {
                 sums[m][n] = S::load(out.add(m * d + n * S::LANES));
             }
         }
-        let mut i = from;
-        while i < to {
+        for i in from..to {
             let mut value = [S::splat(0.0); N];
             for n in 0..N {
-                value[n] = S::load(values.add(i * d + n * S::LANES));
+                value[n] = vector::<S, BITS>(*t.values.get_unchecked(i), j, c + n, levels);
             }
             for m in 0..M {
                 let weight = S::splat(*t.weights.get_unchecked(row + m).get_unchecked(i));
@@ -433,7 +629,6 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize>(
                     sums[m][n] = S::fma(weight, value[n], sums[m][n]);
                 }
             }
-            i += 1;
         }
         for m in 0..M {
             for n in 0..N {

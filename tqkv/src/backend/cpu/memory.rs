@@ -10,7 +10,7 @@ use std::ops::Range;
 /// A cache line, the alignment of every allocation.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line(pub [u8; 64]);
 
 /// Ends with a line of padding, so that kernels may read whole vectors up to 64 bytes past what they need.
 pub(crate) struct Memory(AtomicRefCell<Vec<Line>>);

@@ -35,6 +35,11 @@ impl RowCoder {
         RowCoder { row: *row, kernels, d, block: row.block(), signs, table }
     }
 
+    /// The codebook, repeated up to 256 entries; null for dense floats.
+    pub fn levels(&self) -> *const f32 {
+        self.table.as_ref().map_or(std::ptr::null(), |t| t.levels.as_ptr())
+    }
+
     /// T·S·x or S·T·x in place, for consecutive rows.
     pub fn rotate(&self, direction: Direction, rows: &mut [f32]) {
         if self.row.is_rotated() {

@@ -29,13 +29,46 @@ const fn shifts<const BITS: usize>() -> [u32; 8] {
     out
 }
 
-/// Widens a vector and adds its halves.
+/// The nibbles of eight runs of eight codes of 3 bits.
 #[inline(always)]
-unsafe fn wide(x: __m256) -> __m256d {
+unsafe fn runs(planes: [*const u8; 3]) -> __m256i {
     unsafe {
-        let (low, high) = (_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-        _mm256_add_pd(_mm256_cvtps_pd(low), _mm256_cvtps_pd(high))
+        // No closures: they would not be compiled for this instruction set.
+        let a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[0].cast()));
+        let b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[1].cast()));
+        let c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[2].cast()));
+        let rest = _mm256_or_si256(
+            _mm256_and_si256(_mm256_srli_epi32::<3>(a), _mm256_set1_epi32(0x11)),
+            _mm256_or_si256(
+                _mm256_and_si256(_mm256_srli_epi32::<2>(b), _mm256_set1_epi32(0x22)),
+                _mm256_and_si256(_mm256_srli_epi32::<1>(c), _mm256_set1_epi32(0x44)),
+            ),
+        );
+        let first = _mm256_or_si256(a, _mm256_slli_epi32::<8>(b));
+        let last = _mm256_or_si256(_mm256_slli_epi32::<16>(c), _mm256_slli_epi32::<24>(rest));
+        _mm256_or_si256(first, last)
     }
+}
+
+/// The bytes of 32 nibbles, each as the lower half of 16 bits, so that interleaving bytes within 128-bit lanes gives four
+/// vectors in order.
+const fn pairs() -> [u8; 32] {
+    let (mut out, mut i) = ([0x80u8; 32], 0);
+    while i < 16 {
+        let (lane, vector) = (i / 8, i % 8 / 2);
+        out[2 * i] = (4 * vector + 2 * lane + i % 2) as u8;
+        i += 1;
+    }
+    out
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Levels {
+    /// The first eight levels.
+    low: __m256,
+    /// Byte b of the first sixteen, twice each.
+    planes: [__m256i; 4],
+    all: *const f32,
 }
 
 // SAFETY of the whole: intrinsics of the instruction set that the trait's contract demands, on pointers that it describes.
@@ -43,7 +76,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
     type I = __m256i;
-    type Levels = ([__m256; 2], *const f32);
+    type Levels = Levels;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -105,17 +138,32 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn sum4(x: [__m256; 4], to: *mut f64) {
         unsafe {
-            // [a02.., b.., a13.., b..] and the same of c and d; then both halves of each together.
-            let ab = _mm256_hadd_pd(wide(x[0]), wide(x[1]));
-            let cd = _mm256_hadd_pd(wide(x[2]), wide(x[3]));
-            let low = _mm256_permute2f128_pd::<0x20>(ab, cd);
-            let high = _mm256_permute2f128_pd::<0x31>(ab, cd);
-            _mm256_storeu_pd(to, _mm256_add_pd(low, high));
+            // Lanes [a, b, a, b], then [a, b, c, d], twice.
+            let ab = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+            let cd = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+            let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+            let (low, high) = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+            let abcd = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+            let (low, high) = (_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd));
+            _mm256_storeu_pd(to, _mm256_add_pd(_mm256_cvtps_pd(low), _mm256_cvtps_pd(high)));
         }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> __m256 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+    // Four bits take two look-ups here: fewer if four vectors are decoded together.
+    const NIBBLES: usize = 3;
+    #[inline(always)]
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m256 {
+        unsafe {
+            let run = match BITS {
+                2 => _mm256_cvtepu16_epi32(_mm_loadu_si128(codes.cast())),
+                _ => _mm256_loadu_si256(codes.cast()),
+            };
+            let shift = _mm256_set1_epi32((c * BITS) as i32);
+            _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), _mm256_srlv_epi32(run, shift))
+        }
     }
     #[inline(always)]
     unsafe fn count(x: __m256, bound: __m256, n: __m256i, step: i32) -> __m256i {
@@ -173,11 +221,16 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels {
-        let table = table.levels.as_ptr();
-        unsafe { ([_mm256_loadu_ps(table), _mm256_loadu_ps(table.add(8))], table) }
+        unsafe {
+            let mut planes = [_mm256_setzero_si256(); 4];
+            for (plane, bytes) in planes.iter_mut().zip(&table.planes) {
+                *plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
+            }
+            Levels { low: _mm256_loadu_ps(table.levels.as_ptr()), planes, all: table.levels.as_ptr() }
+        }
     }
     #[inline(always)]
-    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, (low, table): &Self::Levels) -> __m256 {
+    unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Levels) -> __m256 {
         unsafe {
             let code = if BYTE || BITS == 8 {
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.cast()))
@@ -187,41 +240,59 @@ impl Simd for Avx2 {
                 let shifts = _mm256_loadu_si256(const { &shifts::<BITS>() }.as_ptr().cast());
                 _mm256_srlv_epi32(_mm256_shuffle_epi8(row, bytes), shifts)
             };
-            match BITS {
-                2 | 3 => _mm256_permutevar8x32_ps(low[0], code),
-                4 => {
-                    let (a, b) = (_mm256_permutevar8x32_ps(low[0], code), _mm256_permutevar8x32_ps(low[1], code));
-                    _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code)))
-                }
-                _ => {
-                    let code = _mm256_and_si256(code, _mm256_set1_epi32((1 << BITS) - 1));
-                    _mm256_i32gather_ps::<4>(*table, code)
-                }
+            if BITS <= 3 {
+                return _mm256_permutevar8x32_ps(levels.low, code);
             }
+            let code = _mm256_and_si256(code, _mm256_set1_epi32((1 << BITS) - 1));
+            _mm256_i32gather_ps::<4>(levels.all, code)
+        }
+    }
+    /// Of four bits, levels are looked up byte by byte, 32 elements at a time.
+    #[inline(always)]
+    unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Levels) -> [__m256; 4] {
+        unsafe {
+            if BITS != 4 || BYTE {
+                let step = if BYTE { 8 } else { BITS };
+                return [
+                    Self::decode::<BITS, BYTE>(codes, levels),
+                    Self::decode::<BITS, BYTE>(codes.add(step), levels),
+                    Self::decode::<BITS, BYTE>(codes.add(2 * step), levels),
+                    Self::decode::<BITS, BYTE>(codes.add(3 * step), levels),
+                ];
+            }
+            // Each byte as a pair of bytes.
+            let row = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.cast()));
+            let row = _mm256_shuffle_epi8(row, _mm256_loadu_si256(const { &pairs() }.as_ptr().cast()));
+            let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
+            let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
+            let mut b = [code; 4];
+            for (b, &plane) in b.iter_mut().zip(&levels.planes) {
+                *b = _mm256_shuffle_epi8(plane, *b);
+            }
+            let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
+            let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
+            [
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
+            ]
         }
     }
     #[inline(always)]
-    unsafe fn decode_runs(planes: [*const u8; 3], (low, _): &Self::Levels) -> [__m256; 8] {
+    unsafe fn nibbles(planes: [*const u8; 3], to: *mut u8) {
+        unsafe { _mm256_storeu_si256(to.cast(), runs(planes)) }
+    }
+    #[inline(always)]
+    unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [__m256; 8] {
+        let low = &levels.low;
         unsafe {
-            // No closures: they would not be compiled for this instruction set.
-            let a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[0].cast()));
-            let b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[1].cast()));
-            let c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(planes[2].cast()));
-            let rest = _mm256_or_si256(
-                _mm256_and_si256(_mm256_srli_epi32::<3>(a), _mm256_set1_epi32(0x11)),
-                _mm256_or_si256(
-                    _mm256_and_si256(_mm256_srli_epi32::<2>(b), _mm256_set1_epi32(0x22)),
-                    _mm256_and_si256(_mm256_srli_epi32::<1>(c), _mm256_set1_epi32(0x44)),
-                ),
-            );
-            let first = _mm256_or_si256(a, _mm256_slli_epi32::<8>(b));
-            let last = _mm256_or_si256(_mm256_slli_epi32::<16>(c), _mm256_slli_epi32::<24>(rest));
-            let runs = _mm256_or_si256(first, last);
+            let runs = runs(planes);
             let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
             let mut out = [_mm256_setzero_ps(); 8];
             for (j, out) in out.iter_mut().enumerate() {
                 let run = _mm256_permutevar8x32_epi32(runs, _mm256_set1_epi32(j as i32));
-                *out = _mm256_permutevar8x32_ps(low[0], _mm256_srlv_epi32(run, shifts));
+                *out = _mm256_permutevar8x32_ps(*low, _mm256_srlv_epi32(run, shifts));
             }
             out
         }

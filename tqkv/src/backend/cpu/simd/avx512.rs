@@ -79,21 +79,33 @@ unsafe fn planes<const BITS: usize>(code: __m512i, planes: &[[__m512i; 2]; 4]) -
     }
 }
 
-/// Halves a vector in f32 and widens it.
-#[inline(always)]
-unsafe fn wide(x: __m512) -> __m512d {
-    unsafe {
-        let (low, high) = (_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-        _mm512_cvtps_pd(_mm256_add_ps(low, high))
-    }
-}
-
 /// The levels of the low six bits.
 #[inline(always)]
 unsafe fn lookup64(code: __m512i, a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
     unsafe {
         let upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
         _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(a, code, b), _mm512_permutex2var_ps(c, code, d))
+    }
+}
+
+/// The nibbles of sixteen runs of eight codes of 3 bits.
+#[inline(always)]
+unsafe fn runs(planes: [*const u8; 3]) -> __m512i {
+    unsafe {
+        // No closures: they would not be compiled for this instruction set.
+        let a = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[0].cast()));
+        let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[1].cast()));
+        let c = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[2].cast()));
+        let rest = _mm512_or_si512(
+            _mm512_and_si512(_mm512_srli_epi32::<3>(a), _mm512_set1_epi32(0x11)),
+            _mm512_or_si512(
+                _mm512_and_si512(_mm512_srli_epi32::<2>(b), _mm512_set1_epi32(0x22)),
+                _mm512_and_si512(_mm512_srli_epi32::<1>(c), _mm512_set1_epi32(0x44)),
+            ),
+        );
+        let low = _mm512_or_si512(a, _mm512_slli_epi32::<8>(b));
+        let high = _mm512_or_si512(_mm512_slli_epi32::<16>(c), _mm512_slli_epi32::<24>(rest));
+        _mm512_or_si512(low, high)
     }
 }
 
@@ -163,20 +175,31 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum4(x: [__m512; 4], to: *mut f64) {
         unsafe {
-            let [a, b, c, d] = [wide(x[0]), wide(x[1]), wide(x[2]), wide(x[3])];
-            // Lanes [a, b] four times, and the same of c and d; then [a, b, c, d] twice.
-            let ab = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-            let cd = _mm512_add_pd(_mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d));
-            let (even, odd) =
-                (_mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2));
-            let abcd = _mm512_add_pd(_mm512_permutex2var_pd(ab, even, cd), _mm512_permutex2var_pd(ab, odd, cd));
-            let (low, high) = (_mm512_castpd512_pd256(abcd), _mm512_extractf64x4_pd::<1>(abcd));
-            _mm256_storeu_pd(to, _mm256_add_pd(low, high));
+            // Lanes [a, b, a, b], then [a, b, c, d], four times.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+            let abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+            let half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps::<1>(abcd));
+            let wide = _mm512_cvtps_pd(half);
+            _mm256_storeu_pd(to, _mm256_add_pd(_mm512_castpd512_pd256(wide), _mm512_extractf64x4_pd::<1>(wide)));
         }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    const NIBBLES: usize = 4;
+    #[inline(always)]
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m512 {
+        unsafe {
+            let run = match BITS {
+                2 => _mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())),
+                _ => _mm512_loadu_si512(codes.cast()),
+            };
+            _mm512_permutexvar_ps(_mm512_srlv_epi32(run, _mm512_set1_epi32((c * BITS) as i32)), _mm512_loadu_ps(levels))
+        }
     }
     #[inline(always)]
     unsafe fn count(x: __m512, bound: __m512, n: __m512i, step: i32) -> __m512i {
@@ -270,22 +293,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn nibbles(planes: [*const u8; 3], to: *mut u8) {
+        unsafe { _mm512_storeu_si512(to.cast(), runs(planes)) }
+    }
+    #[inline(always)]
     unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [__m512; 8] {
         unsafe {
-            // No closures: they would not be compiled for this instruction set.
-            let a = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[0].cast()));
-            let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[1].cast()));
-            let c = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes[2].cast()));
-            let rest = _mm512_or_si512(
-                _mm512_and_si512(_mm512_srli_epi32::<3>(a), _mm512_set1_epi32(0x11)),
-                _mm512_or_si512(
-                    _mm512_and_si512(_mm512_srli_epi32::<2>(b), _mm512_set1_epi32(0x22)),
-                    _mm512_and_si512(_mm512_srli_epi32::<1>(c), _mm512_set1_epi32(0x44)),
-                ),
-            );
-            let low = _mm512_or_si512(a, _mm512_slli_epi32::<8>(b));
-            let high = _mm512_or_si512(_mm512_slli_epi32::<16>(c), _mm512_slli_epi32::<24>(rest));
-            let runs = _mm512_or_si512(low, high);
+            let runs = runs(planes);
             let shifts = _mm512_loadu_si512(
                 const { &[0u32, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28] }.as_ptr().cast(),
             );

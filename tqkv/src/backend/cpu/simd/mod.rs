@@ -78,7 +78,7 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn zero_below(x: Self::F, limit: Self::F, y: Self::F) -> Self::F;
     /// Lane i exchanged with lane i ^ H.
     unsafe fn swap<const H: usize>(x: Self::F) -> Self::F;
-    /// The sum of each vector's lanes, added up in f64 (the first halving may be in f32).
+    /// The sum of each vector's lanes, the last addition or more in f64.
     unsafe fn sum4(x: [Self::F; 4], to: *mut f64);
     unsafe fn load_f16(from: *const u16) -> Self::F;
     /// A hint that this line will be read.
@@ -87,6 +87,13 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn levels<const BITS: usize>(table: &Table) -> Self::Levels;
     /// The levels of `LANES` codes: packed densely, or one a byte.
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Self::Levels) -> Self::F;
+    /// How many bits of a nibble `decode_run` looks up; 0 if it looks up nothing.
+    const NIBBLES: usize = 0;
+    /// Of a run of `8 · LANES` codes of 2 bits or nibbles, the levels of those at c, 8 + c, 16 + c …
+    #[inline(always)]
+    unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: *const f32) -> Self::F {
+        unreachable!("it looks up nothing")
+    }
     /// Adds `step` to the lanes of `n` where x > bound.
     unsafe fn count(x: Self::F, bound: Self::F, n: Self::I, step: i32) -> Self::I;
     unsafe fn zeros() -> Self::I;
@@ -107,21 +114,30 @@ pub(super) trait Simd: Copy + 'static {
     /// Ends a run of such stores.
     #[inline(always)]
     fn fence() {}
-    /// The levels of `LANES` runs of eight codes of 3 bits, from their bytes in the three planes, which are readable for 64
-    /// bytes.
+    /// The nibbles of `LANES` runs of eight codes of 3 bits, from their bytes in the three planes, which are readable for 64
+    /// bytes. Their top bits may be anything.
     #[inline(always)]
-    unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [Self::F; 8] {
-        let mut words = [0u32; 32];
-        // SAFETY: the caller's promise; `words` has the 64 bytes more that decode may read.
-        unsafe {
-            for (i, word) in words.iter_mut().enumerate().take(Self::LANES) {
+    unsafe fn nibbles(planes: [*const u8; 3], to: *mut u8) {
+        for i in 0..Self::LANES {
+            // SAFETY: the caller's promise.
+            unsafe {
                 let byte = |plane: usize| *planes[plane].add(i) as u32;
                 let (a, b, c) = (byte(0), byte(1), byte(2));
-                *word = (a | b << 8 | c << 16 | (a >> 3 & 0x11 | b >> 2 & 0x22 | c >> 1 & 0x44) << 24).to_le();
+                let word = a | b << 8 | c << 16 | (a >> 3 & 0x11 | b >> 2 & 0x22 | c >> 1 & 0x44) << 24;
+                to.cast::<[u8; 4]>().add(i).write(word.to_le_bytes());
             }
-            let codes = words.as_ptr().cast::<u8>();
-            let first = Self::decode4::<4, false>(codes, levels);
-            let last = Self::decode4::<4, false>(codes.add(2 * Self::LANES), levels);
+        }
+    }
+    /// The levels of such runs.
+    #[inline(always)]
+    unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [Self::F; 8] {
+        // Half of it is the 64 bytes more that decode may read.
+        let mut codes = [0u8; 128];
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self::nibbles(planes, codes.as_mut_ptr());
+            let first = Self::decode4::<4, false>(codes.as_ptr(), levels);
+            let last = Self::decode4::<4, false>(codes.as_ptr().add(2 * Self::LANES), levels);
             [first[0], first[1], first[2], first[3], last[0], last[1], last[2], last[3]]
         }
     }
