@@ -350,8 +350,7 @@ fn main(b: &mut Builder, caps: &Caps) {
 
 /// Maximum or sum over a workgroup, for every row: all threads `offer`, then `settle`, then all find it by `taken`.
 fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
-    if caps.subgroup > 0 {
-        let most = THREADS / caps.subgroup;
+    if let Some(most) = THREADS.checked_div(caps.subgroup) {
         b.push("var<private> sid: u32;\nvar<private> lane_id: u32;\nvar<private> sgs: u32;");
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * most);
         line!(
