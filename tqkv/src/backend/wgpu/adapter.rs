@@ -2,7 +2,6 @@
 
 use super::context::{Context, block_on};
 use super::recorder::{Spec, WgpuRecorder};
-use super::wgsl::Source;
 use super::{Backend, Caps, Memory, Slot, Storage, Target, Wgpu};
 use crate::backend::Recorder;
 use crate::compute::{DeviceInfo, DeviceKind};
@@ -52,7 +51,7 @@ pub(crate) fn open(index: Option<usize>) -> Result<Wgpu> {
     let info = info(index, &adapter.get_info(), &adapter.limits(), adapter.features());
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("tqkv"),
-        required_features: wanted() & adapter.features(),
+        required_features: wanted(&adapter) & adapter.features(),
         required_limits: adapter.limits(),
         ..Default::default()
     };
@@ -79,22 +78,29 @@ pub(crate) fn list() -> Vec<Result<DeviceInfo>> {
     adapters.iter().enumerate().map(one).collect()
 }
 
-fn wanted() -> wgpu::Features {
-    wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | super::recorder::CLOCK
+fn wanted(adapter: &wgpu::Adapter) -> wgpu::Features {
+    let features = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | super::recorder::CLOCK;
+    match adapter.get_info().device_type {
+        wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu => features | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+        _ => features,
+    }
 }
 
 /// Makes a backend of a device: finds out what its arithmetic can do.
 pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -> Result<Wgpu> {
     let adapter = device.adapter_info();
     let software = adapter.device_type == wgpu::DeviceType::Cpu;
+    let subgroups = device.features().contains(wgpu::Features::SUBGROUP)
+        && adapter.subgroup_min_size >= 4
+        && std::env::var_os("TQKV_WGPU_NO_SUBGROUPS").is_none();
     let caps = Caps {
         native_f16: false,
-        subgroups: device.features().contains(wgpu::Features::SUBGROUP)
-            && adapter.subgroup_min_size >= 4
-            && std::env::var_os("TQKV_WGPU_NO_SUBGROUPS").is_none(),
-        busy: if software { 16 } else { 1024 },
+        subgroup: if subgroups { adapter.subgroup_min_size as usize } else { 0 },
+        shuffles_wrap: false,
+        busy: if software { 16 } else { 512 },
         query_rows: if software { 4 } else { 16 },
         held: if software { 8192 } else { 1024 },
+        ahead: if software { 2 } else { 8 },
     };
     let context = Context::new(device, queue, info, caps);
     let threads = super::wgsl::THREADS as u32;
@@ -106,10 +112,10 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
     }
     context.check()?;
     let context = Arc::new(context);
-    let native_f16 = converts_exactly(&context)?;
+    let (native_f16, shuffles_wrap) = (converts_exactly(&context)?, shuffles_wrap(&context)?);
     // Nobody else holds it yet.
     let mut context = Arc::try_unwrap(context).map_err(|c| c.failed("its first kernel is still running"))?;
-    context.caps.native_f16 = native_f16;
+    (context.caps.native_f16, context.caps.shuffles_wrap) = (native_f16, shuffles_wrap);
     Ok(Wgpu(Arc::new(context)))
 }
 
@@ -126,13 +132,35 @@ fn converts_exactly(context: &Arc<Context>) -> Result<bool> {
         words.extend([h as u32 | (!h as u32) << 16, middle.to_bits(), near.to_bits()]);
     }
     words.resize(words.len().next_multiple_of(3 * super::wgsl::THREADS), 0);
+    let got = probe(context, include_str!("probe.wgsl"), &words, words.len() / 3)?;
+    Ok(words.chunks(3).zip(got.chunks(3)).all(|(w, g)| {
+        let half = |bits: u32| f16::from_bits(bits as u16);
+        let same = |f: f16, got: u32| f.is_nan() || f.to_f32().to_bits() == got;
+        let packed = |bits: u32| f16::from_f32(f32::from_bits(bits)).to_bits() as u32;
+        same(half(w[0]), g[0]) && same(half(w[0] >> 16), g[1]) && packed(w[1]) | packed(w[2]) << 16 == g[2]
+    }))
+}
+
+/// Whether a shuffle takes only the low bits of a lane's number, as hardware does and no standard says.
+fn shuffles_wrap(context: &Arc<Context>) -> Result<bool> {
+    let lanes = context.caps.subgroup as u32;
+    if lanes == 0 {
+        return Ok(false);
+    }
+    let words: Vec<u32> = (0..64 * super::wgsl::THREADS as u32).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
+    let got = probe(context, include_str!("wraps.wgsl"), &words, words.len())?;
+    Ok(words.iter().zip(&got).all(|(w, &g)| g == w & (lanes - 1)))
+}
+
+/// What a kernel makes of some words, which it calls `x` and `y`.
+fn probe(context: &Arc<Context>, text: &'static str, words: &[u32], threads: usize) -> Result<Vec<u32>> {
     let backend = Wgpu(context.clone());
     let buffer = || match backend.alloc(4 * words.len())? {
         Storage::Wgpu(Memory(buffer)) => Ok(buffer),
         _ => Err(context.failed("it made another device's memory")),
     };
     let (x, y) = (buffer()?, buffer()?);
-    context.write(&x, 0, bytemuck::cast_slice(&words))?;
+    context.write(&x, 0, bytemuck::cast_slice(words))?;
     let slot = |b: &wgpu::Buffer| Slot { target: Target::Buffer(b.clone()), offset: 0, size: b.size(), rest: 0 };
     let mut recorder = WgpuRecorder::new(context);
     let source = || {
@@ -140,21 +168,15 @@ fn converts_exactly(context: &Arc<Context>) -> Result<bool> {
         b.storage("x", "u32", false);
         b.storage("y", "u32", true);
         b.params(&[], &[]);
-        b.push(include_str!("probe.wgsl"));
+        b.push(text);
         b.finish()
     };
-    let source: &dyn Fn() -> Source = &source;
-    let groups = words.len() / 3 / super::wgsl::THREADS;
-    recorder.dispatch(&Spec::Probe, source, vec![slot(&x), slot(&y)], groups, &[], &[])?;
+    let groups = threads / super::wgsl::THREADS;
+    recorder.dispatch(&Spec::Probe(text), source, vec![slot(&x), slot(&y)], groups, &[], &[])?;
     Box::new(recorder).submit()?.wait()?;
     let mut got = vec![0u32; words.len()];
     context.read(&y, 0, bytemuck::cast_slice_mut(&mut got))?;
-    Ok(words.chunks(3).zip(got.chunks(3)).all(|(w, g)| {
-        let half = |bits: u32| f16::from_bits(bits as u16);
-        let same = |f: f16, got: u32| f.is_nan() || f.to_f32().to_bits() == got;
-        let packed = |bits: u32| f16::from_f32(f32::from_bits(bits)).to_bits() as u32;
-        same(half(w[0]), g[0]) && same(half(w[0] >> 16), g[1]) && packed(w[1]) | packed(w[2]) << 16 == g[2]
-    }))
+    Ok(got)
 }
 
 pub(super) fn info(

@@ -4,6 +4,9 @@
 //! tile of positions: a thread decodes the keys of some positions and scores them against all its queries; a softmax step
 //! with a running maximum; then each thread decodes its elements of the values. So each row is decoded once for all queries.
 //!
+//! Codes, scales and page tables are loaded a step before they are used, across tiles too. What lies past the workgroup's
+//! positions is loaded from its last row, and weighs nothing.
+//!
 //! Scores are sums of two floats (Knuth's two-sum): in the hundreds, one f32 steps by 3e-5, and what is subtracted before
 //! exp must be finer.
 
@@ -99,14 +102,39 @@ const MOST_SPLITS: usize = 1024;
 /// of what its queries see.
 const TASK: usize = 8;
 
+/// How a workgroup's threads share its values: a thread adds up `chunk` elements of every lanes-th position.
+struct Layout {
+    chunk: usize,
+    chunks: usize,
+    lanes: usize,
+    /// Positions whose values a thread loads before it uses the first.
+    depth: usize,
+    /// Vectors of four rows.
+    fours: usize,
+}
+
+impl Layout {
+    fn new(spec: &Spec, caps: &Caps) -> Self {
+        let chunk = spec.chunk(caps);
+        let chunks = spec.key.format().head_dim() / chunk;
+        let lanes = THREADS / chunks;
+        let depth = caps.ahead.min(spec.tile().div_ceil(lanes));
+        Layout { chunk, chunks, lanes, depth, fours: spec.rows().div_ceil(4) }
+    }
+
+    /// Whether all lanes have values all the time.
+    fn even(&self, tile: usize) -> bool {
+        self.lanes * self.chunks == THREADS && tile.is_multiple_of(self.lanes * self.depth)
+    }
+}
+
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let (key, value) = (spec.key.format(), spec.value.format());
     let d = key.head_dim();
     let (vectors, rows, tile) = (d / 4, spec.rows(), spec.tile());
-    let value_scales = value.scales_per_row().max(1);
-    let chunk = spec.chunk(caps);
-    let chunks = d / chunk;
-    let lanes = THREADS / chunks;
+    let scales = value.scales_per_row().max(1);
+    let layout = Layout::new(spec, caps);
+    let Layout { chunk, chunks, lanes, fours, .. } = layout;
 
     let mut b = Builder::new(caps);
     b.storage("q", spec.q.element(), false);
@@ -134,21 +162,27 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     spec.key.fetch(&mut b, "k", key_fetch);
     let value_fetch = spec.value.fetch_size(chunk);
     spec.value.fetch(&mut b, "v", value_fetch);
-    // The memory that rotates queries then holds weights and in the end adds up the threads' sums, some lanes at a time.
-    let transform = Transform::new(&key, caps);
-    let lanes_at_once = (caps.held / (d + chunks)).clamp(1, lanes);
-    let transform = transform.with_rows(if spec.rotate { rows } else { 0 });
-    transform.declare(&mut b, (tile * value_scales * rows).max(lanes_at_once * (d + chunks)));
+    let transform = Transform::new(&key, caps).with_rows(if spec.rotate { rows } else { 0 });
     if spec.rotate {
+        transform.declare(&mut b, 0);
         wgsl::flip(&mut b);
     }
     line!(b, "var<workgroup> query: array<vec4<f32>, {}>;", rows * vectors);
-    line!(b, "var<workgroup> row_of: array<u32, {tile}>;");
+    // Rows of two tiles in turn.
+    line!(b, "var<workgroup> row_of: array<u32, {}>;", 2 * tile);
+    // Weights of a tile, four rows a vector; in the end some rows' sums of half the lanes.
+    let weights = tile * scales * fours;
+    let half = lanes.next_power_of_two() / 2;
+    let at_once = (weights / (half * vectors).max(1)).clamp(1, rows);
+    line!(b, "var<workgroup> held: array<vec4<f32>, {}>;", weights.max(at_once * half * vectors));
     reducer(&mut b, caps, rows);
     b.push("fn query_load(token0: u32, queries: u32, kv_head: u32, head0: u32, r: u32, e: u32) -> Eight {");
     line!(b, "  let j = r / {0}u;\n  let h = head0 + r % {0}u;", spec.heads);
     b.push("  if (j >= queries || h >= a.group) { return Eight(vec4(0.0), vec4(0.0)); }");
     line!(b, "  return q_load(((token0 + j) * a.heads + kv_head * a.group + h) * {d}u + e);\n}}");
+    b.push("fn row_at(table_base: u32, kv_head: u32, position: u32) -> u32 {\n  let slot = position % a.slots;");
+    b.push("  let page = table[a.table_off + table_base + slot / a.page_size];");
+    b.push("  return (page * a.kv_heads + kv_head) * a.page_size + slot % a.page_size;\n}");
     b.push("const NONE = -3e38;");
     if spec.softcap {
         b.push(include_str!("capped.wgsl"));
@@ -164,8 +198,19 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         line!(b, "  let {name} = tasks[task + {i}u];");
     }
     b.push("  let from_pos = start + split * a.per_split;\n  let to_pos = min(stop, from_pos + a.per_split);");
+    for p in 0..spec.positions {
+        line!(b, "  var next_{p} = row_at(table_base, kv_head, min(from_pos + {}u + tid, to_pos - 1u));", p * THREADS);
+        line!(b, "  row_of[{}u + tid] = v_place(next_{p});", p * THREADS);
+        for i in 0..together(spec, key_fetch) {
+            line!(b, "  var w{i}_{p} = k_fetch(k_place(next_{p}), {i}u);");
+        }
+        scale_words(&mut b, spec, p, "  var ");
+    }
     line!(b, "  {}\n  {}", spec.key.fill("k"), spec.value.fill("v"));
     queries(&mut b, spec, &transform);
+    for (p, rows) in [("k", &spec.key), ("v", &spec.value)] {
+        line!(b, "  {}", rows.level(p));
+    }
 
     // What each query sees.
     for j in 0..spec.queries {
@@ -183,14 +228,28 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
             line!(b, "  var o{r}_{x} = vec4(0.0);");
         }
     }
-    line!(b, "  let c = tid % {chunks}u;\n  let lane_v = tid / {chunks}u;");
+    line!(b, "  let c = tid % {chunks}u;\n  let lane_v = tid / {chunks}u;\n  var base = 0u;");
+    fetch_values(&mut b, spec, &layout, value_fetch, "  var v", "0u", "0u");
     line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {tile}u) {{");
+    for p in 0..spec.positions {
+        line!(b, "    let pos_{p} = tile + {}u + tid;\n    let row_{p} = next_{p};", p * THREADS);
+        line!(b, "    next_{p} = row_at(table_base, kv_head, min(pos_{p} + {tile}u, to_pos - 1u));");
+        line!(b, "    let kf_{p} = kw_{p};\n    let vf_{p} = vw_{p};");
+    }
     scores(&mut b, spec, key_fetch);
-    softmax(&mut b, spec, chunk, value_scales);
-    values(&mut b, spec, chunk, value_fetch, lanes);
-    b.push("  }");
+    softmax(&mut b, spec, &layout, scales);
+    values(&mut b, spec, &layout, value_fetch);
+    line!(b, "    base = {tile}u - base;\n  }}");
 
-    // The threads' sums into one.
+    sums(&mut b, spec, &layout, at_once, half);
+    b.push("}");
+    b.finish()
+}
+
+/// The threads' sums into one, half of the lanes at a time into the other half, and out.
+fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize, half: usize) {
+    let (rows, vectors) = (spec.rows(), spec.key.format().head_dim() / 4);
+    let Layout { chunk, chunks, lanes, .. } = *layout;
     for r in 0..rows {
         line!(b, "  offer({r}u, l{r}, tid, true);");
     }
@@ -198,37 +257,56 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     for r in 0..rows {
         line!(b, "  l{r} = taken({r}u, true);");
     }
-    let stride = d + chunks;
-    for r in 0..rows {
-        line!(b, "  for (var low = 0u; low < {lanes}u; low += {lanes_at_once}u) {{");
-        line!(b, "    let high = min({lanes}u, low + {lanes_at_once}u);\n    if (lane_v >= low && lane_v < high) {{");
-        for e in 0..chunk {
-            let component = ["x", "y", "z", "w"][e % 4];
-            let at = format!("(lane_v - low) * {stride}u + {}u + c", e * chunks);
-            line!(b, "      buf[{at}] = bitcast<u32>(o{r}_{}.{component});", e / 4);
+    for first in (0..rows).step_by(at_once) {
+        let mut h = half;
+        while h > 0 {
+            let each = |b: &mut Builder, text: &dyn Fn(&str, &str) -> String| {
+                for (n, r) in (first..rows.min(first + at_once)).enumerate() {
+                    for x in 0..chunk / 4 {
+                        line!(b, "    {}", text(&format!("o{r}_{x}"), &format!("{}u + c", n * vectors + x * chunks)));
+                    }
+                }
+            };
+            let (end, stride) = (lanes.min(2 * h), at_once * vectors);
+            line!(b, "  if (lane_v >= {h}u && lane_v < {end}u) {{");
+            each(b, &|sum, at| format!("held[(lane_v - {h}u) * {stride}u + {at}] = {sum};"));
+            line!(b, "  }}\n  workgroupBarrier();\n  if (lane_v + {h}u < {end}u) {{");
+            each(b, &|sum, at| format!("{sum} += held[lane_v * {stride}u + {at}];"));
+            b.push("  }\n  workgroupBarrier();");
+            h /= 2;
         }
-        line!(b, "    }}\n    workgroupBarrier();\n    for (var x = tid; x < {d}u; x += WG) {{");
-        line!(b, "      let e = {}u + (x % {chunks}u) * {chunk}u + x / {chunks}u;", r * d);
-        b.push("      var sum = select(query[e >> 2u][e & 3u], 0.0, low == 0u);");
-        line!(b, "      for (var k = low; k < high; k++) {{ sum += bitcast<f32>(buf[(k - low) * {stride}u + x]); }}");
-        b.push("      query[e >> 2u][e & 3u] = sum;\n    }\n    workgroupBarrier();\n  }");
     }
-    line!(b, "  for (var u = tid; u < {}u; u += WG) {{\n    let r = u / {vectors}u;", rows * vectors);
-    line!(b, "    let j = r / {0}u;\n    let h = head0 + r % {0}u;", spec.heads);
-    b.push("    if (j < queries && h < a.group) {");
-    b.push("      let row = (token0 - a.token_base + j) * a.heads + kv_head * a.group + h;");
-    line!(b, "      parts[(row * a.splits + split) * {vectors}u + u % {vectors}u] = query[u];\n    }}\n  }}");
     for r in 0..rows {
         let (j, h) = (r / spec.heads, r % spec.heads);
-        line!(b, "  if (tid == {r}u && {j}u < queries && head0 + {h}u < a.group) {{");
+        line!(b, "  if (lane_v == 0u && {j}u < queries && head0 + {h}u < a.group) {{");
         line!(b, "    let row = (token0 - a.token_base + {j}u) * a.heads + kv_head * a.group + head0 + {h}u;");
-        line!(
-            b,
-            "    parts[a.rows * a.splits * {vectors}u + row * a.splits + split] = vec4(m{r}, l{r}, 0.0, 0.0);\n  }}"
-        );
+        for x in 0..chunk / 4 {
+            line!(b, "    parts[(row * a.splits + split) * {vectors}u + c * {}u + {x}u] = o{r}_{x};", chunk / 4);
+        }
+        line!(b, "    let sums = a.rows * a.splits * {vectors}u + row * a.splits + split;");
+        line!(b, "    if (c == 0u) {{ parts[sums] = vec4(m{r}, l{r}, 0.0, 0.0); }}\n  }}");
     }
-    b.push("}");
-    b.finish()
+}
+
+/// Fetches of keys that are loaded together: 32 bytes a position at most, so that memory's sectors are used whole.
+fn together(spec: &Spec, fetch: usize) -> usize {
+    (group(spec) / fetch).min(2)
+}
+
+/// Elements between two exact additions.
+fn group(spec: &Spec) -> usize {
+    let d = spec.key.format().head_dim();
+    if d.is_multiple_of(64) { 64 } else { if d.is_multiple_of(32) { 32 } else { 16 } }
+}
+
+/// Words of the scales of the position's next row, where it has one.
+fn scale_words(b: &mut Builder, spec: &Spec, p: usize, before: &str) {
+    for (side, rows) in [("k", &spec.key), ("v", &spec.value)] {
+        match rows.format().scales_per_row() {
+            1 => line!(b, "{before}{side}w_{p} = {side}_scale(next_{p}, 0u);"),
+            _ => line!(b, "{before}{side}w_{p} = 0u;"),
+        }
+    }
 }
 
 /// The workgroup's rows of queries into `query`, rotated and scaled.
@@ -256,7 +334,7 @@ fn queries(b: &mut Builder, spec: &Spec, transform: &Transform) {
 
 /// As [`Builder::main`], with the subgroup's numbers where they are used.
 fn main(b: &mut Builder, caps: &Caps) {
-    if !caps.subgroups {
+    if caps.subgroup == 0 {
         return b.main();
     }
     b.push(
@@ -272,9 +350,7 @@ fn main(b: &mut Builder, caps: &Caps) {
 
 /// Maximum or sum over a workgroup, for every row: all threads `offer`, then `settle`, then all find it by `taken`.
 fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
-    if caps.subgroups {
-        // Subgroups of 4 are the smallest there are.
-        let most = THREADS / 4;
+    if let Some(most) = THREADS.checked_div(caps.subgroup) {
         b.push("var<private> sid: u32;\nvar<private> lane_id: u32;\nvar<private> sgs: u32;");
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * most);
         line!(
@@ -315,81 +391,28 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
     }
 }
 
-/// `h{r}_{p}` + `e{r}_{p}`: the score of row r at the thread's position p.
+/// `h{r}_{p}` + `e{r}_{p}`: the score of row r at the thread's position p. Each step loads the codes of the next one, the last
+/// those that the next tile begins with.
 fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     let row = spec.key.format();
-    let (d, rows, positions) = (row.head_dim(), spec.rows(), spec.positions);
-    // Elements between two exact additions.
-    let group = if d.is_multiple_of(64) { 64 } else { if d.is_multiple_of(32) { 32 } else { 16 } };
-    // Fetches that are loaded together: 32 bytes a position at most, so that memory's sectors are used whole.
-    let together = (group / fetch).min(2);
-    let several = row.scales_per_row() > 1;
+    let (groups, rows, positions) = (row.head_dim() / group(spec), spec.rows(), spec.positions);
     for p in 0..positions {
-        line!(
-            b,
-            "    let pos_{p} = tile + {}u + tid;\n    let slot_{p} = min(pos_{p}, to_pos - 1u) % a.slots;",
-            p * THREADS
-        );
-        line!(b, "    let page_{p} = table[a.table_off + table_base + slot_{p} / a.page_size];");
-        line!(b, "    let row_{p} = (page_{p} * a.kv_heads + kv_head) * a.page_size + slot_{p} % a.page_size;");
-        for r in 0..rows {
-            line!(b, "    var h{r}_{p} = 0.0;\n    var e{r}_{p} = 0.0;");
-        }
-        if !several && row.is_rotated() {
-            line!(b, "    let f_{p} = k_factor(row_{p}, 0u);");
-        }
-    }
-    line!(b, "    for (var g = 0u; g < {}u; g++) {{", d / group);
-    for p in 0..positions {
-        if several {
-            line!(b, "      let f_{p} = k_factor(row_{p}, {});", spec.key.scale_of("g", group));
+        scale_words(b, spec, p, "    ");
+        if row.scales_per_row() <= 1 && row.is_rotated() {
+            line!(b, "    let f_{p} = k_factor(kf_{p}, row_{p});");
         }
         for r in 0..rows {
-            line!(b, "      var t{r}_{p} = 0.0;");
+            line!(b, "    var h{r}_{p}: f32;\n    var e{r}_{p} = 0.0;");
         }
     }
-    let runs = group / fetch / together;
-    line!(b, "      for (var run = g * {runs}u; run < (g + 1u) * {runs}u; run++) {{");
-    for (p, i) in (0..positions).flat_map(|p| (0..together).map(move |i| (p, i))) {
-        line!(b, "        var w{i}_{p} = k_fetch(row_{p}, run * {together}u + {i}u);");
-    }
-    line!(
-        b,
-        "        for (var i = 0u; i < {together}u; i++) {{\n          let at = (run * {together}u + i) * {}u;",
-        fetch / 4
-    );
-    for j in 0..fetch / 4 {
-        b.push("          {");
-        for p in 0..positions {
-            line!(b, "            let x{p} = {};", spec.key.value("k", &format!("w0_{p}"), j));
-        }
-        for r in 0..rows {
-            line!(b, "            let q{r} = query[at + {}u];", r * d / 4 + j);
-            for p in 0..positions {
-                let product = |sum: String, c: &str| format!("fma(x{p}.{c}, q{r}.{c}, {sum})");
-                let sum = ["x", "y", "z", "w"].iter().fold(format!("t{r}_{p}"), |sum, c| product(sum, c));
-                line!(b, "            t{r}_{p} = {sum};");
-            }
-        }
-        b.push("          }");
-    }
-    for p in (0..positions).filter(|_| together > 1) {
-        line!(b, "          w0_{p} = w1_{p};");
-    }
-    b.push("        }\n      }");
-    for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
-        let (h, e, factor) = (
-            format!("h{r}_{p}"),
-            format!("e{r}_{p}"),
-            if row.is_rotated() { format!(" * f_{p}") } else { String::new() },
-        );
-        line!(
-            b,
-            "      {{\n        let s = t{r}_{p}{factor};\n        let y = keep({h} + s);\n        let z = keep(y - {h});"
-        );
-        line!(b, "        {e} += ({h} - (y - z)) + (s - z);\n        {h} = y;\n      }}");
-    }
+    b.push("    {");
+    score_group(b, spec, fetch, "0u", true);
     b.push("    }");
+    if groups > 1 {
+        line!(b, "    for (var g = 1u; g < {groups}u; g++) {{");
+        score_group(b, spec, fetch, "g", false);
+        b.push("    }");
+    }
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         let j = r / spec.heads;
         if spec.softcap {
@@ -399,91 +422,175 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     }
 }
 
+/// Adds group number `g` of elements to the scores.
+fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool) {
+    let row = spec.key.format();
+    let (d, rows, positions) = (row.head_dim(), spec.rows(), spec.positions);
+    let (group, together) = (group(spec), together(spec, fetch));
+    let each = || (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p)));
+    for p in (0..positions).filter(|_| row.scales_per_row() > 1) {
+        line!(b, "      let f_{p} = k_factor(k_scale(row_{p}, {}), row_{p});", spec.key.scale_of(g, group));
+    }
+    for (r, p) in each() {
+        line!(b, "      var t{r}_{p} = 0.0;");
+    }
+    let runs = group / fetch / together;
+    line!(b, "      for (var run = {g} * {runs}u; run < ({g} + 1u) * {runs}u; run++) {{");
+    line!(b, "        let last = run == {}u;", d / fetch / together - 1);
+    line!(b, "        let begin = select((run + 1u) * {together}u, 0u, last);");
+    for p in 0..positions {
+        line!(b, "        let place_{p} = k_place(select(row_{p}, next_{p}, last));");
+        for i in 0..together {
+            line!(b, "        let n{i}_{p} = k_fetch(place_{p}, begin + {i}u);");
+        }
+    }
+    line!(b, "        let at = run * {}u;", together * fetch / 4);
+    for (i, j) in (0..together).flat_map(|i| (0..fetch / 4).map(move |j| (i, j))) {
+        b.push("        {");
+        for p in 0..positions {
+            line!(b, "          let x{p} = {};", spec.key.value("k", &format!("w{i}_{p}"), j));
+        }
+        for r in 0..rows {
+            line!(b, "          let q{r} = query[at + {}u];", r * d / 4 + i * fetch / 4 + j);
+            for p in 0..positions {
+                let product = |sum: String, c: &str| format!("fma(x{p}.{c}, q{r}.{c}, {sum})");
+                let sum = ["x", "y", "z", "w"].iter().fold(format!("t{r}_{p}"), |sum, c| product(sum, c));
+                line!(b, "          t{r}_{p} = {sum};");
+            }
+        }
+        b.push("        }");
+    }
+    for (p, i) in (0..positions).flat_map(|p| (0..together).map(move |i| (p, i))) {
+        line!(b, "        w{i}_{p} = n{i}_{p};");
+    }
+    b.push("      }");
+    for (r, p) in each() {
+        let factor = if row.is_rotated() { format!(" * f_{p}") } else { String::new() };
+        if first {
+            line!(b, "      h{r}_{p} = t{r}_{p}{factor};");
+            continue;
+        }
+        let (h, e) = (format!("h{r}_{p}"), format!("e{r}_{p}"));
+        line!(b, "      {{\n        let s = t{r}_{p}{factor};\n        let y = keep({h} + s);");
+        line!(
+            b,
+            "        let z = keep(y - {h});\n        {e} += ({h} - (y - z)) + (s - z);\n        {h} = y;\n      }}"
+        );
+    }
+}
+
 /// The running maximum, and the weight of the thread's positions for every row: zero where one is not seen. The factor of
 /// the value is in the weight, so that what an unseen row holds, NaN too, is never added.
-fn softmax(b: &mut Builder, spec: &Spec, chunk: usize, scales: usize) {
-    let (rows, positions) = (spec.rows(), spec.positions);
+fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
+    let (rows, positions, fours, tile) = (spec.rows(), spec.positions, layout.fours, spec.tile());
     for r in 0..rows {
         let largest = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
         line!(b, "    offer({r}u, {}, tid, false);", (0..positions).fold("NONE".to_owned(), largest));
     }
     b.push("    settle(tid, false);");
     for r in 0..rows {
+        line!(b, "    let n{r} = max(m{r}, taken({r}u, false));");
+    }
+    // In most tiles none grows.
+    let grown: Vec<_> = (0..rows).map(|r| format!("n{r} > m{r}")).collect();
+    line!(b, "    if ({}) {{", grown.join(" || "));
+    for r in 0..rows {
+        line!(b, "      let shrink{r} = exp(m{r} - n{r});\n      m{r} = n{r};\n      l{r} *= shrink{r};");
+        for x in 0..layout.chunk / 4 {
+            line!(b, "      o{r}_{x} *= shrink{r};");
+        }
+    }
+    b.push("    }");
+    for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         line!(
             b,
-            "    let n{r} = max(m{r}, taken({r}u, false));\n    let shrink{r} = exp(m{r} - n{r});\n    m{r} = n{r};"
+            "    let p{r}_{p} = select(0.0, exp((h{r}_{p} - m{r}) + e{r}_{p}), ok{r}_{p});\n    l{r} += p{r}_{p};"
         );
-        line!(b, "    l{r} *= shrink{r};");
-        for p in 0..positions {
-            line!(
-                b,
-                "    let p{r}_{p} = select(0.0, exp((h{r}_{p} - m{r}) + e{r}_{p}), ok{r}_{p});\n    l{r} += p{r}_{p};"
-            );
-        }
-        for x in 0..chunk / 4 {
-            line!(b, "    o{r}_{x} *= shrink{r};");
-        }
     }
     let rotated = spec.value.format().is_rotated();
     for p in 0..positions {
-        let i = format!("{}u + tid", p * THREADS);
-        line!(b, "    row_of[{i}] = row_{p};");
+        line!(b, "    row_of[{tile}u - base + {}u + tid] = v_place(next_{p});", p * THREADS);
         for s in 0..scales {
             if rotated {
-                line!(b, "    let vf{s}_{p} = v_factor(row_{p}, {s}u);");
+                let word = if scales > 1 { format!("v_scale(row_{p}, {s}u)") } else { format!("vf_{p}") };
+                line!(b, "    let f{s}_{p} = v_factor({word}, row_{p});");
             }
-            for r in 0..rows {
-                let weight = match rotated {
-                    true => format!("select(0.0, p{r}_{p} * vf{s}_{p}, ok{r}_{p})"),
+            for four in 0..fours {
+                let weight = |r: usize| match rotated {
+                    _ if r >= rows => "0.0".to_owned(),
+                    true => format!("select(0.0, p{r}_{p} * f{s}_{p}, ok{r}_{p})"),
                     false => format!("p{r}_{p}"),
                 };
-                line!(b, "    buf[{}u + {i}] = bitcast<u32>({weight});", (s * rows + r) * spec.tile());
+                let four_weights: Vec<_> = (4 * four..4 * four + 4).map(weight).collect();
+                let at = format!("({}u + tid) * {fours}u + {four}u", s * tile + p * THREADS);
+                line!(b, "    held[{at}] = vec4({});", four_weights.join(", "));
             }
         }
     }
     b.push("    workgroupBarrier();");
 }
 
-/// Adds the tile's weighted values to `o{r}_{x}`.
-fn values(b: &mut Builder, spec: &Spec, chunk: usize, fetch: usize, lanes: usize) {
-    let (rows, tile) = (spec.rows(), spec.tile());
-    // Loads of several positions before any is used keep more of them in flight.
-    let unroll = if tile.is_multiple_of(4 * lanes) { 4 } else { 1 };
-    let fetches = chunk / fetch;
-    let count = if unroll > 1 { format!("{tile}u") } else { format!("min({tile}u, to_pos - tile)") };
-    line!(b, "    if (lane_v < {lanes}u) {{\n      let count = {count};");
-    line!(b, "      for (var i = lane_v; i < count; i += {}u) {{", unroll * lanes);
-    for k in 0..unroll {
+/// Loads `depth` positions' values of the thread, from `base` in `row_of` on, turn number `turn`.
+fn fetch_values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize, to: &str, base: &str, turn: &str) {
+    let (tile, lanes, depth) = (spec.tile(), layout.lanes, layout.depth);
+    let fetches = layout.chunk / fetch;
+    for k in 0..depth {
+        let at = format!("{turn} * {}u + {}u + lane_v", depth * lanes, k * lanes);
+        let at = if layout.even(tile) { at } else { format!("min({at}, {}u)", tile - 1) };
         for f in 0..fetches {
-            line!(b, "        let w{k}_{f} = v_fetch(row_of[i + {}u], c * {fetches}u + {f}u);", k * lanes);
+            line!(b, "{to}{k}_{f} = v_fetch(row_of[{base} + {at}], c * {fetches}u + {f}u);");
         }
     }
-    for k in 0..unroll {
-        b.push("        {");
+}
+
+/// Adds the tile's weighted values to `o{r}_{x}`; each turn's values have been loaded a turn before.
+fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
+    let (rows, tile) = (spec.rows(), spec.tile());
+    let Layout { chunk, lanes, depth, fours, .. } = *layout;
+    let turns = tile.div_ceil(lanes * depth);
+    let fetches = chunk / fetch;
+    line!(b, "    for (var turn = 0u; turn < {turns}u; turn++) {{");
+    line!(b, "      let over = turn == {}u;", turns - 1);
+    line!(b, "      let begin = select(base, {tile}u - base, over);\n      let after = select(turn + 1u, 0u, over);");
+    fetch_values(b, spec, layout, fetch, "      let u", "begin", "after");
+    for k in 0..depth {
+        b.push("      {");
         for x in 0..chunk / 4 {
             let per_fetch = fetch / 4;
-            let value = spec.value.value("v", &format!("w{k}_{}", x / per_fetch), x % per_fetch);
-            line!(b, "          let x{x} = {value};");
+            let value = spec.value.value("v", &format!("v{k}_{}", x / per_fetch), x % per_fetch);
+            line!(b, "        let x{x} = {value};");
         }
+        let i = format!("turn * {}u + {}u + lane_v", depth * lanes, k * lanes);
+        line!(b, "        let i = {i};");
         let scale = spec.value.scale_of("c", chunk);
-        for r in 0..rows {
-            let at = format!("({scale} * {rows}u + {r}u) * {tile}u + i + {}u", k * lanes);
-            line!(b, "          let p{r} = bitcast<f32>(buf[{at}]);");
+        for four in 0..fours {
+            let at = |i: &str| format!("held[(({scale}) * {tile}u + {i}) * {fours}u + {four}u]");
+            match layout.even(tile) {
+                true => line!(b, "        let p{four} = {};", at("i")),
+                false => line!(
+                    b,
+                    "        let p{four} = select(vec4(0.0), {}, i < {tile}u);",
+                    at(&format!("min(i, {}u)", tile - 1))
+                ),
+            }
         }
         for r in 0..rows {
-            let p = format!("p{r}");
+            let p = format!("p{}.{}", r / 4, ["x", "y", "z", "w"][r % 4]);
             for x in 0..chunk / 4 {
                 let sum = format!("fma(vec4({p}), x{x}, o{r}_{x})");
                 match spec.value.format().is_rotated() {
-                    true => line!(b, "          o{r}_{x} = {sum};"),
+                    true => line!(b, "        o{r}_{x} = {sum};"),
                     // A float that is not seen may be anything.
-                    false => line!(b, "          if ({p} != 0.0) {{ o{r}_{x} = {sum}; }}"),
+                    false => line!(b, "        if ({p} != 0.0) {{ o{r}_{x} = {sum}; }}"),
                 }
             }
         }
-        b.push("        }");
+        b.push("      }");
     }
-    b.push("      }\n    }");
+    for (k, f) in (0..depth).flat_map(|k| (0..fetches).map(move |f| (k, f))) {
+        line!(b, "      v{k}_{f} = u{k}_{f};");
+    }
+    b.push("    }");
 }
 
 /// The splits of every row into one result.
@@ -535,14 +642,15 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     }
     line!(b, "  let lane = tid / {columns}u;\n  if (lane < {lanes}u) {{");
     line!(b, "    for (var c = tid % {columns}u; c < {vectors}u; c += {columns}u) {{\n      var sum = vec4(0.0);");
-    line!(b, "      for (var i = lane; i < a.splits; i += {}u) {{", 4 * lanes);
-    // Four loads in flight; those past the end are of a split that is there, and weigh nothing.
-    for k in 0..4 {
+    let loads = 8;
+    line!(b, "      for (var i = lane; i < a.splits; i += {}u) {{", loads * lanes);
+    // Several loads in flight; those past the end are of a split that is there, and weigh nothing.
+    for k in 0..loads {
         line!(b, "        let i{k} = min(i + {}u, a.splits - 1u);", k * lanes);
         line!(b, "        let w{k} = select(0.0, weight_of[i{k}], i + {}u < a.splits);", k * lanes);
         line!(b, "        let o{k} = parts[(base + i{k}) * {vectors}u + c];");
     }
-    for k in 0..4 {
+    for k in 0..loads {
         line!(b, "        if (w{k} != 0.0) {{ sum += w{k} * o{k}; }}");
     }
     b.push("      }");
@@ -598,9 +706,9 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         positions /= 2;
     }
     let original = op.params.domain == Domain::Original;
-    let spec = Spec {
-        key,
-        value,
+    let mut spec = Spec {
+        key: key.in_lanes(&context.caps),
+        value: value.in_lanes(&context.caps),
         q: q_tensor,
         rotate: original && op.key.row().is_rotated(),
         heads: heads_at_once,
@@ -610,6 +718,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         window: op.params.window.is_some(),
         softcap: op.params.softcap.is_some(),
     };
+    spec.value = spec.value.fetched_by(spec.chunk(&context.caps));
     let join = JoinSpec {
         value: Rows::of(op.value.row(), wgsl::Align::Word),
         out: out_tensor,

@@ -5,6 +5,7 @@ use super::{Caps, recorder::Spec};
 use crate::compute::DeviceInfo;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub(super) struct Context {
@@ -227,47 +228,85 @@ impl Context {
         polled.map(|_| ()).map_err(|e| self.failed(e.to_string()))
     }
 
-    /// Copies bytes to the host. Copies move whole words, so the ends are widened.
+    /// Maps a part of a buffer when no submission uses it any more.
+    fn mapped(
+        &self,
+        buffer: &wgpu::Buffer,
+        mode: wgpu::MapMode,
+        range: Range<u64>,
+        body: impl FnOnce(&wgpu::BufferSlice) -> Result<(), wgpu::MapRangeError>,
+    ) -> Result<()> {
+        // A submission must not be handed over while a buffer of it is mapped.
+        let _shared = lock(&self.shared);
+        let slice = buffer.slice(range);
+        let (send, receive) = std::sync::mpsc::channel();
+        let asked = self.guarded(|| {
+            slice.map_async(mode, move |result| {
+                let _ = send.send(result); // The receiver is gone only if waiting has failed.
+            });
+            // Enough if nothing uses the buffer.
+            self.device.poll(wgpu::PollType::Poll)
+        });
+        self.check()?;
+        asked.map_err(|e| self.failed(e.to_string()))?.map_err(|e| self.failed(e.to_string()))?;
+        let mut ready = receive.try_recv();
+        if ready.is_err() {
+            self.wait(None)?;
+            ready = receive.try_recv();
+        }
+        match ready {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(self.failed(e.to_string())),
+            Err(_) => return Err(self.failed("a buffer was never mapped")),
+        }
+        let done = body(&slice);
+        buffer.unmap();
+        done.map_err(|e| self.failed(e.to_string()))
+    }
+
+    /// Copies bytes to the host.
     pub fn read(&self, buffer: &wgpu::Buffer, offset: u64, out: &mut [u8]) -> Result<()> {
         if out.is_empty() {
             return Ok(());
         }
-        let start = offset & !3;
+        // Mappings start at multiples of eight bytes, and both they and copies move whole words.
+        let start = offset & !7;
         let size = (offset + out.len() as u64).next_multiple_of(4) - start;
+        let mut copy = |view: &[u8]| out.copy_from_slice(&view[(offset - start) as usize..][..out.len()]);
+        if buffer.usage().contains(wgpu::BufferUsages::MAP_READ) {
+            return self.mapped(buffer, wgpu::MapMode::Read, start..start + size, |slice| {
+                slice.get_mapped_range().map(|view| copy(&view))
+            });
+        }
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
         let mut kept = lock(&self.staging).take();
         let staging = self.grown(&mut kept, size, usage)?;
-        let mapped = self.guarded(|| {
+        let copied = self.guarded(|| {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             encoder.copy_buffer_to_buffer(buffer, start, &staging, 0, size);
-            self.queue.submit([encoder.finish()]);
-            let (send, receive) = std::sync::mpsc::channel();
-            staging.slice(..size).map_async(wgpu::MapMode::Read, move |result| {
-                let _ = send.send(result); // The receiver is gone only if waiting has failed.
-            });
-            receive
+            self.queue.submit([encoder.finish()])
         });
         self.check()?;
-        let mapped = mapped.map_err(|e| self.failed(e.to_string()))?;
-        self.wait(None)?;
-        match mapped.try_recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => return Err(self.failed(e.to_string())),
-            Err(_) => return Err(self.failed("a read-back was never mapped")),
-        }
-        let view = staging.slice(..size).get_mapped_range().map_err(|e| self.failed(e.to_string()))?;
-        out.copy_from_slice(&view[(offset - start) as usize..][..out.len()]);
-        drop(view);
-        staging.unmap();
+        copied.map_err(|e| self.failed(e.to_string()))?;
+        self.mapped(&staging, wgpu::MapMode::Read, 0..size, |slice| slice.get_mapped_range().map(|view| copy(&view)))?;
         *lock(&self.staging) = kept;
         Ok(())
     }
 
-    /// Copies bytes from the host, ordered with submissions. Words that are written in part are read first.
+    /// Copies bytes from the host, ordered with submissions.
     pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, data: &[u8]) -> Result<()> {
         if data.is_empty() {
             return Ok(());
         }
+        if buffer.usage().contains(wgpu::BufferUsages::MAP_WRITE) {
+            let start = offset & !7;
+            let end = (offset + data.len() as u64).next_multiple_of(4);
+            return self.mapped(buffer, wgpu::MapMode::Write, start..end, |slice| {
+                let at = (offset - start) as usize;
+                slice.get_mapped_range_mut().map(|mut view| view.slice(at..at + data.len()).copy_from_slice(data))
+            });
+        }
+        // Words that are written in part are read first.
         let start = offset & !3;
         let end = (offset + data.len() as u64).next_multiple_of(4);
         if (start, end) == (offset, offset + data.len() as u64) {

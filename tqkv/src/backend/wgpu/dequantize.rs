@@ -84,7 +84,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     b.push("    let page = table[a.table_off + a.table_from + slot / a.page_size];");
     b.push("    let row = (page * a.kv_heads + head) * a.page_size + slot % a.page_size;\n    row_of[i] = row;");
     for s in 0..scales {
-        line!(b, "    factor_of[i * {scales}u + {s}u] = p_factor(row, {s}u);");
+        line!(b, "    factor_of[i * {scales}u + {s}u] = p_factor(p_scale(row, {s}u), row);");
     }
     b.push("  }\n  workgroupBarrier();");
     let unit = spec.out.unit();
@@ -105,7 +105,7 @@ fn decode(b: &mut Builder, spec: &Spec, unit: usize, n: usize) {
     let ty = if unit == 4 { "vec4<f32>" } else { "Eight" };
     line!(b, "fn decoded(i: u32, e: u32) -> {ty} {{");
     for k in 0..unit / n {
-        line!(b, "  let w{k} = p_fetch(row_of[i], e / {n}u + {k}u);");
+        line!(b, "  let w{k} = p_fetch(p_place(row_of[i]), e / {n}u + {k}u);");
     }
     let four = |j: usize| spec.pool.value("p", &format!("w{}", 4 * j / n), j % (n / 4));
     let v = if unit == 4 { four(0) } else { format!("Eight({}, {})", four(0), four(1)) };

@@ -29,8 +29,10 @@ pub(crate) struct Memory(wgpu::Buffer);
 pub(crate) struct Caps {
     /// pack2x16float and unpack2x16float are exact, subnormals and ties included.
     native_f16: bool,
-    /// Subgroup operations may be used.
-    subgroups: bool,
+    /// Threads of the smallest subgroup; 0: no subgroup operations.
+    subgroup: usize,
+    /// A shuffle takes only the low bits of a lane's number.
+    shuffles_wrap: bool,
     /// Workgroups that keep the device busy.
     busy: usize,
     /// The most query rows of a workgroup of attention. Few in software, where each makes kernels slower to compile.
@@ -38,6 +40,8 @@ pub(crate) struct Caps {
     /// Floats that a workgroup holds for exchange. Few, so that many workgroups run at once; many in software, where each
     /// barrier makes kernels slower to compile.
     held: usize,
+    /// Positions whose values a thread of attention loads before it uses them. Few in software, as with query rows.
+    ahead: usize,
 }
 
 pub(crate) struct Wgpu(Arc<Context>);
@@ -57,7 +61,10 @@ impl Backend for Wgpu {
         if size > most {
             return Err(self.0.unsupported(format!("hold a buffer of {size} bytes: max_buffer_size is {most}")));
         }
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let mut usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        if self.0.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS) {
+            usage |= wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::MAP_WRITE;
+        }
         Ok(Storage::Wgpu(Memory(self.0.create_buffer(size, usage)?)))
     }
 

@@ -120,9 +120,9 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
             scales * transform.rows
         );
         line!(b, "var<workgroup> sums: array<f32, {}>;", scales * transform.rows * (transform.columns + 1));
-        line!(b, "var<workgroup> level: array<f32, {}>;", most(&|f| 4 * vectors(f)));
+        line!(b, "var<workgroup> level_square: array<f32, {}>;", most(&|f| 4 * vectors(f)));
         let cells = most(&|f| Grid::new(f).cells.len());
-        line!(b, "var<workgroup> cell_code: array<u32, {cells}>;\nvar<workgroup> cell_bound: array<f32, {cells}>;");
+        line!(b, "var<workgroup> cells: array<vec2<f32>, {cells}>;");
         folded(&mut b, &transform);
     }
     for (i, part) in spec.parts.iter().enumerate() {
@@ -207,24 +207,41 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     line!(b, "  let t = saturate(fma(u, {}, {}));", float(grid.scale), float(grid.shift));
     // Adding 2^23 rounds, and leaves the whole number in the low bits.
     line!(b, "  let cell = bitcast<u32>(fma(t, {}, 8388608.0)) & {}u;", float(grid.last), cells - 1);
-    b.push("  return cell_code[cell] + select(0u, 1u, u > cell_bound[cell]);\n}");
+    b.push("  let found = cells[cell];\n  return bitcast<u32>(found.x) + select(0u, 1u, u > found.y);\n}");
 
     line!(b, "fn part{i}(wg: u32, tid: u32) {{");
     line!(
         b,
-        "  for (var t = tid; t < {}u; t += WG) {{ level[t] = a.{p}_levels[t >> 2u][t & 3u]; }}",
+        "  for (var t = tid; t < {}u; t += WG) {{\n    let level = a.{p}_levels[t >> 2u][t & 3u];\n    level_square[t] = keep(level * level);\n  }}",
         4 * vectors(&row)
     );
     line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = a.{p}_cells[t >> 2u][t & 3u];");
-    line!(b, "    cell_code[t] = code;\n    cell_bound[t] = a.{p}_bounds[code >> 2u][code & 3u];\n  }}");
-    rounds(b, transform);
-    transform.columns(b, "n", |row, e| format!("{p}_flip8({e}, x{i}_load((first + {row}) * {d}u + {e}))"));
-    squares(b, transform, &row, "y");
-    // One thread a norm.
-    line!(b, "    for (var t = tid; t < n * {scales}u; t += WG) {{");
+    line!(b, "    cells[t] = vec2(bitcast<f32>(code), a.{p}_bounds[code >> 2u][code & 3u]);\n  }}");
+    let flip = |v: &str, e: &str| format!("{p}_flip8({e}, {v})");
+    let load = |row: &str, e: &str| format!("x{i}_load((first + {row}) * {d}u + {e})");
+    if transform.loads_ahead() {
+        let rows = transform.rows;
+        transform.places(b);
+        line!(b, "  var first = wg * a.rounds * {rows}u;");
+        line!(b, "  var next = select(0u, min({rows}u, a.rows - first), first < a.rows);\n  var place = 0u;");
+        transform.load(b, "next", load);
+        b.push("  if (tid < next) { place = locate(first + tid); }");
+        b.push("  for (var round = 0u; round < a.rounds; round++) {\n    if (tid < next) { row_of[tid] = place; }");
+        transform.exchange(b, |v, e| flip(&v, &e));
+        line!(b, "    let n = next;\n    first += {rows}u;");
+        line!(b, "    next = select(0u, min({rows}u, a.rows - first), first < a.rows && round + 1u < a.rounds);");
+        transform.load_again(b, "next", load);
+        b.push("    if (tid < next) { place = locate(first + tid); }");
+    } else {
+        rounds(b, transform);
+        transform.columns(b, "n", |row, e| flip(&load(row, e), e));
+    }
+    squares(b, transform, &row, "y", |k| format!("keep(y{k} * y{k})"));
     let block_rms = row.scaling() == Scaling::BlockRms;
     let mean = if block_rms { format!(" * {}", float(scales as f32 / d as f32)) } else { String::new() };
     let unit_norm = if block_rms { row.scale_factor_d512() } else { (d as f32).sqrt() };
+    // One thread a norm.
+    line!(b, "    for (var t = tid; t < n * {scales}u; t += WG) {{");
     line!(b, "      let norm = exact_sqrt(folded(t){mean});\n      norm_of[t] = norm;");
     line!(b, "      gain_of[t] = keep(exact_div(1.0, norm)) * {};", float(unit_norm));
     if !part.f16_scales() {
@@ -237,7 +254,7 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     b.push("    }\n    workgroupBarrier();");
     codes(b, &p, transform, &row);
     if part.f16_scales() {
-        squares(b, transform, &row, "level");
+        squares(b, transform, &row, "level", |k| format!("level{k}"));
         // By the last threads, since the first pack codes.
         b.push("    let t = WG - 1u - tid;\n    if (t < n) {\n      let norm = norm_of[t];");
         b.push("      let scale = f16_bits(exact_div(norm, exact_sqrt(folded(t))));");
@@ -249,18 +266,17 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     b.push("    workgroupBarrier();\n  }\n}");
 }
 
-/// The squares of a column's variables added up for every scale, in the order in which the CPU sums: blocks one after the
+/// The squares of a column's elements added up for every scale, in the order in which the CPU sums: blocks one after the
 /// other, then halves folded onto each other. The rest of the folding is `folded`'s.
-fn squares(b: &mut Builder, transform: &Transform, row: &RowFormat, name: &str) {
+fn squares(b: &mut Builder, transform: &Transform, row: &RowFormat, name: &str, square: impl Fn(usize) -> String) {
     let (scales, columns) = (row.scales_per_row(), transform.columns);
     let part = transform.per / scales;
     let block = if scales > 1 { part } else { row.block() / columns };
     for s in 0..scales {
-        let element = |k: usize| format!("{name}{}", s * part + k);
         for k in 0..block {
-            line!(b, "    var {name}_sum{s}_{k} = keep({0} * {0});", element(k));
+            line!(b, "    var {name}_sum{s}_{k} = {};", square(s * part + k));
             for other in (k + block..part).step_by(block) {
-                line!(b, "    {name}_sum{s}_{k} += keep({0} * {0});", element(other));
+                line!(b, "    {name}_sum{s}_{k} += {};", square(s * part + other));
             }
         }
         let mut half = block / 2;
@@ -292,7 +308,7 @@ fn folded(b: &mut Builder, transform: &Transform) {
     b.push("  return s0;\n}");
 }
 
-/// The codes of a column, a byte each in `buf`, and with corrected scales their levels as variables.
+/// The codes of a column, a byte each in `buf`, and with corrected scales their levels' squares as variables.
 fn codes(b: &mut Builder, p: &str, transform: &Transform, row: &RowFormat) {
     let (scales, columns, per) = (row.scales_per_row(), transform.columns, transform.per);
     let packs = packs(row, transform);
@@ -304,7 +320,7 @@ fn codes(b: &mut Builder, p: &str, transform: &Transform, row: &RowFormat) {
         for k in g * together..(g + 1) * together {
             line!(b, "    let code{k} = {p}_code(y{k} * gain{});", k * scales / per);
             if row.scaling() == Scaling::Corrected {
-                line!(b, "    let level{k} = level[code{k}];");
+                line!(b, "    let level{k} = level_square[code{k}];");
             }
         }
         let bytes: Vec<_> = (0..together).map(|k| format!("(code{} << {}u)", g * together + k, 8 * k)).collect();

@@ -20,8 +20,8 @@ pub(super) enum Spec {
     Merge(Vec<Tensor>, bool),
     /// The text of a caller's kernel.
     Custom(String),
-    /// The text of the check of conversions.
-    Probe,
+    /// The text of a check of the device's arithmetic.
+    Probe(&'static str),
 }
 
 impl Spec {
@@ -34,7 +34,7 @@ impl Spec {
             Spec::Join(_) => "join",
             Spec::Merge(..) => "merge",
             Spec::Custom(_) => "custom",
-            Spec::Probe => "probe",
+            Spec::Probe(_) => "probe",
         }
     }
 }

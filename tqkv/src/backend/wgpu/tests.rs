@@ -71,8 +71,9 @@ const SHAPES: [(Codec, usize); 14] = [
 
 #[test]
 fn kernels_translate_to_metal() {
-    for (native_f16, subgroups) in [(true, true), (false, false)] {
-        let caps = Caps { native_f16, subgroups, busy: 64, query_rows: 16, held: 1024 };
+    for (native_f16, subgroup) in [(true, 32), (true, 8), (false, 0)] {
+        let caps =
+            Caps { native_f16, subgroup, shuffles_wrap: subgroup == 8, busy: 64, query_rows: 16, held: 1024, ahead: 8 };
         let mut kernels = 0;
         let mut check = |name: String, source: Source| {
             check_for_metal(&name, &source);
@@ -192,7 +193,8 @@ fn kernels_for_gpus_agree_with_the_cpu() {
             return eprintln!("SKIPPED: no wgpu device");
         };
         let caps = &mut Arc::get_mut(&mut wgpu.0).expect("just opened").caps;
-        (caps.held, caps.query_rows, caps.subgroups) = (1024, 16, caps.subgroups && subgroups);
+        (caps.held, caps.query_rows, caps.ahead) = (1024, 16, 8);
+        caps.subgroup = if subgroups { caps.subgroup } else { 0 };
         let gpu = Device::from_backend(Box::new(wgpu));
         for (codec, d) in [(Codec::tq(4), 128), (Codec::tq(3), 80), (Codec::seed(4), 512)] {
             let (row, kv_heads, n, heads) = (RowFormat::new(codec, d).unwrap(), 2, 100, 8);

@@ -168,6 +168,10 @@ pub struct Rows {
     head_dim: usize,
     d512: u32,
     pub align: Align,
+    /// Lanes of a subgroup among which codes are looked up; 0: in the workgroup's memory.
+    lanes: usize,
+    /// Shuffles ignore what a lane's number has above its bits.
+    wrap: bool,
 }
 
 impl Rows {
@@ -186,7 +190,20 @@ impl Rows {
 
     pub fn of(row: &RowFormat, align: Align) -> Self {
         let d512 = row.scale_factor_d512().to_bits();
-        Rows { codec: row.codec(), head_dim: row.head_dim(), d512, align }
+        Rows { codec: row.codec(), head_dim: row.head_dim(), d512, align, lanes: 0, wrap: false }
+    }
+
+    /// The same, read `n` elements at a time: rows of vectors by words, if less than a vector is read.
+    pub fn fetched_by(self, n: usize) -> Self {
+        let narrow = n * self.field() < 128;
+        Rows { align: if narrow { self.align.min(Align::Word) } else { self.align }, ..self }
+    }
+
+    /// The same with a codebook that the lanes of a subgroup hold, if it fits: a look-up is a shuffle then, which takes a
+    /// lane's number as it is, where an address takes another shift.
+    pub fn in_lanes(self, caps: &Caps) -> Self {
+        let fits = (1..=caps.subgroup).contains(&(4 * self.book_vectors()));
+        Rows { lanes: if fits { caps.subgroup } else { 0 }, wrap: caps.shuffles_wrap, ..self }
     }
 
     pub fn format(&self) -> RowFormat {
@@ -238,7 +255,16 @@ impl Rows {
         if self.book_vectors() > 0 { format!("{p}_fill(tid);") } else { String::new() }
     }
 
-    /// `fn {p}_fetch(row, c) -> vec4<u32>`, which uses the parameter `{p}_codes_off`: the stored bits of elements c·n to c·n + n - 1 of a row, from bit 0 on.
+    /// The lane's level, for shuffles.
+    pub fn level(&self, p: &str) -> String {
+        match self.lanes {
+            0 => String::new(),
+            _ => format!("let {p}_level = {p}_book[lane_id & {}u];", 4 * self.book_vectors() - 1),
+        }
+    }
+
+    /// `fn {p}_place(row)`, which uses the parameter `{p}_codes_off`: where a row starts, in what its codes are read by.
+    /// `fn {p}_fetch(place, c) -> vec4<u32>`: the stored bits of its elements c·n to c·n + n - 1, from bit 0 on.
     pub fn fetch(&self, b: &mut Builder, p: &str, n: usize) {
         if self.format().packing() == Packing::Planes {
             return self.fetch_planes(b, p, n);
@@ -253,15 +279,26 @@ impl Rows {
             let word = |k| if k < n { word(k) } else { "0u".to_owned() };
             format!("vec4<u32>({}, {}, {}, {})", word(0), word(1), word(2), word(3))
         };
-        line!(b, "fn {p}_fetch(row: u32, c: u32) -> vec4<u32> {{");
-        if self.align == Align::Vector && bits == 128 {
-            line!(b, "  return {p}_codes[(a.{p}_codes_off >> 4u) + row * {}u + c];", row_bytes / 16);
-        } else if self.align >= Align::Word && bits.is_multiple_of(32) {
-            line!(b, "  let j = (a.{p}_codes_off >> 2u) + row * {}u + c * {count}u;", row_bytes / 4);
+        // What a place counts.
+        let bytes = match self.align {
+            Align::Vector if bits == 128 => 16,
+            Align::Vector | Align::Word if bits.is_multiple_of(32) => 4,
+            _ => 1,
+        };
+        line!(
+            b,
+            "fn {p}_place(row: u32) -> u32 {{ return a.{p}_codes_off / {bytes}u + row * {}u; }}",
+            row_bytes / bytes
+        );
+        line!(b, "fn {p}_fetch(place: u32, c: u32) -> vec4<u32> {{");
+        if bytes == 16 {
+            line!(b, "  return {p}_codes[place + c];");
+        } else if bytes == 4 {
+            line!(b, "  let j = place + c * {count}u;");
             line!(b, "  return {};", load(count));
         } else {
             line!(b, "  let bit = c * {bits}u;");
-            line!(b, "  let at = a.{p}_codes_off + row * {row_bytes}u + (bit >> 3u);");
+            line!(b, "  let at = place + (bit >> 3u);");
             line!(b, "  let s = ((at & 3u) << 3u) + (bit & 7u);\n  let j = at >> 2u;");
             line!(b, "  var w = {};", load(count));
             b.push("  if (s != 0u) {\n    var next = 0u;");
@@ -296,8 +333,9 @@ impl Rows {
         line!(b, "fn {p}_plane(at: u32) -> u32 {{\n  let j = at >> 2u;\n  let s = (at & 3u) << 3u;");
         line!(b, "  var w = {} >> s;", word("j"));
         line!(b, "  if (s + {bits}u > 32u) {{ w |= {} << (32u - s); }}\n  return w;\n}}", word("j + 1u"));
-        line!(b, "fn {p}_fetch(row: u32, c: u32) -> vec4<u32> {{");
-        line!(b, "  let at = a.{p}_codes_off + row * {row_bytes}u + ((c * {n}u) >> 3u);");
+        line!(b, "fn {p}_place(row: u32) -> u32 {{ return a.{p}_codes_off + row * {row_bytes}u; }}");
+        line!(b, "fn {p}_fetch(place: u32, c: u32) -> vec4<u32> {{");
+        line!(b, "  let at = place + ((c * {n}u) >> 3u);");
         line!(
             b,
             "  let x = {p}_plane(at);\n  let y = {p}_plane(at + {plane}u);\n  let z = {p}_plane(at + {}u);",
@@ -324,13 +362,16 @@ impl Rows {
                 let (field, bits) = (self.field(), row.bits());
                 let level = |i: usize| {
                     let (k, shift) = (i * field / 32, i * field % 32);
-                    let mask = (1u32 << bits) - 1;
-                    match shift + bits > 32 {
-                        true => {
-                            let (low, high) = (component(k), component(k + 1));
-                            format!("{p}_book[(({low} >> {shift}u) | ({high} << {}u)) & {mask}u]", 32 - shift)
-                        }
-                        false => format!("{p}_book[({} >> {shift}u) & {mask}u]", component(k)),
+                    let code = match shift {
+                        0 => component(k),
+                        _ if shift + bits <= 32 => format!("{} >> {shift}u", component(k)),
+                        _ => format!("({} >> {shift}u) | ({} << {}u)", component(k), component(k + 1), 32 - shift),
+                    };
+                    match self.lanes {
+                        0 => format!("{p}_book[({code}) & {}u]", (1 << bits) - 1),
+                        // What is above the code's bits only chooses between lanes with the same level.
+                        _ if self.wrap => format!("subgroupShuffle({p}_level, {code})"),
+                        lanes => format!("subgroupShuffle({p}_level, ({code}) & {}u)", lanes - 1),
                     }
                 };
                 format!("vec4<f32>({}, {}, {}, {})", level(4 * j), level(4 * j + 1), level(4 * j + 2), level(4 * j + 3))
@@ -338,26 +379,28 @@ impl Rows {
         }
     }
 
-    /// `fn {p}_factor(row, s) -> f32`, which uses the parameter `{p}_scales_off`, as [`RowFormat::factor`] computes it; `s` counts the row's scales.
+    /// `fn {p}_scale(row, s) -> u32`, which uses the parameter `{p}_scales_off`: the word that holds scale s of a row; and
+    /// `fn {p}_factor(word, row) -> f32`, what [`RowFormat::factor`] makes of it.
     pub fn factor(&self, b: &mut Builder, p: &str) {
         let row = self.format();
-        line!(b, "fn {p}_factor(row: u32, s: u32) -> f32 {{");
+        let word = match row.scaling() {
+            Scaling::None => "0u".to_owned(),
+            Scaling::Corrected => format!("{p}_scales[((a.{p}_scales_off >> 1u) + row) >> 1u]"),
+            _ => format!("{p}_scales[(a.{p}_scales_off >> 2u) + row * {}u + s]", row.scales_per_row()),
+        };
+        line!(b, "fn {p}_scale(row: u32, s: u32) -> u32 {{ return {word}; }}");
+        line!(b, "fn {p}_factor(word: u32, row: u32) -> f32 {{");
         match row.scaling() {
             Scaling::None => b.push("  return 1.0;"),
             Scaling::Corrected => {
-                line!(b, "  let h = (a.{p}_scales_off >> 1u) + row;");
-                line!(b, "  return f16_value(({p}_scales[h >> 1u] >> ((h & 1u) << 4u)) & 0xffffu);");
+                line!(b, "  let half = ((a.{p}_scales_off >> 1u) + row) & 1u;");
+                b.push("  let pair = unpack_f16(word);\n  return select(pair.x, pair.y, half == 1u);");
             }
-            Scaling::Norm => {
-                let unit = float(row.factor(1.0));
-                line!(b, "  return bitcast<f32>({p}_scales[(a.{p}_scales_off >> 2u) + row]) * {unit};");
-            }
+            Scaling::Norm => line!(b, "  return bitcast<f32>(word) * {};", float(row.factor(1.0))),
             Scaling::BlockRms => {
-                let n = row.scales_per_row();
-                line!(b, "  let rms = bitcast<f32>({p}_scales[(a.{p}_scales_off >> 2u) + row * {n}u + s]);");
                 let factor = row.scale_factor_d512();
                 let quotient = if factor == 1.0 { "rms".into() } else { format!("exact_div(rms, {})", float(factor)) };
-                line!(b, "  return {quotient};");
+                line!(b, "  let rms = bitcast<f32>(word);\n  return {quotient};");
             }
         }
         b.push("}");
@@ -437,59 +480,96 @@ impl Transform {
     /// `eight(row, e)` is the text of the Eight at element `e` of a row. Without a barrier after it, a thread may write its
     /// column of `buf` only.
     pub fn columns(&self, b: &mut Builder, n: &str, eight: impl Fn(&str, &str) -> String) {
-        let (columns, per, pass, stride) = (self.columns, self.per, self.pass, self.columns + 1);
-        line!(b, "  let i = tid / {columns}u;\n  let c = tid % {columns}u;");
-        line!(b, "  let chunk_row = tid / {per}u;\n  let chunk = (tid % {per}u) * {columns}u;");
-        for k in 0..per {
-            line!(b, "  var y{k} = 0.0;");
-        }
-        let passes = self.rows.div_ceil(pass);
-        let names = |j: usize| (0..columns / 8).map(move |x| format!("v{j}_{x}"));
-        let load = |b: &mut Builder, j: usize, first: &str| {
-            names(j).for_each(|v| line!(b, "  var {v} = Eight(vec4(0.0), vec4(0.0));"));
-            line!(b, "  if (chunk_row < {pass}u && {first} + chunk_row < {n}) {{");
-            for (x, v) in names(j).enumerate() {
-                let value = eight(&format!("({first} + chunk_row)"), &format!("(chunk + {}u)", 8 * x));
-                line!(b, "    {v} = {value};");
-            }
-            b.push("  }");
-        };
-        let take = |b: &mut Builder, number: &str| {
-            line!(b, "  if (i / {pass}u == {number}) {{");
-            line!(b, "    let column = (i % {pass}u) * {}u + c;", per * stride);
-            for k in 0..per {
-                line!(b, "    y{k} = bitcast<f32>(buf[column + {}u]);", k * stride);
-            }
-            b.push("  }");
-        };
-        let exchange = |b: &mut Builder, j: usize, number: &str| {
-            let values: Vec<_> = names(j).collect();
-            line!(b, "  if (chunk_row < {pass}u) {{ spread(tid * {columns}u, {}); }}", values.join(", "));
-            b.push("  workgroupBarrier();");
-            take(b, number);
-            b.push("  workgroupBarrier();");
-        };
-        match passes {
+        let (columns, per, pass) = (self.columns, self.per, self.pass);
+        self.places(b);
+        match self.rows.div_ceil(pass) {
             1 => {
+                self.declare_columns(b);
                 line!(b, "  for (var u = tid; u < {n} * {per}u; u += WG) {{");
                 let value = |e| eight(&format!("(u / {per}u)"), &format!("(u % {per}u * {columns}u + {e}u)"));
                 let values: Vec<_> = (0..columns).step_by(8).map(value).collect();
                 line!(b, "    spread(u * {columns}u, {});\n  }}\n  workgroupBarrier();", values.join(", "));
-                take(b, "0u");
+                self.take(b, "0u");
+                self.mix(b);
             }
             2 => {
-                // Both loads before the first barrier.
-                (0..2).for_each(|j| load(b, j, &format!("{}u", j * pass)));
-                (0..2).for_each(|j| exchange(b, j, &format!("{j}u")));
+                self.load(b, n, eight);
+                self.exchange(b, |v, _| v);
             }
-            _ => {
+            passes => {
+                self.declare_columns(b);
                 line!(b, "  for (var turn = 0u; turn < {passes}u; turn++) {{");
-                load(b, 0, &format!("turn * {pass}u"));
-                exchange(b, 0, "turn");
+                self.declare_chunk(b, 0);
+                self.load_chunk(b, 0, &format!("turn * {pass}u"), n, &eight);
+                self.exchange_chunk(b, 0, "turn", &|v, _| v);
                 b.push("  }");
+                self.mix(b);
             }
         }
+    }
+
+    /// Whether all rows are exchanged in two passes, so that a thread holds two chunks and can load them ahead.
+    pub fn loads_ahead(&self) -> bool {
+        self.rows.div_ceil(self.pass) == 2
+    }
+
+    /// The row and column that a thread takes, and the row and chunk that it spreads.
+    pub fn places(&self, b: &mut Builder) {
+        let (columns, per) = (self.columns, self.per);
+        line!(b, "  let i = tid / {columns}u;\n  let c = tid % {columns}u;");
+        line!(b, "  let chunk_row = tid / {per}u;\n  let chunk = (tid % {per}u) * {columns}u;");
+    }
+
+    /// Declares the thread's two chunks, and loads them.
+    pub fn load(&self, b: &mut Builder, n: &str, eight: impl Fn(&str, &str) -> String) {
+        (0..2).for_each(|j| self.declare_chunk(b, j));
+        self.load_again(b, n, eight);
+    }
+
+    /// Loads the thread's two chunks.
+    pub fn load_again(&self, b: &mut Builder, n: &str, eight: impl Fn(&str, &str) -> String) {
+        (0..2).for_each(|j| self.load_chunk(b, j, &format!("{}u", j * self.pass), n, &eight));
+    }
+
+    /// The two chunks, as `change(v, e)` makes them of an Eight and its element's number, into columns.
+    pub fn exchange(&self, b: &mut Builder, change: impl Fn(String, String) -> String) {
+        self.declare_columns(b);
+        (0..2).for_each(|j| self.exchange_chunk(b, j, &format!("{j}u"), &change));
         self.mix(b);
+    }
+
+    fn declare_columns(&self, b: &mut Builder) {
+        (0..self.per).for_each(|k| line!(b, "  var y{k} = 0.0;"));
+    }
+
+    fn declare_chunk(&self, b: &mut Builder, j: usize) {
+        (0..self.columns / 8).for_each(|x| line!(b, "  var v{j}_{x} = Eight(vec4(0.0), vec4(0.0));"));
+    }
+
+    fn load_chunk(&self, b: &mut Builder, j: usize, first: &str, n: &str, eight: &impl Fn(&str, &str) -> String) {
+        line!(b, "  if (chunk_row < {}u && {first} + chunk_row < {n}) {{", self.pass);
+        for x in 0..self.columns / 8 {
+            line!(b, "    v{j}_{x} = {};", eight(&format!("({first} + chunk_row)"), &format!("(chunk + {}u)", 8 * x)));
+        }
+        b.push("  }");
+    }
+
+    fn exchange_chunk(&self, b: &mut Builder, j: usize, number: &str, change: &impl Fn(String, String) -> String) {
+        let eight = |x: usize| change(format!("v{j}_{x}"), format!("(chunk + {}u)", 8 * x));
+        let values: Vec<_> = (0..self.columns / 8).map(eight).collect();
+        line!(b, "  if (chunk_row < {}u) {{ spread(tid * {}u, {}); }}", self.pass, self.columns, values.join(", "));
+        b.push("  workgroupBarrier();");
+        self.take(b, number);
+        b.push("  workgroupBarrier();");
+    }
+
+    fn take(&self, b: &mut Builder, number: &str) {
+        let (per, pass, stride) = (self.per, self.pass, self.columns + 1);
+        line!(b, "  if (i / {pass}u == {number}) {{\n    let column = (i % {pass}u) * {}u + c;", per * stride);
+        for k in 0..per {
+            line!(b, "    y{k} = bitcast<f32>(buf[column + {}u]);", k * stride);
+        }
+        b.push("  }");
     }
 
     /// All butterflies between the elements of a column, and the reflection.
