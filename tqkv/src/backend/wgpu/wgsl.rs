@@ -332,7 +332,11 @@ impl Rows {
         let bits = n.max(8);
         line!(b, "fn {p}_plane(at: u32) -> u32 {{\n  let j = at >> 2u;\n  let s = (at & 3u) << 3u;");
         line!(b, "  var w = {} >> s;", word("j"));
-        line!(b, "  if (s + {bits}u > 32u) {{ w |= {} << (32u - s); }}\n  return w;\n}}", word("j + 1u"));
+        // Loads that depend on a branch cannot go ahead of their use.
+        if bits > 8 && (self.align < Align::Word || !plane.is_multiple_of(bits / 8)) {
+            line!(b, "  if (s + {bits}u > 32u) {{ w |= {} << (32u - s); }}", word("j + 1u"));
+        }
+        b.push("  return w;\n}");
         line!(b, "fn {p}_place(row: u32) -> u32 {{ return a.{p}_codes_off + row * {row_bytes}u; }}");
         line!(b, "fn {p}_fetch(place: u32, c: u32) -> vec4<u32> {{");
         line!(b, "  let at = place + ((c * {n}u) >> 3u);");
