@@ -88,7 +88,13 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
     if key_bits > 0 {
         q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
     }
-    let (mut keys, mut values) = (lines(tile * d), lines(tile * d));
+    // Levels, nibbles of 3-bit codes, or nothing.
+    let held = |side: &Source, bits: usize| match (bits, side.coder.row.packing()) {
+        (0, _) => tile * d,
+        (_, Packing::Planes) => tile * d / 8,
+        _ => 0,
+    };
+    let (mut keys, mut values) = (lines(held(&task.key, key_bits)), lines(held(&task.value, value_bits)));
     let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
     let mut t = Tile {
         keys: [std::ptr::null(); MAX_TILE],
