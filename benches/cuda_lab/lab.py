@@ -257,7 +257,7 @@ class Gpu:
 class Store:
     """One side of a cache: `sets` copies of pages with random codes, and what they decode to."""
 
-    def __init__(self, gpu, codec, d, pages, kv_heads, page_size, seed):
+    def __init__(self, gpu, codec, d, pages, kv_heads, page_size, seed, octaves=0):
         torch = gpu.torch
         self.codec, self.d = codec, d
         g = torch.Generator("cuda").manual_seed(seed)
@@ -269,6 +269,8 @@ class Store:
             n = pages * kv_heads * page_size * codec.row(d)
             self.codes = torch.randint(-2**31, 2**31, ((n + 3) // 4,), generator=g, device="cuda", dtype=torch.int32).view(torch.uint8)[:n].view(*shape, codec.row(d))
             s = torch.rand(*shape, codec.scales(d), generator=g, device="cuda") * 0.8 + 0.3
+            # Scales over so many powers of two, within what f16 holds.
+            if octaves: s *= torch.exp2(torch.randint(-octaves, octaves + 1, shape, generator=g, device="cuda")[..., None].float().clamp(-20, 15))
             self.scales = s.half() if codec.scale == 16 else s
         self.codebook = torch.from_numpy(codec.codebook()).cuda() if codec.levels > 1 else torch.zeros(1, device="cuda")
 
@@ -308,7 +310,7 @@ class Case:
     """A problem: stores, sequences, queries; runs a variant over it and the reference."""
 
     def __init__(self, gpu, variant, sequences, kv_heads, group, page_size, table_width, causal=True, window=0, softcap=0.0, sinks=False,
-                 rotate=True, signs=True, lse=True, sets=1, seed=1, blocks=None, overhead=None):
+                 rotate=True, signs=True, lse=True, sets=1, seed=1, blocks=None, overhead=None, octaves=0):
         torch = self.torch = gpu.torch
         self.gpu, self.variant, self.sequences, self.kv_heads, self.group = gpu, variant, sequences, kv_heads, group
         self.page_size, self.causal, self.window, self.softcap, self.rotate = page_size, causal, window, softcap, rotate
@@ -326,7 +328,7 @@ class Case:
                         {((length - 1) % (table_width * page_size)) // page_size, (first % (table_width * page_size)) // page_size} if length > first else set())
                     for w in range(table_width):
                         if w not in live: table[i, w] = 0xFFFFFFF0
-            self.sets.append((Store(gpu, v.k, d, pages, kv_heads, page_size, 1000 * seed + 2 * s), Store(gpu, v.v, d, pages, kv_heads, page_size, 1000 * seed + 2 * s + 1),
+            self.sets.append((Store(gpu, v.k, d, pages, kv_heads, page_size, 1000 * seed + 2 * s), Store(gpu, v.v, d, pages, kv_heads, page_size, 1000 * seed + 2 * s + 1, octaves),
                               torch.from_numpy(table.view(np.int32)).cuda(), table))
         tokens = max(s[2] + s[3] for s in sequences)
         heads = kv_heads * group
@@ -620,21 +622,23 @@ def cmd_once(args):
 
 
 def cmd_plain(names):
-    """What attention.rs does for f32 queries: plain.cu, as many splits as give two blocks a multiprocessor."""
+    """What attention.rs does for f32 queries: plain.cu, as many blocks as run at once, three a multiprocessor."""
     gpu = Gpu()
     torch = gpu.torch
     for shape in (SHAPES[0], SHAPES[5]):
         for c in names or ["k4v4", "k8v8", "k3v3"]:
             v = Variant(shape[3], c, q_type=F32, out_type=F32)
             case = shape_case(gpu, shape, v, 2)
-            side = lambda x, bits: [f"-D{x}_HEAD_DIM={v.d}", f"-D{x}_BITS={bits}", f"-D{x}_PACKING={4 if bits == 3 else 0}", f"-D{x}_SCALING=1"]
-            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232"]
+            side = lambda x, bits: [f"-D{x}_HEAD_DIM={v.d}", f"-D{x}_BITS={bits}", f"-D{x}_PACKING={4 if bits == 3 else 0}", f"-D{x}_SCALING=1", f"-D{x}_CODE_ALIGN=16"]
+            group = shape[1] // shape[2]  # rows of a block
+            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232", f"-DROWS={group}"]
             cubin, _ = nvrtc_compile(("plain.cu", options, arch_of(gpu)))
             module, fn = ctypes.c_void_p(), ctypes.c_void_p()
             gpu.call("cuModuleLoadData", ctypes.byref(module), cubin)
             gpu.call("cuModuleGetFunction", ctypes.byref(fn), module, b"plain")
-            rows, longest = len(case.sequences) * shape[1], max(lengths(shape))
-            splits = max(1, min(-(-2 * gpu.sms // rows), -(-longest // 128)))
+            tiles, longest = len(case.sequences) * shape[2], max(lengths(shape))
+            splits = max(1, min(3 * gpu.sms // tiles, -(-longest // 128)))
+            rows = tiles * group
             spans = torch.tensor(case.sequences, device="cuda", dtype=torch.int32)
             signs, counters = torch.zeros(v.d // 32, device="cuda", dtype=torch.int32), torch.zeros(rows, device="cuda", dtype=torch.int32)
             partial, ml = torch.zeros(rows * splits * v.d, device="cuda"), torch.zeros(rows * splits * 2, device="cuda", dtype=torch.float64)
@@ -644,7 +648,7 @@ def cmd_plain(names):
                 b = b"".join(struct.pack("<4Q2f2IfI", x.codes.data_ptr(), x.scales.data_ptr(), x.codebook.data_ptr(), signs.data_ptr(), 1 / math.sqrt(v.d & -v.d), 2 * (v.d & -v.d) / v.d, 1, 0, 1.0, 0) for x in (k, val))
                 b += struct.pack("<9Q10I2f", case.q.data_ptr(), case.out.data_ptr(), 0, 0, spans.data_ptr(), table.data_ptr(), partial.data_ptr(), ml.data_ptr(), counters.data_ptr(),
                                  splits, 0, len(case.sequences), shape[2], shape[1], 64, case.width, 1, 0, 1, case.scale, 0.0)
-                gpu.launch(fn, rows * splits, 256, 0, b)
+                gpu.launch(fn, tiles * splits, 256, 0, b)
 
             launch(0)
             torch.cuda.synchronize()
@@ -683,6 +687,8 @@ def random_case(rng):
                 causal=rng.random() < 0.7, window=rng.choice([0, 0, 0, 1, 17, 200]), softcap=rng.choice([0.0, 0.0, 0.0, 5.0, 50.0]), sinks=rng.random() < 0.3,
                 rotate=rng.random() < 0.7, signs=rng.random() < 0.7, seed=rng.randint(1, 10**6), blocks=rng.choice([None, None, 1, 3, 16]),
                 overhead=rng.choice([None, 1]))
+    # Values whose scales no f16 product with a weight of one holds; then outputs are f32.
+    if rng.random() < 0.3: case["octaves"], variant["out_type"] = rng.choice([2, 15]), F32
     return variant, case
 
 

@@ -32,6 +32,19 @@ struct Filled {
 
 impl Filled {
     fn new(device: &Device, rng: &mut Rng, row: RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Filled {
+        Self::spread(device, rng, row, kv_heads, page_size, pages, 0)
+    }
+
+    /// Scales over so many powers of two, up and down.
+    fn spread(
+        device: &Device,
+        rng: &mut Rng,
+        row: RowFormat,
+        kv_heads: usize,
+        page_size: usize,
+        pages: usize,
+        octaves: usize,
+    ) -> Filled {
         let n = pages * kv_heads * page_size;
         let codes: Vec<u8> = match row.codec() {
             Codec::F32 => bytemuck::cast_slice(&rng.normals(n * row.head_dim())).to_vec(),
@@ -47,8 +60,13 @@ impl Filled {
             Codec::Seed { .. } if row.head_dim() <= 256 => (row.head_dim() as f32).sqrt(),
             _ => 1.0,
         };
-        let scales: Vec<f32> =
-            (0..n * spr).map(|_| rounded(row.scale_dtype(), unit * (0.5 + rng.unit() as f32))).collect();
+        let scales: Vec<f32> = (0..n * spr)
+            .map(|_| {
+                let scale = unit * (0.5 + rng.unit() as f32);
+                let octave = if octaves > 0 { rng.below(2 * octaves + 1) as i32 - octaves as i32 } else { 0 };
+                rounded(row.scale_dtype(), scale * 2f32.powi(octave))
+            })
+            .collect();
         let rows = (0..n)
             .map(|i| {
                 reference::dequantize(&row, &codes[i * row.row_bytes()..][..row.row_bytes()], &scales[i * spr..][..spr])
@@ -388,6 +406,8 @@ struct Case {
     domain: Domain,
     q: DType,
     out: DType,
+    /// Powers of two over which the values' scales lie, up and down.
+    octaves: usize,
 }
 
 const BASE: Case = Case {
@@ -406,6 +426,7 @@ const BASE: Case = Case {
     domain: Domain::Original,
     q: DType::F32,
     out: DType::F32,
+    octaves: 0,
 };
 
 fn attention_cases() -> Vec<Case> {
@@ -471,6 +492,13 @@ fn attention_cases() -> Vec<Case> {
             }
         }
     }
+    // Values of every size that a scale can tell: the largest is near f16's.
+    for value in [Codec::tq(4), Codec::tq(3), Codec::tq(8), Codec::seed(4), Codec::seed(5)] {
+        for (octaves, q) in [(3, DType::F16), (15, DType::F16), (15, DType::BF16), (15, DType::F32)] {
+            let lens = &[(700, 1), (20, 4), (300, 1)];
+            cases.push(Case { value, octaves, q, lens, sinks: octaves == 3, ..BASE });
+        }
+    }
     // Rings, contiguous, of sizes that align with nothing.
     for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1)] {
         for window in [None, Some(7)] {
@@ -492,12 +520,25 @@ fn attention_cases() -> Vec<Case> {
 impl std::fmt::Display for Case {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Case {
-            key, value, head_dim, kv_heads, group, page_size, lens, ring, causal, window, softcap, sinks, ..
+            key,
+            value,
+            head_dim,
+            kv_heads,
+            group,
+            page_size,
+            lens,
+            ring,
+            causal,
+            window,
+            softcap,
+            sinks,
+            octaves,
+            ..
         } = self;
         write!(
             f,
             "{key}/{value} D={head_dim} {kv_heads}x{group} heads, pages of {page_size}, (len, new) {lens:?}, ring {ring:?}, \
-             causal {causal}, window {window:?}, softcap {softcap:?}, sinks {sinks}, {:?}, q {}, out {}",
+             causal {causal}, window {window:?}, softcap {softcap:?}, sinks {sinks}, octaves {octaves}, {:?}, q {}, out {}",
             self.domain, self.q, self.out
         )
     }
@@ -514,7 +555,7 @@ fn attention_is_close_to_float64(device: &Device) {
         };
         let (key_row, value_row) = (RowFormat::new(case.key, d).unwrap(), RowFormat::new(case.value, d).unwrap());
         let key = Filled::new(device, &mut rng, key_row, kv_heads, layout.page_size, layout.pages);
-        let value = Filled::new(device, &mut rng, value_row, kv_heads, layout.page_size, layout.pages);
+        let value = Filled::spread(device, &mut rng, value_row, kv_heads, layout.page_size, layout.pages, case.octaves);
         let batch = layout.batch(device);
         let tokens = layout.tokens();
         let q: Vec<f32> = rng.normals(tokens * heads * d).iter().map(|&x| rounded(case.q, x)).collect();

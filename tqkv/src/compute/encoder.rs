@@ -94,7 +94,7 @@ impl CommandEncoder {
 
     /// Submits, waits, and returns how long the device was at it, from the first operation's start to the last one's end.
     ///
-    /// CUDA measures between two events, wgpu between two timestamps where the adapter has them; elsewhere it is the host's
+    /// CUDA runs a graph of them between two events, wgpu between two timestamps where the adapter has them; elsewhere it is the host's
     /// clock from submission to completion. So a short operation is better timed as one of many in an encoder.
     ///
     /// # Errors

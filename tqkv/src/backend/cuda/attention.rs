@@ -3,6 +3,7 @@
 use super::driver::{Memory, Stream, lock};
 use super::nvrtc::Source;
 use super::plan::{self, Plan, Problem};
+use super::rows::code_alignment;
 use super::tables::{Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, address, type_number};
 use crate::backend::Attention;
@@ -399,12 +400,28 @@ struct PlainParams {
     softcap: f32,
 }
 
-pub(super) fn plain_source(key: &RowFormat, value: &RowFormat, q: DType, out: DType) -> Source {
+/// Rows of a block of plain.cu, if so many read one KV head.
+pub(super) fn plain_rows(head_dim: usize, wanted: usize) -> usize {
+    let most = (2048 / head_dim).clamp(1, 8);
+    wanted.next_power_of_two().min(1 << most.ilog2())
+}
+
+/// `alignments`: of rows of keys' and values' codes.
+pub(super) fn plain_source(
+    [key, value]: [&RowFormat; 2],
+    alignments: [u64; 2],
+    q: DType,
+    out: DType,
+    rows: usize,
+) -> Source {
     let sides = row_defines("K_", key).into_iter().chain(row_defines("V_", value));
     let own = [
         format!("-DHEAD_DIM={}", key.head_dim()),
+        format!("-DK_CODE_ALIGN={}", alignments[0]),
+        format!("-DV_CODE_ALIGN={}", alignments[1]),
         format!("-DQ_TYPE={}", type_number(q)),
         format!("-DOUT_TYPE={}", type_number(out)),
+        format!("-DROWS={rows}"),
         format!("-DPARAMS_BYTES={}", size_of::<PlainParams>()),
     ];
     Source {
@@ -427,13 +444,18 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         pad: 0,
     };
     let (key, value) = (gpu.tables(op.key.row())?, gpu.tables(op.value.row())?);
-    let (rows, d) = (op.batch.tokens() * op.heads, op.key.row().head_dim());
-    // Two blocks for every multiprocessor, of 128 positions at least.
+    let (d, kv_heads) = (op.key.row().head_dim(), op.key.kv_heads());
+    let query_rows = || op.batch.spans().iter().map(|s| s.new as usize * (op.heads / kv_heads));
+    let rows = plain_rows(d, query_rows().max().unwrap_or(1));
+    let tiles = kv_heads * query_rows().map(|n| n.div_ceil(rows)).sum::<usize>();
+    // As many blocks as run at once (by the kernel's `__launch_bounds__`), of 128 positions at least.
     let longest = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).max().unwrap_or(0);
-    let wanted = 2 * gpu.stream.context.limits.multiprocessors as usize;
-    let splits = wanted.div_ceil(rows).min(longest.div_ceil(128)).max(1);
-    let sums = rows * splits * d * 4;
-    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + rows * splits * 16, rows * 4)?;
+    let held = if rows <= 4 && d <= 128 { 3 } else { 2 };
+    let held = held * gpu.stream.context.limits.multiprocessors as usize;
+    let splits = (held / tiles.max(1)).min(longest.div_ceil(128)).max(1);
+    let parts = tiles * rows * splits;
+    let sums = parts * d * 4;
+    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * 16, tiles * 4)?;
     let params = PlainParams {
         sides: [side(&op.key, &key), side(&op.value, &value)],
         q: address(&op.q),
@@ -448,7 +470,7 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         splits: splits as u32,
         pad: 0,
         sequences: op.batch.sequences() as u32,
-        kv_heads: op.key.kv_heads() as u32,
+        kv_heads: kv_heads as u32,
         heads: to_u32("heads", op.heads)?,
         page_size: op.batch.page_size() as u32,
         width: op.batch.width() as u32,
@@ -458,8 +480,9 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         scale: op.params.scale,
         softcap: op.params.softcap.unwrap_or(0.0),
     };
-    let blocks = to_u32("query rows", rows * splits)?;
-    let source = plain_source(op.key.row(), op.value.row(), op.q.dtype(), op.out.dtype());
+    let blocks = to_u32("query rows", tiles * splits)?;
+    let alignments = [code_alignment(&op.key), code_alignment(&op.value)];
+    let source = plain_source([op.key.row(), op.value.row()], alignments, op.q.dtype(), op.out.dtype(), rows);
     let mut prepared = gpu.prepare(&source, blocks, &params, buffers(op))?;
     prepared.memory.extend([partial, counters]);
     Ok(prepared)

@@ -353,6 +353,38 @@ impl Stream {
         .map_err(|e| self.context.failed(e))
     }
 
+    /// What `enqueue` enqueues on the stream that it is given, as one piece of work: between its kernels the GPU does not wait for
+    /// the host.
+    pub fn graph(&self, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
+        let context = &self.context;
+        context.enter()?;
+        let failed = |e| context.failed(e);
+        // Not on this one: the caller's may be the legacy stream, which cannot be captured.
+        let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
+        let aside = Stream { context: context.clone(), raw, borrowed: false, pool: None };
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive, and a capture that has begun is ended whatever happens.
+        let (enqueued, captured) = unsafe {
+            result::stream::begin_capture(raw, mode).map_err(failed)?;
+            (enqueue(&aside), result::stream::end_capture(raw))
+        };
+        let mut graph = Graph { context: context.clone(), graph: captured.map_err(failed)?, run: std::ptr::null_mut() };
+        enqueued?;
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        // SAFETY: the graph is alive; uploading it now keeps that out of the launch.
+        unsafe {
+            graph.run = result::graph::instantiate(graph.graph, flags).map_err(failed)?;
+            sys::cuGraphUpload(graph.run, self.raw).result().map_err(failed)?;
+        }
+        Ok(graph)
+    }
+
+    pub fn launch_graph(&self, graph: &Graph) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the graph is instantiated; what it uses is kept alive by stream order.
+        unsafe { result::graph::launch(graph.run, self.raw) }.map_err(|e| self.context.failed(e))
+    }
+
     /// Copies within the GPU.
     pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
         self.context.enter()?;
@@ -399,6 +431,29 @@ impl Drop for Stream {
             if !self.borrowed {
                 let _ = result::stream::destroy(self.raw);
             }
+        }
+    }
+}
+
+/// Work that is handed to the GPU as one piece.
+pub(super) struct Graph {
+    context: Arc<Context>,
+    graph: sys::CUgraph,
+    /// Null until it is instantiated.
+    run: sys::CUgraphExec,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_err() {
+            return;
+        }
+        // SAFETY: both are this graph's own; the driver keeps what is running.
+        unsafe {
+            if !self.run.is_null() {
+                let _ = result::graph::exec_destroy(self.run);
+            }
+            let _ = result::graph::destroy(self.graph);
         }
     }
 }

@@ -116,6 +116,27 @@ fn a_step_is_captured_in_a_graph_on_the_callers_stream() {
 }
 
 #[test]
+fn timed_work_is_the_same_work() {
+    let Some(_context) = gpu() else { return };
+    let own = Device::open("cuda").unwrap();
+    // SAFETY: the legacy stream is always there.
+    let legacy = unsafe { Device::cuda_on_stream(0, std::ptr::null_mut()) }.unwrap();
+    let expected = Step::new(&own).unwrap();
+    expected.submit().unwrap();
+    for device in [&own, &legacy] {
+        let step = Step::new(device).unwrap();
+        step.submit().unwrap();
+        step.out.write(&vec![half::f16::NAN; 2 * 8 * 128]).unwrap();
+        let mut encoder = device.encoder().unwrap();
+        let params = AttentionParams::for_head_dim(128);
+        attention(&mut encoder, &step.q, &step.key, &step.value, &step.batch, &params, &step.out, None).unwrap();
+        let time = encoder.submit_and_time().unwrap();
+        assert_eq!(step.result().unwrap(), expected.result().unwrap());
+        assert!(!time.is_zero());
+    }
+}
+
+#[test]
 fn memory_of_others_is_used_where_it_is() {
     let Some(_context) = gpu() else { return };
     let device = Device::open("cuda").unwrap();

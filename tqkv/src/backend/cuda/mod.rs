@@ -218,24 +218,26 @@ impl Recorder for CudaRecorder {
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
-        self.enqueue()?;
+        self.enqueue(&self.gpu.stream)?;
         Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }
 
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {
-        let start = self.gpu.stream.timed_mark()?;
-        self.enqueue()?;
-        let end = self.gpu.stream.timed_mark()?;
+        let stream = &self.gpu.stream;
+        let graph = stream.graph(|aside| self.enqueue(aside))?;
+        let start = stream.timed_mark()?;
+        stream.launch_graph(&graph)?;
+        let end = stream.timed_mark()?;
         end.wait()?;
         start.until(&end)
     }
 }
 
 impl CudaRecorder {
-    fn enqueue(&self) -> Result<()> {
+    fn enqueue(&self, stream: &Stream) -> Result<()> {
         self.work.iter().try_for_each(|prepared| match &prepared.work {
-            Work::Launch(launch) => self.gpu.stream.launch(launch),
-            Work::Copy { from, to, bytes } => self.gpu.stream.copy(*from, *to, *bytes),
+            Work::Launch(launch) => stream.launch(launch),
+            Work::Copy { from, to, bytes } => stream.copy(*from, *to, *bytes),
         })
     }
 }

@@ -31,7 +31,7 @@ fn alignment(address: u64, stride: usize) -> u64 {
     1 << (address | stride as u64 | 16).trailing_zeros()
 }
 
-fn code_alignment(pool: &PagePool) -> u64 {
+pub(super) fn code_alignment(pool: &PagePool) -> u64 {
     alignment(address(pool.codes()), pool.row().row_bytes())
 }
 

@@ -1,6 +1,6 @@
 //! Every specialisation compiles, for every architecture. NVRTC needs no GPU: `TQKV_NVRTC` may name its library.
 
-use super::attention::{Shape, Variant, plain_source};
+use super::attention::{Shape, Variant, plain_rows, plain_source};
 use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
 use super::tables::Grid;
@@ -9,6 +9,7 @@ use crate::format::cells::Cells;
 use crate::format::{Codec, RowFormat};
 use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;
+use std::process::Command;
 
 /// Architectures, and the shared memory that a block can have there.
 const ARCHITECTURES: [(&str, usize); 6] = [
@@ -19,6 +20,8 @@ const ARCHITECTURES: [(&str, usize); 6] = [
     ("sm_100", 227 << 10),
     ("sm_120", 99 << 10),
 ];
+
+const ARCHITECTURES_VARIABLE: &str = "TQKV_CUDA_ARCHITECTURES";
 
 /// The list or, if the variable is set, what it names of it (separated by commas).
 fn chosen<T: Copy>(variable: &str, all: &[T], name: impl Fn(T) -> String) -> Vec<T> {
@@ -71,10 +74,14 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
                 aligned: true,
                 short: true,
             };
+            let mut plain = |dtype, wanted| {
+                let alignments = [alignment(wanted > 1); 2];
+                all.push(plain_source([&row; 2], alignments, dtype, dtype, plain_rows(d, wanted)));
+            };
             if Variant::choose(&shape, usize::MAX).is_none() {
-                all.push(plain_source(&row, &row, DType::F16, DType::F16));
+                plain(DType::F16, 1);
             }
-            all.push(plain_source(&row, &row, DType::F32, DType::F32));
+            [4, 8].into_iter().for_each(|wanted| plain(DType::F32, wanted));
         }
         let row = RowFormat::new(Codec::tq(4), d).unwrap();
         all.push(rotate_source(&row, Direction::Forward, DType::F32, DType::F16, 1));
@@ -131,7 +138,7 @@ fn head_dims(usual: &[usize]) -> Vec<usize> {
 fn compile(architecture: &str, sources: &[Source]) -> (Vec<String>, Vec<String>) {
     let nvrtc = nvrtc::load().expect("checked before");
     let results: Vec<_> = sources
-        .par_iter()
+        .iter()
         .map(|source| {
             let name = || format!("{architecture} {} {}", source.name, source.options.join(" "));
             let key = source.key(architecture, nvrtc.version);
@@ -177,17 +184,37 @@ fn every_specialisation_compiles() {
         eprintln!("SKIPPED: compiling CUDA kernels: {reason}");
         return;
     }
+    let architectures = chosen(ARCHITECTURES_VARIABLE, &ARCHITECTURES, |a| a.0.to_owned());
+    if let [(architecture, shared_memory)] = architectures[..] {
+        return compiles_for(architecture, shared_memory);
+    }
+    // NVRTC compiles one kernel at a time in a process, so every architecture has a process of its own: this test again.
+    let failures: Vec<_> = architectures
+        .par_iter()
+        .filter_map(|(architecture, _)| {
+            let test = "backend::cuda::tests::every_specialisation_compiles";
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", test, "--nocapture"])
+                .env(ARCHITECTURES_VARIABLE, architecture)
+                .output()
+                .unwrap();
+            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            let (out, err) = (text(&output.stdout), text(&output.stderr));
+            out.lines().filter(|line| line.contains("sm_")).for_each(|line| println!("{line}"));
+            (!output.status.success()).then(|| format!("{architecture}: {out}{err}"))
+        })
+        .collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+fn compiles_for(architecture: &str, shared_memory: usize) {
     // By default each of the kernels' ways to lay out a row; all head dims take long.
     let head_dims = head_dims(&[80, 128]);
-    let mut failures = vec![];
-    for (architecture, shared_memory) in chosen("TQKV_CUDA_ARCHITECTURES", &ARCHITECTURES, |a| a.0.to_owned()) {
-        let mut sources = row_sources(&head_dims);
-        sources.extend(attention_variants(&head_dims, shared_memory).iter().map(Variant::source));
-        let (failed, spills) = compile(architecture, &sources);
-        println!("{architecture}: {} kernels, {} spill registers, {} fail", sources.len(), spills.len(), failed.len());
-        spills.iter().for_each(|s| println!("  spills: {s}"));
-        failures.extend(failed);
-    }
+    let mut sources = row_sources(&head_dims);
+    sources.extend(attention_variants(&head_dims, shared_memory).iter().map(Variant::source));
+    let (failures, spills) = compile(architecture, &sources);
+    println!("{architecture}: {} kernels, {} spill registers, {} fail", sources.len(), spills.len(), failures.len());
+    spills.iter().for_each(|s| println!("  spills: {s}"));
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 

@@ -53,7 +53,8 @@
 // Each warp runs through its own tiles with its own cp.async pipeline and online softmax; no barrier in the main loop. K is the
 // A operand (positions x dims) against Q^T (8 rows), V^T the A operand against P^T. Codes decode to plain codebook values (see
 // codec.cuh), keys of 3 bits to integers, against queries that are integers too; K's scale multiplies the score and V's the weight.
-// A query is multiplied as two numbers where there are columns for it. The running maximum moves only when it grows by more than 2^4.
+// A query is multiplied as two numbers where there are columns for it. Weights are multiplied as f16, so the running maximum is one
+// of score + log2 of the value's scale: whatever the scales are, no product overflows. It moves only when it may grow by more than 2^8.
 // At the end of an item the block's warps are summed, between two barriers, while the next item's queries become fragments; of a
 // split output the block that finishes last sums the parts.
 #include "attention.cuh"
@@ -520,6 +521,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             u8* const codes_v = codes_k + TILE * K::ROW;
             u8* const scales_k = codes_v + TILE * V::ROW;
             u8* const scales_v = scales_k + TILE * K::SCALE_ROW;
+            constexpr float SLACK = 8.f;
             const int base = tile * TILE;
             const bool edge = base < all_lo || base + TILE > all_hi;
             if (unlikely(edge)) {
@@ -642,6 +644,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                                 }
                         }
                 }
+                // A weight's product with its value's scale: within f16 as long as score + log2 of the scale is near the maximum.
+                float v_scale[SUB][V::SCALES][2], largest = 0x1p-60f;
+#pragma unroll
+                for (int u = 0; u < SUB; u++)
+#pragma unroll
+                    for (int h = 0; h < V::SCALES; h++)
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            const int run = SUB == TILE / 16 ? u : sub + u;
+                            v_scale[u][h][half] = load_scale<V_SCALE>(scales_v, (run * 16 + key_row + half * 8) * V::SCALES + h);
+                            largest = fmaxf(largest, v_scale[u][h][half]);
+                        }
+                const float above = V_SCALE ? log2_approx(largest) - SLACK : -SLACK;
                 bool grown = false;
 #pragma unroll
                 for (int n = 0; n < TILES_N; n++)
@@ -649,15 +664,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                     for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
                         for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + COLUMNS]));
-                        top[n][c] *= unit[n][c];
-                        grown |= top[n][c] > m[n][c] + 4.f;
+                        grown |= top[n][c] * unit[n][c] + above > m[n][c];
                     }
                 if (unlikely(__any_sync(~0u, grown))) {
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
                         for (int c = 0; c < COLUMNS; c++) {
-                            float x = fmaxf(top[n][c], m[n][c]);
+                            float x = m[n][c];
+#pragma unroll
+                            for (int u = 0; u < SUB; u++)
+#pragma unroll
+                                for (int half = 0; half < 2; half++) {
+                                    float scale = 0x1p-60f;
+#pragma unroll
+                                    for (int h = 0; h < V::SCALES; h++) scale = fmaxf(scale, v_scale[u][h][half]);
+                                    x = fmaxf(x, s[u][n][half * COLUMNS + c] * unit[n][c] + fminf(log2_approx(scale), 100.f));
+                                }
 #pragma unroll
                             for (int k = 4; k < 32; k <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
                             const float shrink = exp2_approx(m[n][c] - x);
@@ -679,10 +702,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         }
                     repeat<V::SCALES>([&](auto h) {
                         constexpr int H = decltype(h)::value;
-                        const int r = (run * 16 + key_row) * V::SCALES + H;
                         u32 b0[TILES_N], b1[TILES_N];
                         // Rounded once, to f16, as a product: of few positions this is most of the output's error.
-                        const float scale0 = load_scale<V_SCALE>(scales_v, r), scale1 = load_scale<V_SCALE>(scales_v, r + 8 * V::SCALES);
+                        const float scale0 = v_scale[u][H][0], scale1 = v_scale[u][H][1];
 #pragma unroll
                         for (int n = 0; n < TILES_N; n++) {
                             b0[n] = transpose8(f16x2_from_f32(w[n][0] * scale0, NARROW ? 0.f : w[n][1] * scale0));

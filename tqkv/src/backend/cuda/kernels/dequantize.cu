@@ -20,12 +20,6 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
 constexpr int THREADS = 128;
 
-template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) {
-    if (R::SCALING == SCALE_CORRECTED) return f32_from_f16(((const u16*)scales)[i]);
-    const float scale = ((const float*)scales)[i];
-    return R::SCALING == SCALE_NORM ? __fmul_rn(scale, unit) : __fdiv_rn(scale, unit);
-}
-
 template <typename R> DEVICE void decode(const Params& p) {
     constexpr int ROWS = THREADS / R::GROUP;
     __shared__ float levels[R::CODED ? R::TABLE : 1];

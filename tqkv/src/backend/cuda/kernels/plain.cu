@@ -1,7 +1,9 @@
 // Attention for every shape and codec, in f32 on plain cores: for f32 queries, whose precision f16 tensor cores (attention.cu)
-// would lose, and for shapes that those do not take. Blocks are (query token, head, split of the positions); each warp runs
-// through every WARPS-th position of its split with an online softmax, and the block that finishes last joins the splits.
-// -D: HEAD_DIM; for K and V: BITS, PACKING, SCALING; Q_TYPE, OUT_TYPE.
+// would lose, and for shapes that those do not take. A block takes up to ROWS query rows of a sequence (row = query * group + h)
+// that read one KV head, and a split of the positions, which it goes through in tiles. Each tile's keys, then its values, are
+// decoded to shared memory once for all rows. The block that finishes last joins the splits.
+// -D: HEAD_DIM; for K and V: BITS, PACKING, SCALING, CODE_ALIGN (bytes); Q_TYPE, OUT_TYPE; ROWS (up to 8, ROWS * HEAD_DIM up to
+// 2048 or one row).
 #include "row.cuh"
 #include "rotate.cuh"
 
@@ -21,9 +23,9 @@ struct Params {
     const float* sinks;  // or null
     const Span* spans;
     const u32* table;
-    float* partial;      // [rows, splits, HEAD_DIM], if there are several splits
-    double2* partial_ml; // [rows, splits]: maximum and sum
-    u32* counters;       // [rows], zero before and after
+    float* partial;      // [blocks / splits, ROWS, splits, HEAD_DIM], if there are several splits
+    double2* partial_ml; // [blocks / splits, ROWS, splits]: maximum and sum
+    u32* counters;       // [blocks / splits], zero before and after
     u32 splits, pad;
     u32 sequences, kv_heads, heads, page_size, width;
     u32 causal, window, original;
@@ -31,137 +33,248 @@ struct Params {
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
-constexpr int D = HEAD_DIM, WARPS = 8, PER_LANE = (D + 31) / 32;
-typedef Row<D, K_BITS, K_PACKING, K_SCALING, 1> K;
-typedef Row<D, V_BITS, V_PACKING, V_SCALING, 1> V;
+constexpr int D = HEAD_DIM, WARPS = 8, THREADS = WARPS * 32;
+constexpr int QUADS = D / 4, MINE = (QUADS + 31) / 32;  // of a row; of a lane
+constexpr int TILE = D <= 144 ? 32 : D <= 288 ? 16 : D <= 576 ? 8 : 4, SHARE = 32 / TILE;
+constexpr int STRIDE = QUADS + 1;  // of a tile's rows: so neighbours' quads do not meet in a bank
+typedef Row<D, K_BITS, K_PACKING, K_SCALING, K_CODE_ALIGN> K;
+typedef Row<D, V_BITS, V_PACKING, V_SCALING, V_CODE_ALIGN> V;
 
-template <typename R> DEVICE float decode(const Side& s, u64 row, int e) {
-    const u8* const codes = s.codes + row * R::BYTES;
-    if (R::PACKING == PACK_F32) return ((const float*)codes)[e];
-    if (R::PACKING == PACK_F16) return f32_from_f16(((const u16*)codes)[e]);
-    u32 code;
-    if (R::PACKING == PACK_BYTE) {
-        code = codes[e];
-    } else if (R::PACKING == PACK_PLANES) {
-        code = (u32)load_run<R>(codes, e & ~7) >> e % 8 * 4;
-    } else {
-        const int byte = e * R::BITS / 8, shift = e * R::BITS % 8;
-        code = codes[byte];
-        if (shift + R::BITS > 8) code |= (u32)codes[byte + 1] << 8;
-        code >>= shift;
+template <typename R> DEVICE void fill(float* table, const float* levels) {
+    for (int i = threadIdx.x; R::CODED && i < R::TABLE; i += THREADS) table[i] = levels[i / R::REPLICAS];
+}
+// Runs of eight elements that a thread takes of a tile: read while there is other work, then decoded to shared memory.
+template <typename R> struct Runs {
+    static constexpr int ALL = TILE * D / 8, N = (ALL + THREADS - 1) / THREADS;
+    u64 codes[N];
+    float factor[N], x[R::CODED ? 1 : N][8];
+
+    // `rows`: where the tile's positions lie.
+    DEVICE void load(const Side& s, const u64* rows) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int run = min(threadIdx.x + i * THREADS, ALL - 1), element = run % (D / 8) * 8;
+            const u64 row = rows[run / (D / 8)];
+            const u8* const from = s.codes + row * R::BYTES;
+            if constexpr (R::CODED) {
+                codes[i] = load_run<R>(from, element);
+                factor[i] = load_factor<R>(s.scales, row * R::SCALES + element * R::SCALES / D, s.unit);
+            } else {
+                load8<R::PACKING == PACK_F16 ? TYPE_F16 : TYPE_F32, R::ALIGN >= 16>(from, element, x[i]);
+            }
+        }
     }
-    const float level = s.levels[code & (R::LEVELS - 1)];
-    if (R::SCALING == SCALE_CORRECTED) return level * f32_from_f16(((const u16*)s.scales)[row]);
-    if (R::SCALING == SCALE_NORM) return level * (((const float*)s.scales)[row] * s.unit);
-    return level * __fdiv_rn(((const float*)s.scales)[row * R::SCALES + e / 256], s.unit);
+    // Positions from `count` on become zero.
+    DEVICE void decode(float4* tile, const float* table, u32 count) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int run = threadIdx.x + i * THREADS, position = run / (D / 8);
+            if (run >= ALL) break;
+            float v[8] = {};
+            if (position < count)
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    if constexpr (R::CODED)
+                        v[k] = table[((u32)(codes[i] >> k * R::FIELD) & (R::LEVELS - 1)) * R::REPLICAS + threadIdx.x % R::REPLICAS] * factor[i];
+                    else v[k] = x[i][k];
+            float4* const to = tile + position * STRIDE + run % (D / 8) * 2;
+            to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
+        }
+    }
+};
+DEVICE void add_product(float4& sum, float a, const float4& b) {
+    sum.x = __fmaf_rn(a, b.x, sum.x), sum.y = __fmaf_rn(a, b.y, sum.y), sum.z = __fmaf_rn(a, b.z, sum.z), sum.w = __fmaf_rn(a, b.w, sum.w);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) plain(const __grid_constant__ Params p) {
-    __shared__ float shared_row[D], sums[WARPS][D];
-    __shared__ double tops[WARPS];
-    __shared__ float weights[WARPS];
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 4 && D <= 128 ? 3 : 2) plain(const __grid_constant__ Params p) {
+    __shared__ float4 tile[TILE * STRIDE], rows4[ROWS * QUADS];  // queries, then outputs
+    __shared__ double dots[WARPS][ROWS][TILE];
+    __shared__ u64 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
+    __shared__ float weights[TILE][ROWS], shrinks[ROWS];
+    __shared__ float k_table[K::CODED ? K::TABLE : 1], v_table[V::CODED ? V::TABLE : 1];
     __shared__ bool last;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 row_index = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
-    const u32 token = row_index / p.heads, head = row_index % p.heads, kv_head = head / (p.heads / p.kv_heads);
-    u32 sequence = 0;
-    while (p.spans[sequence].start + p.spans[sequence].new_ <= token) sequence++;
+    const u32 index = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+    const u32 kv_head = index % p.kv_heads, group = p.heads / p.kv_heads;
+    u32 sequence = 0, row0 = index / p.kv_heads;
+    for (u32 tiles; tiles = (p.spans[sequence].new_ * group + ROWS - 1) / ROWS, row0 >= tiles; sequence++) row0 -= tiles;
+    row0 *= ROWS;
     const Span span = p.spans[sequence];
-    const u64 at = (u64)row_index * D;
+    const u32 rows = min((u32)ROWS, span.new_ * group - row0);
+    const u32* const pages = p.table + (u64)sequence * p.width;
+    const Divisor page_size(p.page_size);
+    // What row `row0 + r` is called in `q` and sees, in this order: head's row, first position, end.
+    const auto row_of = [&](u32 r) { return (u64)(span.start + (row0 + r) / group) * p.heads + kv_head * group + (row0 + r) % group; };
+    const auto position_of = [&](u32 r) { return span.len - span.new_ + (row0 + r) / group; };
+    const auto begin_of = [&](u32 r) {
+        const u32 seen = position_of(r) + 1;
+        return p.window && seen > p.window ? max(span.first, seen - p.window) : span.first;
+    };
+    const auto end_of = [&](u32 r) { return p.causal ? position_of(r) + 1 : span.len; };
 
-    for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-        const float x = load_element<Q_TYPE>(p.q, at + d);
-        shared_row[d] = p.original && p.key.turn.rotated ? flip_sign(p.key.turn.signs, d, x) : x;
+    fill<K>(k_table, p.key.levels), fill<V>(v_table, p.value.levels);
+    // A warp has a row, from its query to its softmax and its output.
+    float* const own = (float*)(rows4 + min(warp, ROWS - 1) * QUADS);
+    const u64 own_row = row_of(min((u32)warp, rows - 1));
+    if (warp < ROWS) {
+        const bool rotated = p.original && p.key.turn.rotated;
+        for (int d = lane; d < D; d += 32) {
+            const float x = load_element<Q_TYPE>(p.q, own_row * D + d);
+            own[d] = rotated ? flip_sign(p.key.turn.signs, d, x) : x;
+        }
+        __syncwarp();
+        if (rotated) rotate_row<D>(own, lane);
     }
-    __syncthreads();
-    if (p.original && p.key.turn.rotated) {
-        if (warp == 0) rotate_row<D>(shared_row, lane);
-        __syncthreads();
-    }
-    float q[PER_LANE], out[PER_LANE] = {};
-    for (int k = 0; k < PER_LANE; k++) q[k] = lane + 32 * k < D ? shared_row[lane + 32 * k] : 0.f;
-
-    const u32 position = span.len - span.new_ + token - span.start;
-    const u32 all_end = p.causal ? position + 1 : span.len;
-    const u32 all_begin = p.window && position + 1 > p.window ? max(span.first, position + 1 - p.window) : span.first;
+    const u32 own_begin = begin_of(min((u32)warp, rows - 1)), own_end = end_of(min((u32)warp, rows - 1));
+    const u32 all_begin = begin_of(0), all_end = end_of(rows - 1);
     const u32 seen = all_end > all_begin ? all_end - all_begin : 0, share = (seen + p.splits - 1) / p.splits;
     const u32 begin = all_begin + min(split * share, seen), end = min(begin + share, all_begin + seen);
+
     // Scores reach the hundreds, where f32 steps by 3e-5: what is subtracted before exp is finer.
     double top = -1e300;
     float weight = 0.f;
-    for (u32 i = begin + warp; i < end; i += WARPS) {
-        const u64 row = locate(p.table + (u64)sequence * p.width, i, p.page_size, p.width, p.kv_heads, kv_head);
-        float dot = 0.f;
-        for (int k = 0; k < PER_LANE; k++)
-            if (lane + 32 * k < D) dot += q[k] * decode<K>(p.key, row, lane + 32 * k);
-        double score = dot;
-        for (int h = 16; h > 0; h >>= 1) score += __shfl_xor_sync(~0u, score, h);
-        score *= p.scale;
-        if (p.softcap > 0.f) score = p.softcap * tanh(score / p.softcap);
-        if (score > top) {
-            const float shrink = expf((float)(top - score));
-            weight *= shrink;
-            for (int k = 0; k < PER_LANE; k++) out[k] *= shrink;
-            top = score;
+    float4 out[ROWS][MINE] = {};
+    // The last position stands for those after it.
+    const auto place = [&](u32 first, u64* to) {
+        if (threadIdx.x < TILE) to[threadIdx.x] = locate(pages, min(first + threadIdx.x, end - 1), page_size, p.width, p.kv_heads, kv_head);
+    };
+    Runs<K> keys;
+    Runs<V> values;
+    if (begin < end) {
+        place(begin, places[0]);
+        __syncthreads();
+        keys.load(p.key, places[0]);
+    }
+    u32 turn = 0;
+    for (u32 first = begin; first < end; first += TILE, turn ^= 1) {
+        const u32 count = min((u32)TILE, end - first);
+        keys.decode(tile, k_table, count);
+        values.load(p.value, places[turn]);
+        if (first + TILE < end) place(first + TILE, places[turn ^ 1]);
+        __syncthreads();
+        // A warp multiplies a part of every position's key, in f32 four elements at a time.
+        double sum[ROWS] = {};
+#pragma unroll 2
+        for (int quad = warp * SHARE + lane / TILE; quad < QUADS; quad += WARPS * SHARE) {
+            const float4 a = tile[lane % TILE * STRIDE + quad];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float4 x = rows4[r * QUADS + quad];
+                sum[r] += __fmaf_rn(a.w, x.w, __fmaf_rn(a.z, x.z, __fmaf_rn(a.y, x.y, a.x * x.x)));
+            }
         }
-        const float w = expf((float)(score - top));
-        weight += w;
-        for (int k = 0; k < PER_LANE; k++)
-            if (lane + 32 * k < D) out[k] += w * decode<V>(p.value, row, lane + 32 * k);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int h = TILE; h < 32; h <<= 1) sum[r] += __shfl_xor_sync(~0u, sum[r], h);
+            if (lane < TILE) dots[warp][r][lane] = sum[r];
+        }
+        __syncthreads();
+        if (warp < ROWS) {
+            const u32 position = first + lane;
+            const bool seen = lane < count && position >= own_begin && position < own_end;
+            double score = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) score += dots[w][warp][lane % TILE];
+            score *= p.scale;
+            if (p.softcap > 0.f) score = p.softcap * tanh(score / p.softcap);
+            double higher = seen ? fmax(score, top) : top;
+#pragma unroll
+            for (int h = 16; h > 0; h >>= 1) higher = fmax(higher, __shfl_xor_sync(~0u, higher, h));
+            const float shrink = expf((float)(top - higher)), w = seen ? expf((float)(score - higher)) : 0.f;
+            float sum = w;
+#pragma unroll
+            for (int h = 16; h > 0; h >>= 1) sum += __shfl_xor_sync(~0u, sum, h);
+            weight = weight * shrink + sum, top = higher;
+            if (lane < TILE) weights[lane][warp] = w;
+            if (lane == 0) shrinks[warp] = shrink;
+        }
+        values.decode(tile, v_table, count);
+        if (first + TILE < end) keys.load(p.key, places[turn ^ 1]);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int k = 0; k < MINE; k++) {
+                float4& x = out[r][k];
+                x.x *= shrinks[r], x.y *= shrinks[r], x.z *= shrinks[r], x.w *= shrinks[r];
+            }
+#pragma unroll
+        for (int position = warp; position < TILE; position += WARPS)
+#pragma unroll
+            for (int k = 0; k < MINE; k++) {
+                if (lane + 32 * k >= QUADS) break;
+                const float4 v = tile[position * STRIDE + lane + 32 * k];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) add_product(out[r][k], weights[position][r], v);
+            }
+        __syncthreads();
     }
-    for (int k = 0; k < PER_LANE; k++)
-        if (lane + 32 * k < D) sums[warp][lane + 32 * k] = out[k];
-    if (lane == 0) tops[warp] = top, weights[warp] = weight;
+    // The warps' sums, one warp after the other.
     __syncthreads();
-
-    double all = -1e300;
-    float total = 0.f;
-    for (int w = 0; w < WARPS; w++) all = fmax(all, tops[w]);
-    for (int w = 0; w < WARPS; w++) total += weights[w] * expf((float)(tops[w] - all));
-    for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-        float sum = 0.f;
-        for (int w = 0; w < WARPS; w++) sum += sums[w][d] * expf((float)(tops[w] - all));
-        shared_row[d] = sum;
+    for (int w = 0; w < WARPS; w++) {
+        if (w == warp)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                for (int k = 0; k < MINE; k++) {
+                    if (lane + 32 * k >= QUADS) break;
+                    float4& to = rows4[r * QUADS + lane + 32 * k];
+                    if (w == 0) to = out[r][k];
+                    else add_product(to, 1.f, out[r][k]);
+                }
+        __syncthreads();
     }
+
     if (p.splits > 1) {
-        float* const partial = p.partial + (u64)row_index * p.splits * D;
-        double2* const ml = p.partial_ml + (u64)row_index * p.splits;
-        for (int d = threadIdx.x; d < D; d += WARPS * 32) __stcg(partial + split * D + d, shared_row[d]);
-        if (threadIdx.x == 0) __stcg(ml + split, make_double2(all, total));
+        const u64 slot = (u64)index * ROWS + warp;
+        float4* const partial = (float4*)p.partial + slot * p.splits * QUADS;
+        double2* const ml = p.partial_ml + slot * p.splits;
+        if (warp < rows) {
+            for (int d = lane; d < QUADS; d += 32) __stcg(partial + split * QUADS + d, rows4[warp * QUADS + d]);
+            if (lane == 0) __stcg(ml + split, make_double2(top, weight));
+        }
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
-            last = atomicAdd(p.counters + row_index, 1) == p.splits - 1;
-            if (last) p.counters[row_index] = 0;
+            last = atomicAdd(p.counters + index, 1) == p.splits - 1;
+            if (last) p.counters[index] = 0;
             __threadfence();
         }
         __syncthreads();
         if (!last) return;
-        all = -1e300, total = 0.f;
-        for (u32 k = 0; k < p.splits; k++) all = fmax(all, __ldcg(ml + k).x);
-        for (u32 k = 0; k < p.splits; k++) total += (float)__ldcg(ml + k).y * expf((float)(__ldcg(ml + k).x - all));
-        for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-            float sum = 0.f;
-            for (u32 k = 0; k < p.splits; k++) sum += __ldcg(partial + k * D + d) * expf((float)(__ldcg(ml + k).x - all));
-            shared_row[d] = sum;
+        if (warp < rows) {
+            top = -1e300, weight = 0.f;
+            for (u32 k = 0; k < p.splits; k++) top = fmax(top, __ldcg(ml + k).x);
+            float4 sum[MINE] = {};
+            for (u32 k = 0; k < p.splits; k++) {
+                const double2 part = __ldcg(ml + k);
+                const float factor = expf((float)(part.x - top));
+                weight += (float)part.y * factor;
+#pragma unroll
+                for (int i = 0; i < MINE; i++)
+                    if (lane + 32 * i < QUADS) add_product(sum[i], factor, __ldcg(partial + k * QUADS + lane + 32 * i));
+            }
+#pragma unroll
+            for (int i = 0; i < MINE; i++)
+                if (lane + 32 * i < QUADS) rows4[warp * QUADS + lane + 32 * i] = sum[i];
+            __syncwarp();
         }
     }
+    if (warp >= rows) return;
+    float shrink = 1.f;
     if (p.sinks) {
-        const double top = fmax(all, (double)p.sinks[head]);
-        const float shrink = expf((float)(all - top));
-        total = total * shrink + expf((float)(p.sinks[head] - top));
-        for (int d = threadIdx.x; d < D; d += WARPS * 32) shared_row[d] *= shrink;
-        all = top;
+        const float sink = p.sinks[own_row % p.heads];
+        const double higher = fmax(top, (double)sink);
+        shrink = expf((float)(top - higher));
+        weight = weight * shrink + expf((float)(sink - higher)), top = higher;
     }
-    for (int d = threadIdx.x; d < D; d += WARPS * 32) shared_row[d] = total > 0.f ? shared_row[d] / total : 0.f;
-    __syncthreads();
+    // No weight at all: nothing was seen. What is not a number stays so.
+    for (int d = lane; d < D; d += 32) own[d] = weight == 0.f ? 0.f : own[d] * shrink / weight;
+    __syncwarp();
     const bool restored = p.original && p.value.turn.rotated;
-    if (restored) {
-        if (warp == 0) rotate_row<D>(shared_row, lane);
-        __syncthreads();
-    }
-    for (int d = threadIdx.x; d < D; d += WARPS * 32)
-        store_element<OUT_TYPE>(p.out, at + d, restored ? flip_sign(p.value.turn.signs, d, shared_row[d]) : shared_row[d]);
-    if (p.lse && threadIdx.x == 0)
-        p.lse[row_index] = total > 0.f ? (float)(all + log((double)total)) : -__int_as_float(0x7f800000);
+    if (restored) rotate_row<D>(own, lane);
+    for (int d = lane; d < D; d += 32)
+        store_element<OUT_TYPE>(p.out, own_row * D + d, restored ? flip_sign(p.value.turn.signs, d, own[d]) : own[d]);
+    if (p.lse && lane == 0) p.lse[own_row] = weight == 0.f ? -__int_as_float(0x7f800000) : (float)(top + log((double)weight));
 }

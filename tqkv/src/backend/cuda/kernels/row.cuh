@@ -286,6 +286,13 @@ template <typename R> DEVICE void store_run_codes(u8* codes, int element, u64 fi
     }
 }
 
+// What a row's levels are multiplied by. `unit`: what a stored norm is multiplied by, or a block's scale divided by.
+template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) {
+    if (R::SCALING == SCALE_CORRECTED) return f32_from_f16(((const u16*)scales)[i]);
+    const float scale = ((const float*)scales)[i];
+    return R::SCALING == SCALE_NORM ? __fmul_rn(scale, unit) : __fdiv_rn(scale, unit);
+}
+
 // Where positions are: ops::Span, and page tables [sequences, width].
 struct Span {
     u32 first, len, start, new_;
