@@ -624,6 +624,53 @@ fn attention_is_close_to_float64(device: &Device) {
     println!("largest error {:.2e}: {}", worst.0, worst.1);
 }
 
+/// A query that sees something that is not a number gets nothing that is one, and neither does a merge; others get theirs.
+fn what_is_not_a_number_stays_so(device: &Device) {
+    let (d, kv_heads, heads, len) = (128, 2, 8, 40);
+    let mut rng = Rng(8);
+    let codecs = [Codec::tq(4), Codec::tq(3), Codec::seed(4), Codec::F16];
+    let types = [DType::F32, DType::F16];
+    for (codec, dtype, (bad_key, bad_value, bad_query)) in codecs.into_iter().flat_map(|c| {
+        let bad = [(true, false, false), (false, true, false), (false, false, true)];
+        types.into_iter().flat_map(move |t| bad.into_iter().map(move |b| (c, t, b)))
+    }) {
+        let row = RowFormat::new(codec, d).unwrap();
+        let mut vectors = |bad: bool, n: usize| {
+            let mut x = rng.normals(n * d);
+            // Of the last vector: it belongs to the last KV head, and the last query head.
+            x[(n - 1) * d + 3] = if bad { f32::NAN } else { 1.0 };
+            x
+        };
+        let (key, value) = (vectors(bad_key, len * kv_heads), vectors(bad_value, len * kv_heads));
+        let q = upload(device, dtype, &vectors(bad_query, heads), &[1, heads, d]);
+        let pools = [(&key, 0), (&value, 1)].map(|(x, _)| {
+            let pool = PagePool::new(device, row, kv_heads, 64, 1).unwrap();
+            let x = device.upload(x, &[len, kv_heads, d]).unwrap();
+            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::contiguous(device, 64, 0, len, len).unwrap()));
+            pool
+        });
+        let batch = Batch::contiguous(device, 64, 0, len, 1).unwrap();
+        let params = AttentionParams::for_head_dim(d);
+        let out = Guarded::new(device, DType::F32, &[1, heads, d]);
+        let lse = Guarded::new(device, DType::F32, &[1, heads]);
+        run(device, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out.buffer, Some(&lse.buffer)));
+        let merged = Guarded::new(device, DType::F32, &[1, heads, d]);
+        let parts = [(&out.buffer, &lse.buffer); 2];
+        run(device, |e| merge(e, &parts, &merged.buffer, None));
+        let name = format!("{codec} q {dtype}: key {bad_key} value {bad_value} query {bad_query}");
+        let (out, lse, merged) = (out.take(), lse.take(), merged.take());
+        for head in 0..heads {
+            let bad = if bad_query { head == heads - 1 } else { head >= heads / 2 };
+            for (i, x) in [&out, &merged].into_iter().flat_map(|x| x[head * d..][..d].iter().enumerate()) {
+                // A dense row keeps its elements apart.
+                let bad = bad && (i == 3 || codec != Codec::F16 || !bad_value);
+                assert_eq!(x.is_nan(), bad, "{name}: head {head}");
+            }
+            assert_eq!(lse[head].is_nan(), bad && !bad_value, "{name}: head {head}, lse {}", lse[head]);
+        }
+    }
+}
+
 fn merged_parts_equal_the_whole(device: &Device) {
     let mut rng = Rng(6);
     let (d, kv_heads, heads, len) = (128, 2, 8, 100);
@@ -790,7 +837,7 @@ macro_rules! suite {
         mod $device {
             suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
                 vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_is_close_to_float64,
-                merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
+                what_is_not_a_number_stays_so, merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
                 nothing_is_no_error);
         }
     )* };

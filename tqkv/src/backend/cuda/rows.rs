@@ -2,7 +2,7 @@
 
 use super::driver::Launch;
 use super::nvrtc::Source;
-use super::tables::{Grid, NEAR, Tables, Turn, row_defines, scale_unit};
+use super::tables::{Grid, Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, Work, address, type_number};
 use crate::backend::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::compute::{Buffer, DType, KernelSource};
@@ -103,7 +103,7 @@ struct QuantizeSide {
     grid_step: f32,
     grid_zero: f32,
     square_root: f32,
-    pad: u32,
+    per_near: f32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -146,8 +146,7 @@ pub(super) fn quantize_source(sides: [QuantizeShape; 2]) -> Source {
     let [a, b] = &sides;
     let kind = |s: &QuantizeShape| (s.row.codec(), s.row.head_dim(), s.input, s.input_aligned, s.code_alignment);
     let same = (kind(a) == kind(b)) as u32;
-    let mut options =
-        vec![format!("-DZERO_NORM={ZERO_NORM:e}f"), format!("-DNEAR={NEAR:e}f"), format!("-DSAME={same}")];
+    let mut options = vec![format!("-DZERO_NORM={ZERO_NORM:e}f"), format!("-DSAME={same}")];
     for (name, side) in ["A_", "B_"].into_iter().zip(sides) {
         let (cells, replicas) = side.cells.map_or((1, 1), |c| (c.entries.len(), replicas(c)));
         options.extend(row_defines(name, side.row));
@@ -206,7 +205,7 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Resu
             grid_step: grid.map_or(0.0, |g| g.step),
             grid_zero: grid.map_or(0.0, |g| g.zero),
             square_root: grid.map_or(0.0, |g| g.square_root),
-            pad: 0,
+            per_near: grid.map_or(0.0, |g| g.per_near),
         })
     };
     let sides = [side(a, &tables[0])?, side(b, &tables[1])?];

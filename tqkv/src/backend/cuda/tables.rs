@@ -30,9 +30,16 @@ fn f16_gain(levels: &[f32]) -> f32 {
 
 /// Elements nearer than this to a boundary are doubtful to tiles (quantize.cu). Elements have an rms of 1, so a row has the length √D,
 /// and an error that is spread over a row can at worst meet in one element. In units of 2^-24 √D the exact transform is off by
-/// log2 D (every stage rounds once), a tile by 16 (sums of sixteen products that lose 2^-24 of the largest each) and log2 D - 4.
-/// At D = 256 that is 28 · 16 · 2^-24, or 2^-15.2; rounding of the gain, 2^-21 of the element, is small beside it.
-pub(super) const NEAR: f32 = 1.0 / 32_768.0;
+/// log2 of the block (every stage rounds once), a tile by 16 (sums of sixteen products that lose 2^-24 of the largest each) and log2 of
+/// the block - 4, a reflection of n blocks, in either, by 2 √n + 2. At D = 128 that is 26 · 11.3 · 2^-24, or 2^-15.8. The gain is off by
+/// 2^-21 of an element, which near a boundary is at most 4.
+fn near(row: &RowFormat) -> f32 {
+    let (block, blocks) = (row.block(), row.head_dim() / row.block());
+    let reflection = if blocks > 1 { 4.0 * (blocks as f32).sqrt() + 4.0 } else { 0.0 };
+    let roundings = 2.0 * block.ilog2() as f32 + 12.0 + reflection;
+    (roundings * (row.head_dim() as f32).sqrt() + 40.0) / 16_777_216.0
+}
+
 /// With more bits too many rows are doubtful: of 6 bits one in twelve, of 8 bits every second one.
 const MOST_BITS: usize = 6;
 
@@ -45,6 +52,8 @@ pub(super) struct Grid {
     pub zero: f32,
     /// The root of what squares are multiplied by.
     pub square_root: f32,
+    /// What distances to a boundary are multiplied by: below 2 they are doubtful.
+    pub per_near: f32,
 }
 
 impl Grid {
@@ -65,7 +74,8 @@ impl Grid {
         };
         let entries: Vec<_> = (0..=2 * half).map(entry).collect();
         // In a cell without a boundary one far away will do, which the kernel can still scale.
-        let boundary = |b: f32| (b.min(1000.0) * -2.0 / NEAR).to_bits();
+        let per_near = 2.0 / near(row);
+        let boundary = |b: f32| (b.min(1000.0) * -per_near).to_bits();
         let field = if row.packing() == Packing::Planes { 4 } else { row.bits() };
         // The squares of a row's levels sum to less than four times those of its elements.
         let unit = 2f64.powi(32 - field as i32) / (4 * row.head_dim()) as f64;
@@ -78,6 +88,7 @@ impl Grid {
             step: cells.per_unit / 4_194_304.0,
             zero: 2.0 + half as f32 / 4_194_304.0,
             square_root: unit.sqrt() as f32,
+            per_near,
         })
     }
 }
@@ -185,20 +196,21 @@ mod tests {
     /// As the kernel does it, in f32 and off by as much as it may be.
     #[test]
     fn grids_give_the_code() {
-        for (bits, d) in (2..=MOST_BITS as u8).flat_map(|b| [32, 64, 96, 128, 192, 256].map(|d| (b, d))) {
+        for (bits, d) in (2..=MOST_BITS as u8).flat_map(|b| [32, 64, 96, 128, 192, 224, 256].map(|d| (b, d))) {
             let row = RowFormat::new(Codec::tq(bits), d).unwrap();
             let book = row.codebook().unwrap();
             let grid = Grid::new(&row, &Cells::new(&book.boundaries)).unwrap();
             let field = if bits == 3 { 4 } else { row.bits() as u32 };
             let unit = 2f64.powi(32 - field as i32) / (4 * d) as f64;
             let root = (d as f32).sqrt();
-            let near = book.boundaries.iter().flat_map(|&b| [b - 1.01 * NEAR, b + 1.01 * NEAR]);
+            let limit = near(&row);
+            let near = book.boundaries.iter().flat_map(|&b| [b - 1.01 * limit, b + 1.01 * limit]);
             let far = (-1000..=1000).map(|i| i as f32 / 1000.0 * root);
             for u in near.chain(far) {
-                for off in [-NEAR / 4.0, NEAR / 4.0] {
+                for off in [-limit / 4.0, limit / 4.0] {
                     let v = u + off;
                     let cell = v.mul_add(grid.step, grid.zero).to_bits() as usize - 0x4000_0000;
-                    let above = v.mul_add(2.0 / NEAR, f32::from_bits(grid.words[cell]));
+                    let above = v.mul_add(grid.per_near, f32::from_bits(grid.words[cell]));
                     let word = grid.words[grid.cells + cell + (above > 0.0) as usize];
                     let (code, square) = ((word >> (32 - field)) as u8, f64::from(word << field >> field));
                     if above.abs() >= 2.0 {

@@ -79,8 +79,9 @@ DEVICE void finish_row(const Params& p, const Item& it, u32 row, float* acc, flo
         l = l * exp2_approx(m - top) + exp2_approx(sink - top);
         m = top;
     }
-    scale = l > 0.f ? scale / l : 0.f;
-    if (p.lse && lane == 0) p.lse[to] = l > 0.f ? (m + log2_approx(l)) * 0.6931471805599453f : -__int_as_float(0x7f800000);
+    // No weight: nothing was seen. What is not a number stays so.
+    scale = l == 0.f ? 0.f : scale / l;
+    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (m + log2_approx(l)) * 0.6931471805599453f;
     if (p.restore_out) {
         rotate_row<D>(acc, lane);
         for (int d = lane; d < D; d += 32) store_element<OUT_TYPE>(p.out, to * D + d, flip_sign(p.v_signs, d, acc[d] * scale));

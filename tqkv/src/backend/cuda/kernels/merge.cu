@@ -26,15 +26,14 @@ extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ 
     if (row >= p.rows) return;
     float top = never, total = 0.f;
     for (u32 i = 0; i < p.count; i++) top = fmaxf(top, p.parts[i].lse[row]);
-    if (top > never)
-        for (u32 i = 0; i < p.count; i++) total += expf(p.parts[i].lse[row] - top);
-    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    // A part that saw nothing has no weight; one that is not a number makes the sum so.
+    const auto weight = [&](u32 i) { return p.parts[i].lse[row] == never ? 0.f : expf(p.parts[i].lse[row] - top); };
+    for (u32 i = 0; i < p.count; i++) total += weight(i);
+    const float inverse = total == 0.f ? 0.f : 1.f / total;
     for (u32 d = lane; d < p.head_dim; d += 32) {
         float sum = 0.f;
-        if (top > never)
-            for (u32 i = 0; i < p.count; i++)
-                sum += expf(p.parts[i].lse[row] - top) * load_part(p.parts[i], (u64)row * p.head_dim + d);
+        for (u32 i = 0; i < p.count; i++) sum += weight(i) * load_part(p.parts[i], (u64)row * p.head_dim + d);
         store_element<OUT_TYPE>(p.out, (u64)row * p.head_dim + d, sum * inverse);
     }
-    if (p.lse && lane == 0) p.lse[row] = total > 0.f ? top + logf(total) : top;
+    if (p.lse && lane == 0) p.lse[row] = total == 0.f ? never : top + logf(total);
 }

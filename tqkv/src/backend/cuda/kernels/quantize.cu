@@ -1,6 +1,6 @@
 // Encodes new vectors of one or two pools (K and V) in one launch. For each side A and B, -D: X_HEAD_DIM, X_BITS, X_PACKING,
 // X_SCALING, X_TYPE (of the input), X_ALIGNED (the input, to 16 bytes), X_CODE_ALIGN (bytes), X_CELLS, X_CELL_REPLICAS, X_GRID (cells
-// of the tiles' grid; 0: no tiles). For all: ZERO_NORM, NEAR, PARAMS_BYTES, SAME (the sides differ in nothing). Dynamic shared memory:
+// of the tiles' grid; 0: no tiles). For all: ZERO_NORM, PARAMS_BYTES, SAME (the sides differ in nothing). Dynamic shared memory:
 // `quantize_shared_bytes`.
 //
 // A code is the number of decision boundaries below an element. To find it without a search, the line is cut into cells of one
@@ -22,7 +22,7 @@ struct Side {
     const u32* grid;     // see Grid, of which these are members too
     float grid_step, grid_zero;
     float square_root;   // of what its squares are multiplied by
-    u32 pad;
+    float per_near;      // what distances to a boundary are multiplied by: below 2 they are near
 };
 struct Params {
     Side side[2];
@@ -154,7 +154,7 @@ DEVICE void encode(const Params& p, const Side& s, u32 block, u32 blocks) {
 //
 // A warp takes eight rows of native codecs at once. Tensor cores do the first stages of the transform: products with +-1 are exact
 // and sums nearly so. Norms and sums of levels are added up in any order, codes are found as above. All this is off by far less
-// than NEAR: so where an element comes nearer than that to a boundary, or a scale to the middle between two f16s, or a norm is out
+// than `near` of tables.rs: so where an element comes nearer than that to a boundary, or a scale to the middle between two f16s, or a norm is out
 // of the ordinary, the row is doubtful. Such rows wait in a list, and Encoder does them again.
 
 DEVICE float fma_up(float a, float b, float c) {
@@ -192,20 +192,20 @@ template <typename T> DEVICE T sum_of_four(T x) {
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // Cells of one size as far as an element can reach, each with at most one boundary and none with one near its end. In shared memory
-// lie the cells' boundaries, negated and times 2 / NEAR, and then a word for what is between the boundary of one cell and that of
+// lie the cells' boundaries, negated and times `per_near`, and then a word for what is between the boundary of one cell and that of
 // the next: the code in its upper bits, the square of the level, in fixed point, in the others. A cell's number is the low bits of
 // a float in [2, 4).
 template <int CELLS> struct Grid {
     static constexpr int BYTES = ((2 * CELLS + 1) * 4 + 15) / 16 * 16;
     u32 table;
-    float step, zero;
+    float step, zero, per_near;
     float to_cell, to_near;  // what a row's elements are multiplied by
 
-    DEVICE Grid(const Side& s, u8* shared) : step(s.grid_step), zero(s.grid_zero) {
+    DEVICE Grid(const Side& s, u8* shared) : step(s.grid_step), zero(s.grid_zero), per_near(s.per_near) {
         for (int i = threadIdx.x; i < 2 * CELLS + 1; i += THREADS) ((u32*)shared)[i] = s.grid[i];
         table = opaque(shared_address(shared));
     }
-    DEVICE void set_gain(float gain) { to_cell = gain * step, to_near = gain * (2 / NEAR); }
+    DEVICE void set_gain(float gain) { to_cell = gain * step, to_near = gain * per_near; }
     // An element's word. Bit 30 of `far` is cleared if a boundary is near.
     DEVICE u32 find(float x, u32& far) const {
         const float cell = __fmaf_rn(x, to_cell, zero);
