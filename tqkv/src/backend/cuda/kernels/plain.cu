@@ -206,7 +206,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 4 && D <= 128 ? 3 
                 if (lane + 32 * k >= QUADS) break;
                 const float4 v = tile[position * STRIDE + lane + 32 * k];
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) add_product(out[r][k], weights[position][r], v);
+                for (int r = 0; r < ROWS; r++)
+                    // What a row does not see may not be a number.
+                    if (weights[position][r] != 0.f) add_product(out[r][k], weights[position][r], v);
             }
         __syncthreads();
     }
