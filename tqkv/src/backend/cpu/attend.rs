@@ -16,7 +16,7 @@
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
 use super::simd::Simd;
-use crate::format::{MAX_HEAD_DIM, Packing, Scaling};
+use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
@@ -65,6 +65,8 @@ pub(crate) struct Task<'a> {
 /// Scores, weights and factors of a tile.
 #[repr(align(64))]
 struct Tile {
+    /// The words of `LANES` keys, word by word.
+    words: [u32; MAX_HEAD_DIM / 8 * 16],
     /// Where each row of K and V is: its codes, or its levels.
     keys: [*const u8; MAX_TILE],
     values: [*const u8; MAX_TILE],
@@ -78,25 +80,8 @@ struct Tile {
 
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
-    let (n, d) = (task.seen.len(), task.key.coder.row.head_dim());
-    let (key_bits, value_bits) = (runs::<S>(&task.key, n), runs::<S>(&task.value, n));
-    // Decoded rows must stay in the first-level cache; otherwise a long tile keeps waiting for its weights rare.
-    let tile = if key_bits > 0 && value_bits > 0 { MAX_TILE } else { (TILE_FLOATS / d).next_multiple_of(16).min(64) };
-    let mut q = lines(n * d);
-    let q: &mut [f32] = bytemuck::cast_slice_mut(&mut q);
-    q.copy_from_slice(task.q);
-    if key_bits > 0 {
-        q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
-    }
-    // Levels, nibbles of 3-bit codes, or nothing.
-    let held = |side: &Source, bits: usize| match (bits, side.coder.row.packing()) {
-        (0, _) => tile * d,
-        (_, Packing::Planes) => tile * d / 8,
-        _ => 0,
-    };
-    let (mut keys, mut values) = (lines(held(&task.key, key_bits)), lines(held(&task.value, value_bits)));
-    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
     let mut t = Tile {
+        words: [0; MAX_HEAD_DIM / 8 * 16],
         keys: [std::ptr::null(); MAX_TILE],
         values: [std::ptr::null(); MAX_TILE],
         scores: [[0.0; MAX_TILE]; ROWS],
@@ -105,39 +90,149 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
         value_factors: [0.0; MAX_TILE],
         key_norms: [0.0; MAX_TILE],
     };
-    for start in (task.start..task.end).step_by(tile) {
-        let count = tile.min(task.end - start);
-        let mut factors = [1f32; MAX_TILE];
-        find::<S>(task, &task.key, key_bits, start, count, keys, &mut t.keys, &mut factors);
-        let next = start + count;
-        if key_bits == 0 {
-            prefetch::<S>(task, &task.key, next, tile.min(task.end - next));
+    // SAFETY: as many rows.
+    unsafe {
+        match task.seen.len() {
+            1 => few::<S, 1>(task, &mut t),
+            2 => few::<S, 2>(task, &mut t),
+            3 => few::<S, 3>(task, &mut t),
+            4 => few::<S, 4>(task, &mut t),
+            _ => many::<S>(task, &mut t),
         }
-        for (wide, &narrow) in t.key_factors.iter_mut().zip(&factors[..count]) {
-            *wide = narrow as f64 * task.scale;
+    }
+}
+
+/// M rows, in long tiles, so that it is rare to wait for a tile's weights. What must be decoded before it is used is decoded
+/// in stretches.
+#[inline(always)]
+unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
+    let d = task.key.coder.row.head_dim();
+    let (key_bits, value_bits) = (key_bits::<S>(&task.key), value_bits::<S>(&task.value));
+    let stretch = |bits: usize| if bits > 0 { MAX_TILE } else { decoded(d) };
+    let (key_stretch, value_stretch) = (stretch(key_bits), stretch(value_bits));
+    let mut keys = lines(if key_bits > 0 { 0 } else { key_stretch * d });
+    let mut values = lines(match value_bits {
+        0 => value_stretch * d,
+        3 => value_stretch * d / 8,
+        _ => 0,
+    });
+    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
+    let mut q = task.q.to_vec();
+    if key_bits == 3 {
+        for (new, old) in q.chunks_exact_mut(d).zip(task.q.chunks_exact(d)) {
+            (0..d).for_each(|i| new[i] = old[element(Packing::Planes, d / 32, i / 8, i % 8)]);
         }
-        // SAFETY: `find` gives a multiple of four keys.
-        unsafe { norms::<S>(task, &mut t, count) };
-        find::<S>(task, &task.value, value_bits, start, count, values, &mut t.values, &mut t.value_factors);
-        if value_bits == 0 {
-            prefetch::<S>(task, &task.value, next, tile.min(task.end - next));
-        }
-        for r in (0..n).step_by(ROWS) {
-            // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
-            unsafe {
-                let q = q.as_ptr().add(r * d);
-                match n - r {
-                    1 => rows::<S, 1>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    2 => rows::<S, 2>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    3 => rows::<S, 3>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    _ => rows::<S, 4>(task, &mut t, q, r, start, count, key_bits, value_bits),
+    }
+    let q = q.as_ptr();
+    for start in (task.start..task.end).step_by(MAX_TILE) {
+        let count = MAX_TILE.min(task.end - start);
+        let seen = seen::<M>(task, 0, start, count);
+        find_factors(task, t, start, count);
+        // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
+        unsafe {
+            for at in (0..count).step_by(key_stretch) {
+                let end = count.min(at + key_stretch);
+                find::<S>(task, &task.key, key_bits, start, (at, end), keys, &mut t.keys);
+                norms::<S>(task, t, (at, end));
+                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
+                match key_bits {
+                    0 => score::<S, M, 0>(task, t, q, 0, &seen),
+                    2 => score::<S, M, 2>(task, t, q, 0, &seen),
+                    3 => score::<S, M, 3>(task, t, q, 0, &seen),
+                    _ => score::<S, M, 4>(task, t, q, 0, &seen),
+                }
+            }
+            soften::<S, M>(task, t, 0, &seen);
+            for at in (0..count).step_by(value_stretch) {
+                let end = count.min(at + value_stretch);
+                find::<S>(task, &task.value, value_bits, start, (at, end), values, &mut t.values);
+                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
+                match value_bits {
+                    0 => add_values::<S, M, 0>(task, t, 0, &seen),
+                    2 => add_values::<S, M, 2>(task, t, 0, &seen),
+                    _ => add_values::<S, M, 4>(task, t, 0, &seen),
                 }
             }
         }
     }
     if value_bits > 0 {
-        task.out.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, S::LANES));
+        // Vector c of a run holds the elements of code c.
+        let run = RUN * S::LANES;
+        let mut old = [0f32; RUN * 16];
+        for new in task.out.chunks_exact_mut(run) {
+            old[..run].copy_from_slice(new);
+            for i in 0..run {
+                let (c, word) = (i / S::LANES, i % S::LANES);
+                new[element(task.value.coder.row.packing(), S::LANES / 4, word, c)] = old[i];
+            }
+        }
     }
+}
+
+/// More rows: short tiles, decoded once for all of them.
+#[inline(always)]
+unsafe fn many<S: Simd>(task: &mut Task, t: &mut Tile) {
+    let (n, d) = (task.seen.len(), task.key.coder.row.head_dim());
+    let tile = decoded(d);
+    let (mut q, mut keys, mut values) = (lines(n * d), lines(tile * d), lines(tile * d));
+    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
+    bytemuck::cast_slice_mut(&mut q).copy_from_slice(task.q);
+    let q = q.as_ptr().cast::<f32>();
+    for start in (task.start..task.end).step_by(tile) {
+        let count = tile.min(task.end - start);
+        find_factors(task, t, start, count);
+        find::<S>(task, &task.key, 0, start, (0, count), keys, &mut t.keys);
+        prefetch::<S>(task, &task.key, start + count, tile.min(task.end - start - count));
+        find::<S>(task, &task.value, 0, start, (0, count), values, &mut t.values);
+        prefetch::<S>(task, &task.value, start + count, tile.min(task.end - start - count));
+        // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
+        unsafe {
+            norms::<S>(task, t, (0, count));
+            for r in (0..n).step_by(ROWS) {
+                match n - r {
+                    1 => rows::<S, 1>(task, t, q, r, start, count),
+                    2 => rows::<S, 2>(task, t, q, r, start, count),
+                    3 => rows::<S, 3>(task, t, q, r, start, count),
+                    _ => rows::<S, 4>(task, t, q, r, start, count),
+                }
+            }
+        }
+    }
+}
+
+/// M rows from `r` on over one decoded tile.
+///
+/// # Safety
+/// See `attend`.
+#[inline(always)]
+unsafe fn rows<S: Simd, const M: usize>(
+    task: &mut Task,
+    t: &mut Tile,
+    q: *const f32,
+    r: usize,
+    start: usize,
+    count: usize,
+) {
+    let seen = seen::<M>(task, r, start, count);
+    // SAFETY: the caller's.
+    unsafe {
+        score::<S, M, 0>(task, t, q.add(r * task.key.coder.row.head_dim()), r, &seen);
+        soften::<S, M>(task, t, r, &seen);
+        add_values::<S, M, 0>(task, t, r, &seen);
+    }
+}
+
+/// What M rows from `r` on see of a tile.
+fn seen<const M: usize>(task: &Task, r: usize, start: usize, count: usize) -> [(usize, usize); M] {
+    std::array::from_fn(|i| {
+        let (from, to) = task.seen[r + i];
+        (from.max(start) - start, to.min(start + count).saturating_sub(start))
+    })
+}
+
+/// Positions whose decoded keys, and as many values, stay in the first-level cache.
+fn decoded(d: usize) -> usize {
+    (TILE_FLOATS / d).next_multiple_of(16).min(64)
 }
 
 /// Floats that start where a cache's line does: a vector across two costs two accesses.
@@ -145,61 +240,97 @@ fn lines(floats: usize) -> Vec<Line> {
     vec![Line([0; 64]); floats / 16]
 }
 
-/// Vectors that are decoded from one register of codes: lane l holds elements 8 l to 8 l + 7 of a run, and vector c their
-/// elements c.
+/// Vectors that are decoded from one register of codes: lane l holds eight codes, and vector c their codes c.
 const RUN: usize = 8;
 
-/// The width of codes that are decoded as they are used, 2 or 4; 0 for levels. Rows of 3 bits become nibbles first.
-fn runs<S: Simd>(side: &Source, n: usize) -> usize {
+/// The width of keys' codes whose words are transposed as they are used; 0 for levels.
+fn key_bits<S: Simd>(side: &Source) -> usize {
     let row = &side.coder.row;
-    let whole = row.head_dim().is_multiple_of(RUN * S::LANES);
-    let one_factor = matches!(row.scaling(), Scaling::Corrected | Scaling::Norm);
     match (row.packing(), row.bits()) {
-        _ if n > ROWS || !whole || !one_factor => 0,
-        (Packing::Dense, 2) if S::NIBBLES > 0 => 2,
-        (Packing::Dense | Packing::Planes, bits @ (3 | 4)) if bits <= S::NIBBLES => 4,
+        _ if S::NIBBLES == 0 || !has_one_factor(row) => 0,
+        (Packing::Dense, bits @ (2 | 4)) => bits,
+        (Packing::Planes, bits) if row.head_dim().is_multiple_of(32) => bits,
         _ => 0,
     }
 }
 
-/// A matrix of `columns` columns into one of as many rows.
-fn transpose(x: &mut [f32], columns: usize) {
-    let mut old = [0f32; RUN * 16];
-    let (old, rows) = (&mut old[..x.len()], x.len() / columns);
-    old.copy_from_slice(x);
-    for (i, x) in x.iter_mut().enumerate() {
-        *x = old[i % rows * columns + i / rows];
+/// The width of values' codes that are decoded as they are used; 0 for levels.
+fn value_bits<S: Simd>(side: &Source) -> usize {
+    let row = &side.coder.row;
+    match (row.packing(), row.bits()) {
+        _ if !row.head_dim().is_multiple_of(RUN * S::LANES) || !has_one_factor(row) => 0,
+        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if bits <= S::NIBBLES => bits,
+        _ => 0,
     }
 }
 
-/// The rows of positions `start..start + count`, and the factor of each: levels if there are no `bits`, codes of 3 bits as
-/// nibbles, other codes as they are. What is not in the pool is in `decoded`.
+fn has_one_factor(row: &RowFormat) -> bool {
+    matches!(row.scaling(), Scaling::Corrected | Scaling::Norm)
+}
+
+/// Which element the `code`th of eight codes is, in the `word`th word of a row, or of a row of planes and their top bits
+/// with so many words of each.
+fn element(packing: Packing, words: usize, word: usize, code: usize) -> usize {
+    match packing {
+        Packing::Planes => 8 * (4 * (word % words) + code / 2) + 2 * (word / words) + code % 2,
+        _ => 8 * word + code,
+    }
+}
+
+/// The factors of positions `start..start + count`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+fn find_factors(task: &Task, t: &mut Tile, start: usize, count: usize) {
+    let mut keys = [1f32; MAX_TILE];
+    for (side, factors) in [(&task.key, &mut keys), (&task.value, &mut t.value_factors)] {
+        if !has_one_factor(&side.coder.row) {
+            factors[..count].fill(1.0);
+            continue;
+        }
+        each_page(task, side, start, (0, count), |i, n, first| {
+            side.coder.factors(side.scales.rows(first, n), &mut factors[i..i + n]);
+        });
+    }
+    for (wide, &narrow) in t.key_factors.iter_mut().zip(&keys[..count]) {
+        *wide = narrow as f64 * task.scale;
+    }
+}
+
+/// Positions `from..to` of a tile, page by page: rows of one page lie one after the other. Gives the first position, how many,
+/// and the first one's row.
+#[inline(always)]
+fn each_page(
+    task: &Task,
+    side: &Source,
+    start: usize,
+    (from, to): (usize, usize),
+    mut f: impl FnMut(usize, usize, usize),
+) {
+    let mut i = from;
+    while i < to {
+        let (page, slot) = task.batch.locate(task.sequence, start + i);
+        let n = (task.batch.page_size() - slot).min(to - i);
+        f(i, n, page * side.page_rows + side.head_rows + slot);
+        i += n;
+    }
+}
+
+/// The rows of positions `from..to` of a tile: levels if there are no `bits`, values of 3 bits as nibbles, other codes as they
+/// are. What is not in the pool is in `decoded`.
+#[inline(always)]
 fn find<S: Simd>(
     task: &Task,
     side: &Source,
     bits: usize,
     start: usize,
-    count: usize,
+    (from, to): (usize, usize),
     decoded: &mut [f32],
     rows: &mut [*const u8; MAX_TILE],
-    factors: &mut [f32; MAX_TILE],
 ) {
-    let (page_size, d, bytes) = (task.batch.page_size(), side.coder.row.head_dim(), side.coder.row.row_bytes());
-    let mut i = 0;
-    while i < count {
-        // Positions of one page lie one after the other.
-        let (page, slot) = task.batch.locate(task.sequence, start + i);
-        let n = (page_size - slot).min(count - i);
-        let first = page * side.page_rows + side.head_rows + slot;
-        let (codes, scales) = (side.codes.padded(first, n), side.scales.rows(first, n));
-        match side.coder.row.scaling() {
-            Scaling::None | Scaling::BlockRms => factors[i..i + n].fill(1.0),
-            Scaling::Corrected | Scaling::Norm => side.coder.factors(scales, &mut factors[i..i + n]),
-        }
+    let (d, bytes) = (side.coder.row.head_dim(), side.coder.row.row_bytes());
+    each_page(task, side, start, (from, to), |i, n, first| {
+        let codes = side.codes.padded(first, n);
         if bits == 0 {
-            let levels = &mut decoded[i * d..][..n * d];
+            let levels = &mut decoded[(i - from) * d..][..n * d];
             (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
             // SAFETY: `padded` gives a pointer that is readable past the rows.
             unsafe {
@@ -207,62 +338,80 @@ fn find<S: Simd>(
                     // Several factors a row cannot be pulled out of its sums.
                     let mut wide = [0f32; MAX_TILE * 4];
                     let wide = &mut wide[..n * side.coder.row.scales_per_row()];
-                    side.coder.factors(scales, wide);
+                    side.coder.factors(side.scales.rows(first, n), wide);
                     side.coder.decode(codes, Some(wide), levels);
                 } else {
                     side.coder.decode(codes, None, levels);
                 }
             }
-        } else if side.coder.row.packing() == Packing::Planes {
+        } else if bits == 3 && !decoded.is_empty() {
             for j in 0..n {
-                let (from, to) =
-                    (codes.wrapping_add(j * bytes), decoded[(i + j) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>());
-                for k in (0..d / 8).step_by(S::LANES) {
-                    let planes = [0, 1, 2].map(|plane| from.wrapping_add(plane * d / 8 + k));
-                    // SAFETY: `padded` again; D is a multiple of a run.
-                    unsafe { S::nibbles(planes, to.add(4 * k)) };
-                }
+                let to = decoded[(i + j - from) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>();
+                // SAFETY: a row of planes and as many nibbles.
+                unsafe { nibbles(codes.wrapping_add(j * bytes), d, S::LANES, to) };
                 rows[i + j] = to;
             }
         } else {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * bytes));
         }
-        i += n;
-    }
-    // Four keys at a time are read.
-    let last = rows[count - 1];
-    rows[count..count.next_multiple_of(4)].fill(last);
+    });
+    // Whole vectors of keys are read.
+    let last = rows[to - 1];
+    rows[to..to.next_multiple_of(16)].fill(last);
 }
 
-/// Asks for the codes of positions `start..start + count` ahead of their use. Short tiles are bursts from two places, which
-/// hardware does not foresee; it does foresee long ones.
+/// A row of planes as runs of `lanes` words: as many of each plane, and then of the top bits.
+#[inline(always)]
+unsafe fn nibbles(row: *const u8, d: usize, lanes: usize, to: *mut u8) {
+    let (plane, step) = (d / 8, lanes);
+    for run in (0..plane).step_by(step) {
+        for i in (0..step).step_by(8) {
+            // SAFETY: within the row, and within as many nibbles.
+            unsafe {
+                let load = |p: usize| row.add(p * plane + run + i).cast::<u64>().read_unaligned();
+                let (a, b, c) = (load(0), load(1), load(2));
+                let top = top_bits([a, b, c]);
+                let to = to.add(4 * run + i);
+                for (p, x) in [a, b, c, top].into_iter().enumerate() {
+                    to.add(p * step).cast::<u64>().write_unaligned(x);
+                }
+            }
+        }
+    }
+}
+
+/// The nibbles that the top bits of three planes make.
+#[inline(always)]
+fn top_bits([a, b, c]: [u64; 3]) -> u64 {
+    const ONES: u64 = 0x1111_1111_1111_1111;
+    a >> 3 & ONES | b >> 2 & (ONES << 1) | c >> 1 & (ONES << 2)
+}
+
+/// Asks for the codes of positions `start..start + count` ahead of their use: short tiles are bursts from two places, which
+/// hardware does not foresee.
 #[inline(always)]
 fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
-    let (page_size, bytes) = (task.batch.page_size(), side.coder.row.row_bytes());
-    let mut i = 0;
-    while i < count {
-        let (page, slot) = task.batch.locate(task.sequence, start + i);
-        let n = (page_size - slot).min(count - i);
-        let codes = side.codes.padded(page * side.page_rows + side.head_rows + slot, n);
+    let bytes = side.coder.row.row_bytes();
+    each_page(task, side, start, (0, count), |_, n, first| {
+        let codes = side.codes.padded(first, n);
         for line in (0..n * bytes).step_by(64) {
             S::prefetch(codes.wrapping_add(line));
         }
-        i += n;
-    }
+    });
 }
 
 /// The keys' norms, times scale. Levels have a norm near √D.
 #[inline(always)]
-unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize) {
+unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, (from, to): (usize, usize)) {
     let d = task.key.coder.row.head_dim();
-    if matches!(task.key.coder.row.scaling(), Scaling::Corrected | Scaling::Norm) {
+    if has_one_factor(&task.key.coder.row) {
         let root = (d as f64).sqrt();
-        for (norm, factor) in t.key_norms.iter_mut().zip(&t.key_factors[..count]) {
+        for (norm, factor) in t.key_norms[from..to].iter_mut().zip(&t.key_factors[from..to]) {
             *norm = (factor.abs() * root) as f32;
         }
         return;
     }
-    for i in (0..count).step_by(4) {
+    for i in (from..to).step_by(4) {
         let mut squares = [0f64; 4];
         // SAFETY: four rows of D floats.
         unsafe {
@@ -281,63 +430,7 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize) {
     }
 }
 
-/// M rows from `r` on over one tile.
-///
-/// # Safety
-/// See `attend`.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn rows<S: Simd, const M: usize>(
-    task: &mut Task,
-    t: &mut Tile,
-    q: *const f32,
-    r: usize,
-    start: usize,
-    count: usize,
-    key_bits: usize,
-    value_bits: usize,
-) {
-    let d = task.key.coder.row.head_dim();
-    // What each row sees of the tile.
-    let mut seen = [(0, 0); M];
-    for i in 0..M {
-        let (from, to) = task.seen[r + i];
-        seen[i] = (from.max(start) - start, to.min(start + count).saturating_sub(start));
-    }
-    // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
-    unsafe {
-        match key_bits {
-            0 => score::<S, M, 0>(task, t, q, r, &seen),
-            2 => score::<S, M, 2>(task, t, q, r, &seen),
-            _ => score::<S, M, 4>(task, t, q, r, &seen),
-        }
-        let mut same = true;
-        for i in 0..M {
-            if seen[i].0 < seen[i].1 {
-                soften::<S>(task, t, i, r + i, seen[i]);
-            }
-            same &= seen[i] == seen[0];
-        }
-        let out = task.out.as_mut_ptr().add(r * d);
-        if same {
-            match value_bits {
-                0 => add_values::<S, M, 0>(task, t, 0, seen[0], out),
-                2 => add_values::<S, M, 2>(task, t, 0, seen[0], out),
-                _ => add_values::<S, M, 4>(task, t, 0, seen[0], out),
-            }
-        } else {
-            for i in 0..M {
-                match value_bits {
-                    0 => add_values::<S, 1, 0>(task, t, i, seen[i], out.add(i * d)),
-                    2 => add_values::<S, 1, 2>(task, t, i, seen[i], out.add(i * d)),
-                    _ => add_values::<S, 1, 4>(task, t, i, seen[i], out.add(i * d)),
-                }
-            }
-        }
-    }
-}
-
-/// Scores of M queries with the keys that they see.
+/// Scores of M queries, rows from `r` on, with the keys that they see.
 #[inline(always)]
 unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     task: &Task,
@@ -353,63 +446,44 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     let d = task.key.coder.row.head_dim();
     // SAFETY: the caller's.
     unsafe {
-        let levels = task.key.coder.levels();
-        // Sixteen sums fill half of 32 registers, eight half of 16.
-        if S::LANES == 16 || M <= 2 {
+        if BITS > 0 {
+            let levels = S::levels::<BITS>(task.key.coder.table());
+            for i in (low / S::LANES * S::LANES..high).step_by(S::LANES) {
+                columns::<S, M, BITS>(q, t, d, &levels, i);
+            }
+        } else if S::LANES == 16 || M <= 2 {
+            // Sixteen sums fill half of 32 registers, eight half of 16.
             for i in (low / 4 * 4..high).step_by(4) {
-                dots::<S, M, 4, BITS>(q, t, d, levels, i);
+                dots::<S, M, 4>(q, t, d, i);
             }
         } else {
             for i in (low / 2 * 2..high).step_by(2) {
-                dots::<S, M, 2, BITS>(q, t, d, levels, i);
+                dots::<S, M, 2>(q, t, d, i);
             }
         }
         for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
-            scale::<S, BITS>(task, t, q.add(i * d), i, r + i, seen[i]);
+            scale::<S, BITS>(task, t, i, r + i, seen[i]);
         }
     }
 }
 
-/// Vector `c` of a row from element `j` on: of the run of codes there, or of levels.
+/// Dot products of M queries with K decoded keys from `at` on.
 #[inline(always)]
-unsafe fn vector<S: Simd, const BITS: usize>(row: *const u8, j: usize, c: usize, levels: *const f32) -> S::F {
-    // SAFETY: the caller's.
-    unsafe {
-        match BITS {
-            0 => S::load(row.cast::<f32>().add(j + c * S::LANES)),
-            _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c, levels),
-        }
-    }
-}
-
-/// Dot products of M queries with K keys from `at` on.
-#[inline(always)]
-unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
-    q: *const f32,
-    t: &mut Tile,
-    d: usize,
-    levels: *const f32,
-    at: usize,
-) {
-    let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i]);
+unsafe fn dots<S: Simd, const M: usize, const K: usize>(q: *const f32, t: &mut Tile, d: usize, at: usize) {
+    let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i].cast::<f32>());
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[S::splat(0.0); K]; M];
-        if BITS == 0 {
-            for j in (0..d).step_by(S::LANES) {
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+        for j in (0..d).step_by(S::LANES) {
+            let mut key = [S::splat(0.0); K];
+            for i in 0..K {
+                key[i] = S::load(keys[i].add(j));
             }
-        } else {
-            for j in (0..d).step_by(RUN * S::LANES) {
-                // Not a loop: it would not be unrolled, and a shift needs to know how far.
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 1, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 2, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 3, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 4, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 5, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 6, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 7, &mut sums);
+            for m in 0..M {
+                let query = S::load(q.add(m * d + j));
+                for i in 0..K {
+                    sums[m][i] = S::fma(query, key[i], sums[m][i]);
+                }
             }
         }
         let mut totals = [0f64; 16];
@@ -428,27 +502,79 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
     }
 }
 
-/// The products of vector `c` from element `j` on.
+/// Dot products of M queries with `LANES` keys from `at` on, one a lane: their words are transposed, then a code of all of them
+/// is one shift and one permutation, and the queries' elements are broadcast.
 #[inline(always)]
-unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usize>(
+unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
     q: *const f32,
-    keys: &[*const u8],
+    t: &mut Tile,
     d: usize,
-    levels: *const f32,
-    j: usize,
-    c: usize,
-    sums: &mut [[S::F; K]; M],
+    levels: &S::Levels,
+    at: usize,
 ) {
-    // SAFETY: the caller's.
+    let codes = if BITS == 2 { 16 } else { 8 }; // of a word
+    let words = t.words.as_mut_ptr();
+    // Chains of sixteen products are added in f64.
+    let (chains, stored) = (S::LANES / 4, d * BITS / 32);
+    // SAFETY: rows may be read 64 bytes past their end.
     unsafe {
-        let mut key = [S::splat(0.0); K];
-        for i in 0..K {
-            key[i] = vector::<S, BITS>(keys[i], j, c, levels);
+        for w in (0..stored).step_by(S::LANES) {
+            S::transpose(t.keys.as_ptr().add(at), 4 * w, words.add(w * S::LANES));
+        }
+        if BITS == 3 {
+            let plane = d / 32 * S::LANES;
+            for i in (0..plane).step_by(2) {
+                let load = |p: usize| words.add(p * plane + i).cast::<u64>().read();
+                words.add(3 * plane + i).cast::<u64>().write(top_bits([load(0), load(1), load(2)]));
+            }
         }
         for m in 0..M {
-            let query = S::load(q.add(m * d + j + c * S::LANES));
-            for i in 0..K {
-                sums[m][i] = S::fma(query, key[i], sums[m][i]);
+            t.scores[m][at..at + S::LANES].fill(0.0);
+        }
+        let mut w = 0;
+        while w < d / codes {
+            let end = (d / codes).min(w + 16 * chains / codes);
+            let mut sums = [[S::splat(0.0); 4]; M];
+            while w < end {
+                let (word, q) = (words.add(w * S::LANES), q.add(w * codes));
+                add_codes::<S, M, BITS>(word, 0, q, d, levels, &mut sums);
+                add_codes::<S, M, BITS>(word, 1, q, d, levels, &mut sums);
+                if BITS == 2 {
+                    add_codes::<S, M, BITS>(word, 2, q, d, levels, &mut sums);
+                    add_codes::<S, M, BITS>(word, 3, q, d, levels, &mut sums);
+                }
+                w += 1;
+            }
+            for m in 0..M {
+                let mut sum = S::add(sums[m][0], sums[m][1]);
+                if chains > 2 {
+                    sum = S::add(sum, S::add(sums[m][2], sums[m][3]));
+                }
+                S::add_wide(sum, t.scores[m].as_mut_ptr().add(at));
+            }
+        }
+    }
+}
+
+/// The products of every second code of `LANES` words from `first` on, or of every fourth of 2 bits.
+#[inline(always)]
+unsafe fn add_codes<S: Simd, const M: usize, const BITS: usize>(
+    words: *const u32,
+    first: usize,
+    q: *const f32,
+    d: usize,
+    levels: &S::Levels,
+    sums: &mut [[S::F; 4]; M],
+) {
+    let step = if BITS == 2 { 4 } else { 2 };
+    // SAFETY: the caller's.
+    unsafe {
+        let key = S::decode_words::<BITS>(words, first, levels);
+        for i in 0..4 {
+            for m in 0..M {
+                let query = S::splat(*q.add(m * d + first + step * i));
+                let sum = &mut sums[m][i % (S::LANES / 4)];
+                *sum = S::fma(query, key[i], *sum);
             }
         }
     }
@@ -459,7 +585,6 @@ unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usiz
 unsafe fn scale<S: Simd, const BITS: usize>(
     task: &Task,
     t: &mut Tile,
-    q: *const f32,
     i: usize,
     row: usize,
     (from, to): (usize, usize),
@@ -475,7 +600,7 @@ unsafe fn scale<S: Simd, const BITS: usize>(
         for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
             if norm > limit {
                 // SAFETY: the caller's.
-                *s = unsafe { exact_dot::<S, BITS>(task, q, key) } * factor;
+                *s = unsafe { exact_dot::<S, BITS>(task, row, key) } * factor;
             }
         }
     }
@@ -486,20 +611,17 @@ unsafe fn scale<S: Simd, const BITS: usize>(
 
 /// The dot product in f64.
 #[inline(always)]
-unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key: *const u8) -> f64 {
+unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, row: usize, key: *const u8) -> f64 {
     let d = task.key.coder.row.head_dim();
-    let vectors = if BITS == 0 { 1 } else { RUN };
     let (mut lanes, mut levels) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
-    // SAFETY: D floats and a row of as many elements.
-    let q = unsafe {
-        for j in (0..d).step_by(S::LANES) {
-            let first = j / (vectors * S::LANES) * (vectors * S::LANES);
-            let x = vector::<S, BITS>(key, first, (j - first) / S::LANES, task.key.coder.levels());
-            S::store(levels.as_mut_ptr().add(j), x);
+    // SAFETY: a row of D floats, or of codes that are readable past it.
+    unsafe {
+        match BITS {
+            0 => levels[..d].copy_from_slice(std::slice::from_raw_parts(key.cast(), d)),
+            _ => task.key.coder.decode(key, None, &mut levels[..d]),
         }
-        std::slice::from_raw_parts(q, d)
-    };
-    for (a, b) in q.chunks_exact(16).zip(levels.chunks_exact(16)) {
+    }
+    for (a, b) in task.q[row * d..][..d].chunks_exact(16).zip(levels.chunks_exact(16)) {
         for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
             *l += a as f64 * b as f64;
         }
@@ -507,9 +629,18 @@ unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key:
     lanes.iter().sum()
 }
 
+/// Weights of M rows from `r` on.
+#[inline(always)]
+unsafe fn soften<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile, r: usize, seen: &[(usize, usize); M]) {
+    for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
+        // SAFETY: the caller's.
+        unsafe { soften_row::<S>(task, t, i, r + i, seen[i]) }
+    }
+}
+
 /// Scores of row `row` (row `i` of the tile) into weights, and its running softmax one tile further.
 #[inline(always)]
-unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, usize)) {
+unsafe fn soften_row<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, usize)) {
     let (start, end) = (from / 16 * 16, to.next_multiple_of(16));
     let scores = &mut t.scores[i];
     scores[start..from].fill(f64::NEG_INFINITY);
@@ -556,9 +687,31 @@ unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (
     }
 }
 
-/// out += Σ weight · value for M rows with the same range.
+/// out += Σ weight · value for M rows from `r` on.
 #[inline(always)]
 unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
+    task: &mut Task,
+    t: &Tile,
+    r: usize,
+    seen: &[(usize, usize); M],
+) {
+    let d = task.key.coder.row.head_dim();
+    // SAFETY: the caller's.
+    unsafe {
+        let out = task.out.as_mut_ptr().add(r * d);
+        if seen.iter().all(|s| *s == seen[0]) {
+            add_same::<S, M, BITS>(task, t, 0, seen[0], out);
+        } else {
+            for i in 0..M {
+                add_same::<S, 1, BITS>(task, t, i, seen[i], out.add(i * d));
+            }
+        }
+    }
+}
+
+/// The same for rows that see the same.
+#[inline(always)]
+unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
     task: &Task,
     t: &Tile,
     i: usize,
@@ -627,7 +780,11 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
         for i in from..to {
             let mut value = [S::splat(0.0); N];
             for n in 0..N {
-                value[n] = vector::<S, BITS>(*t.values.get_unchecked(i), j, c + n, levels);
+                let row = *t.values.get_unchecked(i);
+                value[n] = match BITS {
+                    0 => S::load(row.cast::<f32>().add(j + (c + n) * S::LANES)),
+                    _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels),
+                };
             }
             for m in 0..M {
                 let weight = S::splat(*t.weights.get_unchecked(row + m).get_unchecked(i));

@@ -40,6 +40,11 @@ impl RowCoder {
         self.table.as_ref().map_or(std::ptr::null(), |t| t.levels.as_ptr())
     }
 
+    /// The codebook of codes.
+    pub fn table(&self) -> &Table {
+        self.table.as_ref().expect("codes have a codebook")
+    }
+
     /// T·S·x or S·T·x in place, for consecutive rows.
     pub fn rotate(&self, direction: Direction, rows: &mut [f32]) {
         if self.row.is_rotated() {
@@ -278,8 +283,9 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
     let (bits, bounds, levels) = (coder.row.bits(), table.bounds.as_ptr(), table.levels.as_ptr());
     assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << bits);
     let splat = |x: f32| unsafe { S::splat(x) };
-    let (gain, limit) = (splat(1.0 / norm * unit), splat(table.cells.limit));
-    let (per_unit, first) = (splat(table.cells.per_unit), splat(table.cells.first));
+    let gain = splat(1.0 / norm * unit);
+    let (cells, below) = table.cells();
+    let (limit, per_unit, first) = (splat(cells.limit), splat(cells.per_unit), splat(cells.first));
     // SAFETY: whole vectors; n stays below the number of levels, and cells have numbers within their table.
     unsafe {
         for i in (0..v.len()).step_by(S::LANES) {
@@ -297,7 +303,7 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
             } else {
                 // Those below the cell, and one more if the next is.
                 let cell = S::integer(S::fma(S::clamp(x, limit), per_unit, first));
-                n = S::bits(S::gather(table.below.as_ptr(), cell));
+                n = S::bits(S::gather(below.as_ptr(), cell));
                 n = S::count(x, S::gather(bounds, n), n, 1);
                 S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
             }

@@ -202,6 +202,64 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn transpose(rows: *const *const u8, offset: usize, to: *mut u32) {
+        unsafe {
+            let mut x = [_mm512_setzero_si512(); 16];
+            for i in 0..16 {
+                x[i] = _mm512_loadu_si512((*rows.add(i)).add(offset).cast());
+            }
+            // Pairs of rows, then fours: lane n of y[4 i + w] has word 4 n + w of rows 4 i to 4 i + 3.
+            let mut y = [_mm512_setzero_si512(); 16];
+            for i in 0..4 {
+                let (a, b) = (_mm512_unpacklo_epi32(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_epi32(x[4 * i], x[4 * i + 1]));
+                let (c, d) = (
+                    _mm512_unpacklo_epi32(x[4 * i + 2], x[4 * i + 3]),
+                    _mm512_unpackhi_epi32(x[4 * i + 2], x[4 * i + 3]),
+                );
+                y[4 * i] = _mm512_unpacklo_epi64(a, c);
+                y[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+                y[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+                y[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+            }
+            for w in 0..4 {
+                // Lanes 0 and 2, or 1 and 3, of eight rows.
+                let even = _mm512_shuffle_i32x4::<0b10_00_10_00>(y[w], y[4 + w]);
+                let even2 = _mm512_shuffle_i32x4::<0b10_00_10_00>(y[8 + w], y[12 + w]);
+                let odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(y[w], y[4 + w]);
+                let odd2 = _mm512_shuffle_i32x4::<0b11_01_11_01>(y[8 + w], y[12 + w]);
+                let words = [
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even2),
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd2),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even2),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd2),
+                ];
+                for (n, word) in words.into_iter().enumerate() {
+                    _mm512_storeu_si512(to.add(16 * (4 * n + w)).cast(), word);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn decode_words<const BITS: usize>(words: *const u32, first: usize, levels: &Self::Levels) -> [__m512; 4] {
+        unsafe {
+            let (words, mut out) = (_mm512_loadu_si512(words.cast()), [_mm512_setzero_ps(); 4]);
+            for (i, out) in out.iter_mut().enumerate() {
+                let shift = if BITS == 2 { 2 * (first + 4 * i) } else { 4 * (first + 2 * i) };
+                let code = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+                *out = _mm512_permutexvar_ps(code, levels.0[0]);
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_wide(x: __m512, to: *mut f64) {
+        unsafe {
+            let (low, high) = (_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+            _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(low)));
+            _mm512_storeu_pd(to.add(8), _mm512_add_pd(_mm512_loadu_pd(to.add(8)), _mm512_cvtps_pd(high)));
+        }
+    }
+    #[inline(always)]
     unsafe fn count(x: __m512, bound: __m512, n: __m512i, step: i32) -> __m512i {
         unsafe {
             let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, bound);
