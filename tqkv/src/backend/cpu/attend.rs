@@ -16,6 +16,7 @@
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
 use super::simd::Simd;
+use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
 
@@ -108,16 +109,24 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
 unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     let d = task.key.coder.row.head_dim();
     let (key_bits, value_bits) = (key_bits::<S>(&task.key), value_bits::<S>(&task.value));
-    let stretch = |bits: usize| if bits > 0 { MAX_TILE } else { decoded(d) };
-    let (key_stretch, value_stretch) = (stretch(key_bits), stretch(value_bits));
-    let mut keys = lines(if key_bits > 0 { 0 } else { key_stretch * d });
-    let mut values = lines(match value_bits {
-        0 => value_stretch * d,
-        3 => value_stretch * d / 8,
-        _ => 0,
-    });
+    let key_form = if key_bits == 0 { Form::Levels } else { Form::Codes };
+    let value_form = match value_bits {
+        0 => Form::Levels,
+        3 => Form::Nibbles,
+        _ => Form::Codes,
+    };
+    let stretch = |form: Form| if form == Form::Levels { decoded(d) } else { MAX_TILE };
+    let (key_stretch, value_stretch) = (stretch(key_form), stretch(value_form));
+    let held = |form: Form| match form {
+        Form::Levels => lines(decoded(d) * d),
+        Form::Nibbles => lines(MAX_TILE * d / 8),
+        Form::Codes => lines(0),
+    };
+    let (mut keys, mut values) = (held(key_form), held(value_form));
     let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
-    let mut q = task.q.to_vec();
+    let mut q = lines(M * d);
+    let q = &mut bytemuck::cast_slice_mut(&mut q)[..M * d];
+    q.copy_from_slice(task.q);
     if key_bits == 3 {
         for (new, old) in q.chunks_exact_mut(d).zip(task.q.chunks_exact(d)) {
             (0..d).for_each(|i| new[i] = old[element(Packing::Planes, d / 32, i / 8, i % 8)]);
@@ -132,30 +141,42 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
         unsafe {
             for at in (0..count).step_by(key_stretch) {
                 let end = count.min(at + key_stretch);
-                find::<S>(task, &task.key, key_bits, start, (at, end), keys, &mut t.keys);
-                norms::<S>(task, t, (at, end));
+                find::<S>(task, &task.key, key_form, start, (at, end), keys, &mut t.keys);
+                if key_bits != HALF {
+                    norms::<S>(task, t, (at, end));
+                }
                 let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
                 match key_bits {
-                    0 => score::<S, M, 0>(task, t, q, 0, &seen),
                     2 => score::<S, M, 2>(task, t, q, 0, &seen),
                     3 => score::<S, M, 3>(task, t, q, 0, &seen),
-                    _ => score::<S, M, 4>(task, t, q, 0, &seen),
+                    4 => score::<S, M, 4>(task, t, q, 0, &seen),
+                    5 => score::<S, M, 5>(task, t, q, 0, &seen),
+                    6 => score::<S, M, 6>(task, t, q, 0, &seen),
+                    7 => score::<S, M, 7>(task, t, q, 0, &seen),
+                    8 => score::<S, M, 8>(task, t, q, 0, &seen),
+                    HALF => score::<S, M, HALF>(task, t, q, 0, &seen),
+                    _ => score::<S, M, 0>(task, t, q, 0, &seen),
                 }
             }
             soften::<S, M>(task, t, 0, &seen);
             for at in (0..count).step_by(value_stretch) {
                 let end = count.min(at + value_stretch);
-                find::<S>(task, &task.value, value_bits, start, (at, end), values, &mut t.values);
+                find::<S>(task, &task.value, value_form, start, (at, end), values, &mut t.values);
                 let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
                 match value_bits {
-                    0 => add_values::<S, M, 0>(task, t, 0, &seen),
                     2 => add_values::<S, M, 2>(task, t, 0, &seen),
-                    _ => add_values::<S, M, 4>(task, t, 0, &seen),
+                    3 | 4 => add_values::<S, M, 4>(task, t, 0, &seen),
+                    5 => add_values::<S, M, 5>(task, t, 0, &seen),
+                    6 => add_values::<S, M, 6>(task, t, 0, &seen),
+                    7 => add_values::<S, M, 7>(task, t, 0, &seen),
+                    8 => add_values::<S, M, 8>(task, t, 0, &seen),
+                    HALF => add_values::<S, M, HALF>(task, t, 0, &seen),
+                    _ => add_values::<S, M, 0>(task, t, 0, &seen),
                 }
             }
         }
     }
-    if value_bits > 0 {
+    if (2..=4).contains(&value_bits) {
         // Vector c of a run holds the elements of code c.
         let run = RUN * S::LANES;
         let mut old = [0f32; RUN * 16];
@@ -176,14 +197,14 @@ unsafe fn many<S: Simd>(task: &mut Task, t: &mut Tile) {
     let tile = decoded(d);
     let (mut q, mut keys, mut values) = (lines(n * d), lines(tile * d), lines(tile * d));
     let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
-    bytemuck::cast_slice_mut(&mut q).copy_from_slice(task.q);
+    bytemuck::cast_slice_mut(&mut q)[..n * d].copy_from_slice(task.q);
     let q = q.as_ptr().cast::<f32>();
     for start in (task.start..task.end).step_by(tile) {
         let count = tile.min(task.end - start);
         find_factors(task, t, start, count);
-        find::<S>(task, &task.key, 0, start, (0, count), keys, &mut t.keys);
+        find::<S>(task, &task.key, Form::Levels, start, (0, count), keys, &mut t.keys);
         prefetch::<S>(task, &task.key, start + count, tile.min(task.end - start - count));
-        find::<S>(task, &task.value, 0, start, (0, count), values, &mut t.values);
+        find::<S>(task, &task.value, Form::Levels, start, (0, count), values, &mut t.values);
         prefetch::<S>(task, &task.value, start + count, tile.min(task.end - start - count));
         // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
         unsafe {
@@ -235,31 +256,43 @@ fn decoded(d: usize) -> usize {
     (TILE_FLOATS / d).next_multiple_of(16).min(64)
 }
 
-/// Floats that start where a cache's line does: a vector across two costs two accesses.
+/// Floats that start where a cache's line does, as a vector across two costs two accesses; and a line that may be read after.
 fn lines(floats: usize) -> Vec<Line> {
-    vec![Line([0; 64]); floats / 16]
+    vec![Line([0; 64]); floats / 16 + 1]
 }
 
 /// Vectors that are decoded from one register of codes: lane l holds eight codes, and vector c their codes c.
 const RUN: usize = 8;
 
-/// The width of keys' codes whose words are transposed as they are used; 0 for levels.
+/// The width of floats of 16 bits.
+const HALF: usize = 16;
+
+/// The width of keys' codes that are decoded as they are used; 0 for levels.
 fn key_bits<S: Simd>(side: &Source) -> usize {
     let row = &side.coder.row;
     match (row.packing(), row.bits()) {
-        _ if S::NIBBLES == 0 || !has_one_factor(row) => 0,
-        (Packing::Dense, bits @ (2 | 4)) => bits,
-        (Packing::Planes, bits) if row.head_dim().is_multiple_of(32) => bits,
-        _ => 0,
+        (Packing::Dense, bits @ (2 | 4)) if S::NIBBLES > 0 && has_one_factor(row) => bits,
+        (Packing::Planes, bits) if S::NIBBLES > 0 && row.head_dim().is_multiple_of(32) => bits,
+        _ => wide_bits::<S>(row),
     }
 }
 
 /// The width of values' codes that are decoded as they are used; 0 for levels.
 fn value_bits<S: Simd>(side: &Source) -> usize {
     let row = &side.coder.row;
+    let whole = row.head_dim().is_multiple_of(RUN * S::LANES) && has_one_factor(row);
     match (row.packing(), row.bits()) {
-        _ if !row.head_dim().is_multiple_of(RUN * S::LANES) || !has_one_factor(row) => 0,
-        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if bits <= S::NIBBLES => bits,
+        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if whole && bits <= S::NIBBLES => bits,
+        _ => wide_bits::<S>(row),
+    }
+}
+
+/// The same of codes and floats that are decoded four vectors at a time: 32 registers hold four, sixteen sums and codebooks.
+fn wide_bits<S: Simd>(row: &RowFormat) -> usize {
+    match (row.packing(), row.bits()) {
+        _ if S::LANES < 16 || !row.head_dim().is_multiple_of(4 * S::LANES) => 0,
+        (Packing::Float(DType::F16), _) => HALF,
+        (Packing::Dense, bits @ 5..=8) | (Packing::Byte, bits @ 8) if has_one_factor(row) => bits,
         _ => 0,
     }
 }
@@ -314,13 +347,23 @@ fn each_page(
     }
 }
 
-/// The rows of positions `from..to` of a tile: levels if there are no `bits`, values of 3 bits as nibbles, other codes as they
-/// are. What is not in the pool is in `decoded`.
+/// How rows are found.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// As they are in the pool.
+    Codes,
+    /// Those of 3 bits.
+    Nibbles,
+    /// Decoded, without their factor if they have one.
+    Levels,
+}
+
+/// The rows of positions `from..to` of a tile. What is not in the pool is in `decoded`.
 #[inline(always)]
 fn find<S: Simd>(
     task: &Task,
     side: &Source,
-    bits: usize,
+    form: Form,
     start: usize,
     (from, to): (usize, usize),
     decoded: &mut [f32],
@@ -329,7 +372,7 @@ fn find<S: Simd>(
     let (d, bytes) = (side.coder.row.head_dim(), side.coder.row.row_bytes());
     each_page(task, side, start, (from, to), |i, n, first| {
         let codes = side.codes.padded(first, n);
-        if bits == 0 {
+        if form == Form::Levels {
             let levels = &mut decoded[(i - from) * d..][..n * d];
             (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
             // SAFETY: `padded` gives a pointer that is readable past the rows.
@@ -344,7 +387,7 @@ fn find<S: Simd>(
                     side.coder.decode(codes, None, levels);
                 }
             }
-        } else if bits == 3 && !decoded.is_empty() {
+        } else if form == Form::Nibbles {
             for j in 0..n {
                 let to = decoded[(i + j - from) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>();
                 // SAFETY: a row of planes and as many nibbles.
@@ -446,19 +489,28 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     let d = task.key.coder.row.head_dim();
     // SAFETY: the caller's.
     unsafe {
-        if BITS > 0 {
-            let levels = S::levels::<BITS>(task.key.coder.table());
-            for i in (low / S::LANES * S::LANES..high).step_by(S::LANES) {
-                columns::<S, M, BITS>(q, t, d, &levels, i);
+        let levels = &S::levels::<BITS>(task.key.coder.table());
+        match BITS {
+            2..=4 => {
+                for i in (low / S::LANES * S::LANES..high).step_by(S::LANES) {
+                    columns::<S, M, BITS>(q, t, d, levels, i);
+                }
             }
-        } else if S::LANES == 16 || M <= 2 {
-            // Sixteen sums fill half of 32 registers, eight half of 16.
-            for i in (low / 4 * 4..high).step_by(4) {
-                dots::<S, M, 4>(q, t, d, i);
+            0 if S::LANES < 16 && M > 2 => {
+                // Eight sums fill half of 16 registers, sixteen half of 32.
+                for i in (low / 2 * 2..high).step_by(2) {
+                    dots::<S, M, 2, 1, BITS>(task, q, t, levels, i);
+                }
             }
-        } else {
-            for i in (low / 2 * 2..high).step_by(2) {
-                dots::<S, M, 2>(q, t, d, i);
+            0 => {
+                for i in (low / 4 * 4..high).step_by(4) {
+                    dots::<S, M, 4, 1, BITS>(task, q, t, levels, i);
+                }
+            }
+            _ => {
+                for i in (low / 4 * 4..high).step_by(4) {
+                    dots::<S, M, 4, 4, BITS>(task, q, t, levels, i);
+                }
             }
         }
         for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
@@ -467,23 +519,62 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     }
 }
 
-/// Dot products of M queries with K decoded keys from `at` on.
+/// N vectors of a row's levels, from vector `c` on, counted from element `j`.
 #[inline(always)]
-unsafe fn dots<S: Simd, const M: usize, const K: usize>(q: *const f32, t: &mut Tile, d: usize, at: usize) {
-    let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i].cast::<f32>());
+unsafe fn vectors<S: Simd, const N: usize, const BITS: usize>(
+    row: *const u8,
+    j: usize,
+    c: usize,
+    levels: &S::Levels,
+) -> [S::F; N] {
     // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); K]; M];
-        for j in (0..d).step_by(S::LANES) {
-            let mut key = [S::splat(0.0); K];
+        let mut out = [S::splat(0.0); N];
+        let first = j + c * S::LANES;
+        match BITS {
+            2..=4 => (0..N).for_each(|n| out[n] = S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels)),
+            5..=8 => out.copy_from_slice(&S::decode4::<BITS, false>(row.add(first * BITS / 8), levels)),
+            HALF => (0..N).for_each(|n| out[n] = S::load_f16(row.cast::<u16>().add(first + n * S::LANES))),
+            _ => (0..N).for_each(|n| out[n] = S::load(row.cast::<f32>().add(first + n * S::LANES))),
+        }
+        out
+    }
+}
+
+/// Dot products of M queries with K keys from `at` on, V vectors at a time.
+#[inline(always)]
+unsafe fn dots<S: Simd, const M: usize, const K: usize, const V: usize, const BITS: usize>(
+    task: &Task,
+    q: *const f32,
+    t: &mut Tile,
+    levels: &S::Levels,
+    at: usize,
+) {
+    let d = task.key.coder.row.head_dim();
+    let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i]);
+    // SAFETY: the caller's.
+    unsafe {
+        let (mut sums, mut squares) = ([[S::splat(0.0); K]; M], [S::splat(0.0); 4]);
+        for j in (0..d).step_by(V * S::LANES) {
             for i in 0..K {
-                key[i] = S::load(keys[i].add(j));
-            }
-            for m in 0..M {
-                let query = S::load(q.add(m * d + j));
-                for i in 0..K {
-                    sums[m][i] = S::fma(query, key[i], sums[m][i]);
+                let key = vectors::<S, V, BITS>(keys[i], j, 0, levels);
+                for v in 0..V {
+                    for m in 0..M {
+                        let query = S::load(q.add(m * d + j + v * S::LANES));
+                        sums[m][i] = S::fma(query, key[v], sums[m][i]);
+                    }
+                    if BITS == HALF {
+                        squares[i] = S::fma(key[v], key[v], squares[i]);
+                    }
                 }
+            }
+        }
+        if BITS == HALF {
+            // What `norms` does with levels.
+            let mut norms = [0f64; 4];
+            S::sum4(squares, norms.as_mut_ptr());
+            for (norm, square) in t.key_norms[at..].iter_mut().zip(norms) {
+                *norm = (square.sqrt() * task.scale.abs()) as f32;
             }
         }
         let mut totals = [0f64; 16];
@@ -723,8 +814,8 @@ unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
     // Four rows of as many vectors as leave half of the registers free.
     // SAFETY: the caller's.
     unsafe {
-        let levels = task.value.coder.levels();
-        if BITS > 0 {
+        let levels = &S::levels::<BITS>(task.value.coder.table());
+        if (2..=4).contains(&BITS) {
             while j < d {
                 if S::LANES == 16 {
                     add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
@@ -742,13 +833,13 @@ unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
         let wide = if S::LANES == 16 { 4 } else { 2 };
         while j + wide * S::LANES <= d {
             if S::LANES == 16 {
-                add_columns::<S, M, 4, 0>(t, i, seen, d, j, 0, levels, out);
+                add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
             } else {
                 add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, out);
             }
             j += wide * S::LANES;
         }
-        while j < d {
+        while BITS == 0 && j < d {
             add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, out);
             j += S::LANES;
         }
@@ -765,7 +856,7 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
     d: usize,
     j: usize,
     c: usize,
-    levels: *const f32,
+    levels: &S::Levels,
     out: *mut f32,
 ) {
     // SAFETY: the caller's.
@@ -778,14 +869,7 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
             }
         }
         for i in from..to {
-            let mut value = [S::splat(0.0); N];
-            for n in 0..N {
-                let row = *t.values.get_unchecked(i);
-                value[n] = match BITS {
-                    0 => S::load(row.cast::<f32>().add(j + (c + n) * S::LANES)),
-                    _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels),
-                };
-            }
+            let value = vectors::<S, N, BITS>(*t.values.get_unchecked(i), j, c, levels);
             for m in 0..M {
                 let weight = S::splat(*t.weights.get_unchecked(row + m).get_unchecked(i));
                 for n in 0..N {

@@ -174,14 +174,14 @@ impl Simd for Avx2 {
     // Four bits take two look-ups here: fewer if four vectors are decoded together.
     const NIBBLES: usize = 3;
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m256 {
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: &Levels) -> __m256 {
         unsafe {
             let run = match BITS {
                 2 => _mm256_cvtepu16_epi32(_mm_loadu_si128(codes.cast())),
                 _ => _mm256_loadu_si256(codes.cast()),
             };
             let shift = _mm256_set1_epi32((c * BITS) as i32);
-            _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), _mm256_srlv_epi32(run, shift))
+            _mm256_permutevar8x32_ps(levels.low, _mm256_srlv_epi32(run, shift))
         }
     }
     #[inline(always)]
@@ -190,10 +190,10 @@ impl Simd for Avx2 {
             for half in 0..2 {
                 // Row i, and row i + 4 in the upper lane.
                 let mut x = [_mm256_setzero_ps(); 4];
-                for i in 0..4 {
+                for (i, x) in x.iter_mut().enumerate() {
                     let low = _mm_loadu_ps((*rows.add(i)).add(offset + 16 * half).cast());
                     let high = _mm_loadu_ps((*rows.add(i + 4)).add(offset + 16 * half).cast());
-                    x[i] = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
+                    *x = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
                 }
                 let (a, b) = (_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
                 let (c, d) = (_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
@@ -218,7 +218,8 @@ impl Simd for Avx2 {
             if BITS == 4 {
                 // Byte i of four words together, then the levels byte by byte.
                 let order = _mm256_setr_epi8(
-                    0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                    0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7,
+                    11, 15,
                 );
                 let mut code = _mm256_shuffle_epi8(words, order);
                 if first > 0 {

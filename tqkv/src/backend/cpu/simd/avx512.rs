@@ -192,26 +192,29 @@ impl Simd for Avx512 {
     }
     const NIBBLES: usize = 4;
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m512 {
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: &Self::Levels) -> __m512 {
         unsafe {
-            let run = match BITS {
-                2 => _mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())),
-                _ => _mm512_loadu_si512(codes.cast()),
+            // Of nibbles every second needs no shift, but a load from another byte: two units that have little to do.
+            let (run, shift) = match BITS {
+                2 => (_mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())), 2 * c),
+                _ => (_mm512_loadu_si512(codes.add(c / 2).cast()), 4 * (c % 2)),
             };
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(run, _mm512_set1_epi32((c * BITS) as i32)), _mm512_loadu_ps(levels))
+            let code = _mm512_srlv_epi32(run, _mm512_set1_epi32(shift as i32));
+            _mm512_permutexvar_ps(code, levels.0[0])
         }
     }
     #[inline(always)]
     unsafe fn transpose(rows: *const *const u8, offset: usize, to: *mut u32) {
         unsafe {
             let mut x = [_mm512_setzero_si512(); 16];
-            for i in 0..16 {
-                x[i] = _mm512_loadu_si512((*rows.add(i)).add(offset).cast());
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = _mm512_loadu_si512((*rows.add(i)).add(offset).cast());
             }
             // Pairs of rows, then fours: lane n of y[4 i + w] has word 4 n + w of rows 4 i to 4 i + 3.
             let mut y = [_mm512_setzero_si512(); 16];
             for i in 0..4 {
-                let (a, b) = (_mm512_unpacklo_epi32(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_epi32(x[4 * i], x[4 * i + 1]));
+                let (a, b) =
+                    (_mm512_unpacklo_epi32(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_epi32(x[4 * i], x[4 * i + 1]));
                 let (c, d) = (
                     _mm512_unpacklo_epi32(x[4 * i + 2], x[4 * i + 3]),
                     _mm512_unpackhi_epi32(x[4 * i + 2], x[4 * i + 3]),

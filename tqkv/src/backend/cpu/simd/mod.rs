@@ -36,11 +36,12 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub fn new(book: &'static Codebook) -> Self {
-        let levels: [f32; 256] = std::array::from_fn(|i| book.levels[i % book.levels.len()]);
+    pub fn new(book: Option<&'static Codebook>) -> Self {
+        let (levels, boundaries) = book.map_or((&[0.0][..], &[][..]), |book| (&book.levels, &book.boundaries));
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
         let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
-        let bounds = std::array::from_fn(|i| book.boundaries.get(i).copied().unwrap_or(f32::INFINITY));
-        Table { levels, planes, bounds, boundaries: &book.boundaries, cells: OnceLock::new() }
+        let bounds = std::array::from_fn(|i| boundaries.get(i).copied().unwrap_or(f32::INFINITY));
+        Table { levels, planes, bounds, boundaries, cells: OnceLock::new() }
     }
 
     /// Cells, and how many boundaries lie below each: integers as the bits of floats. Only encoding needs them.
@@ -98,7 +99,7 @@ pub(super) trait Simd: Copy + 'static {
     const NIBBLES: usize = 0;
     /// Of a run of `8 · LANES` codes of 2 bits or nibbles, the levels of those at c, 8 + c, 16 + c …
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: *const f32) -> Self::F {
+    unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: &Self::Levels) -> Self::F {
         unreachable!("it looks up nothing")
     }
     /// Words w of `LANES` rows from `offset` bytes on, word by word, for `LANES` words.
