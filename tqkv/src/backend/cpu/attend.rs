@@ -71,6 +71,8 @@ struct Tile {
     /// Where each row of K and V is: its codes, or its levels.
     keys: [*const u8; MAX_TILE],
     values: [*const u8; MAX_TILE],
+    /// Rows of the pool that are used next: asked for as each position is gone through.
+    ahead: [*const u8; MAX_TILE],
     scores: [[f64; MAX_TILE]; ROWS],
     weights: [[f32; MAX_TILE]; ROWS],
     key_factors: [f64; MAX_TILE],
@@ -85,6 +87,7 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
         words: [0; MAX_HEAD_DIM / 8 * 16],
         keys: [std::ptr::null(); MAX_TILE],
         values: [std::ptr::null(); MAX_TILE],
+        ahead: [std::ptr::null(); MAX_TILE],
         scores: [[0.0; MAX_TILE]; ROWS],
         weights: [[0.0; MAX_TILE]; ROWS],
         key_factors: [0.0; MAX_TILE],
@@ -137,11 +140,15 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
         let count = MAX_TILE.min(task.end - start);
         let seen = seen::<M>(task, 0, start, count);
         find_factors(task, t, start, count);
+        look_ahead(task, &task.value, start, start + count, &mut t.ahead);
         // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
         unsafe {
             for at in (0..count).step_by(key_stretch) {
                 let end = count.min(at + key_stretch);
                 find::<S>(task, &task.key, key_form, start, (at, end), keys, &mut t.keys);
+                if key_form == Form::Levels {
+                    ask::<S>(&t.ahead[at..end], task.value.coder.row.row_bytes());
+                }
                 if key_bits != HALF {
                     norms::<S>(task, t, (at, end));
                 }
@@ -159,9 +166,15 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
                 }
             }
             soften::<S, M>(task, t, 0, &seen);
+            // Also of the task after this one, which the same thread is likely to do.
+            let end = task.seen[M - 1].1;
+            look_ahead(task, &task.key, start + count, end.min(start + count + MAX_TILE), &mut t.ahead);
             for at in (0..count).step_by(value_stretch) {
                 let end = count.min(at + value_stretch);
                 find::<S>(task, &task.value, value_form, start, (at, end), values, &mut t.values);
+                if value_form == Form::Levels {
+                    ask::<S>(&t.ahead[at..end], task.key.coder.row.row_bytes());
+                }
                 let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
                 match value_bits {
                     2 => add_values::<S, M, 2>(task, t, 0, &seen),
@@ -443,6 +456,26 @@ fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
     });
 }
 
+/// Where the rows of positions `start..end` are.
+#[inline(always)]
+fn look_ahead(task: &Task, side: &Source, start: usize, end: usize, ahead: &mut [*const u8; MAX_TILE]) {
+    let bytes = side.coder.row.row_bytes();
+    each_page(task, side, start, (0, end - start), |i, n, first| {
+        let codes = side.codes.padded(first, n);
+        (0..n).for_each(|j| ahead[i + j] = codes.wrapping_add(j * bytes));
+    });
+}
+
+/// Asks for rows of `bytes` ahead of their use.
+#[inline(always)]
+fn ask<S: Simd>(rows: &[*const u8], bytes: usize) {
+    for &row in rows {
+        for line in (0..bytes).step_by(64) {
+            S::prefetch(row.wrapping_add(line));
+        }
+    }
+}
+
 /// The keys' norms, times scale. Levels have a norm near √D.
 #[inline(always)]
 unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, (from, to): (usize, usize)) {
@@ -490,9 +523,11 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     // SAFETY: the caller's.
     unsafe {
         let levels = &S::levels::<BITS>(task.key.coder.table());
+        let ahead = task.value.coder.row.row_bytes();
         match BITS {
             2..=4 => {
                 for i in (low / S::LANES * S::LANES..high).step_by(S::LANES) {
+                    ask::<S>(&t.ahead[i..i + S::LANES], ahead);
                     columns::<S, M, BITS>(q, t, d, levels, i);
                 }
             }
@@ -509,6 +544,7 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
             }
             _ => {
                 for i in (low / 4 * 4..high).step_by(4) {
+                    ask::<S>(&t.ahead[i..i + 4], ahead);
                     dots::<S, M, 4, 4, BITS>(task, q, t, levels, i);
                 }
             }
@@ -815,16 +851,17 @@ unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
     // SAFETY: the caller's.
     unsafe {
         let levels = &S::levels::<BITS>(task.value.coder.table());
+        let ahead = task.key.coder.row.row_bytes();
         if (2..=4).contains(&BITS) {
             while j < d {
                 if S::LANES == 16 {
-                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
-                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, out);
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
                 } else {
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, ahead, out);
                 }
                 j += RUN * S::LANES;
             }
@@ -833,14 +870,14 @@ unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
         let wide = if S::LANES == 16 { 4 } else { 2 };
         while j + wide * S::LANES <= d {
             if S::LANES == 16 {
-                add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
+                add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
             } else {
-                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, out);
+                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, ahead, out);
             }
             j += wide * S::LANES;
         }
         while BITS == 0 && j < d {
-            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, out);
+            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, ahead, out);
             j += S::LANES;
         }
     }
@@ -857,6 +894,7 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
     j: usize,
     c: usize,
     levels: &S::Levels,
+    ahead: usize,
     out: *mut f32,
 ) {
     // SAFETY: the caller's.
@@ -869,6 +907,9 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
             }
         }
         for i in from..to {
+            if BITS > 0 && c == 0 && j == 0 {
+                ask::<S>(&t.ahead[i..=i], ahead);
+            }
             let value = vectors::<S, N, BITS>(*t.values.get_unchecked(i), j, c, levels);
             for m in 0..M {
                 let weight = S::splat(*t.weights.get_unchecked(row + m).get_unchecked(i));
