@@ -15,7 +15,7 @@
 
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
-use super::simd::Simd;
+use super::simd::{Simd, top_bits};
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
@@ -66,8 +66,8 @@ pub(crate) struct Task<'a> {
 /// Scores, weights and factors of a tile.
 #[repr(align(64))]
 struct Tile {
-    /// The words of `LANES` keys, word by word.
-    words: [u32; MAX_HEAD_DIM / 8 * 16],
+    /// The words of `LANES` keys, word by word, and of the next ones.
+    words: [[u32; MAX_HEAD_DIM / 8 * 16]; 2],
     /// Where each row of K and V is: its codes, or its levels.
     keys: [*const u8; MAX_TILE],
     values: [*const u8; MAX_TILE],
@@ -84,7 +84,7 @@ struct Tile {
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
     let mut t = Tile {
-        words: [0; MAX_HEAD_DIM / 8 * 16],
+        words: [[0; MAX_HEAD_DIM / 8 * 16]; 2],
         keys: [std::ptr::null(); MAX_TILE],
         values: [std::ptr::null(); MAX_TILE],
         ahead: [std::ptr::null(); MAX_TILE],
@@ -402,9 +402,12 @@ fn find<S: Simd>(
             }
         } else if form == Form::Nibbles {
             for j in 0..n {
+                let row = codes.wrapping_add(j * bytes);
                 let to = decoded[(i + j - from) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>();
-                // SAFETY: a row of planes and as many nibbles.
-                unsafe { nibbles(codes.wrapping_add(j * bytes), d, S::LANES, to) };
+                for k in (0..d / 8).step_by(S::LANES) {
+                    // SAFETY: D is a multiple of a run; a row of planes, and as many nibbles.
+                    unsafe { S::words([0, 1, 2].map(|plane| row.wrapping_add(plane * d / 8 + k)), to.add(4 * k)) };
+                }
                 rows[i + j] = to;
             }
         } else {
@@ -414,33 +417,6 @@ fn find<S: Simd>(
     // Whole vectors of keys are read.
     let last = rows[to - 1];
     rows[to..to.next_multiple_of(16)].fill(last);
-}
-
-/// A row of planes as runs of `lanes` words: as many of each plane, and then of the top bits.
-#[inline(always)]
-unsafe fn nibbles(row: *const u8, d: usize, lanes: usize, to: *mut u8) {
-    let (plane, step) = (d / 8, lanes);
-    for run in (0..plane).step_by(step) {
-        for i in (0..step).step_by(8) {
-            // SAFETY: within the row, and within as many nibbles.
-            unsafe {
-                let load = |p: usize| row.add(p * plane + run + i).cast::<u64>().read_unaligned();
-                let (a, b, c) = (load(0), load(1), load(2));
-                let top = top_bits([a, b, c]);
-                let to = to.add(4 * run + i);
-                for (p, x) in [a, b, c, top].into_iter().enumerate() {
-                    to.add(p * step).cast::<u64>().write_unaligned(x);
-                }
-            }
-        }
-    }
-}
-
-/// The nibbles that the top bits of three planes make.
-#[inline(always)]
-fn top_bits([a, b, c]: [u64; 3]) -> u64 {
-    const ONES: u64 = 0x1111_1111_1111_1111;
-    a >> 3 & ONES | b >> 2 & (ONES << 1) | c >> 1 & (ONES << 2)
 }
 
 /// Asks for the codes of positions `start..start + count` ahead of their use: short tiles are bursts from two places, which
@@ -526,7 +502,15 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
         let ahead = task.value.coder.row.row_bytes();
         match BITS {
             2..=4 => {
-                for i in (low / S::LANES * S::LANES..high).step_by(S::LANES) {
+                // One step ahead: the products of a step need all of its words.
+                let low = low / S::LANES * S::LANES;
+                if low < high {
+                    transpose::<S, BITS>(t, d, low);
+                }
+                for i in (low..high).step_by(S::LANES) {
+                    if i + S::LANES < high {
+                        transpose::<S, BITS>(t, d, i + S::LANES);
+                    }
                     ask::<S>(&t.ahead[i..i + S::LANES], ahead);
                     columns::<S, M, BITS>(q, t, d, levels, i);
                 }
@@ -629,23 +613,13 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const V: usize, const BI
     }
 }
 
-/// Dot products of M queries with `LANES` keys from `at` on, one a lane: their words are transposed, then a code of all of them
-/// is one shift and one permutation, and the queries' elements are broadcast.
+/// The words of `LANES` keys from `at` on, one key a lane.
 #[inline(always)]
-unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
-    q: *const f32,
-    t: &mut Tile,
-    d: usize,
-    levels: &S::Levels,
-    at: usize,
-) {
-    let codes = if BITS == 2 { 16 } else { 8 }; // of a word
-    let words = t.words.as_mut_ptr();
-    // Chains of sixteen products are added in f64.
-    let (chains, stored) = (S::LANES / 4, d * BITS / 32);
+unsafe fn transpose<S: Simd, const BITS: usize>(t: &mut Tile, d: usize, at: usize) {
+    let words = t.words[at / S::LANES % 2].as_mut_ptr();
     // SAFETY: rows may be read 64 bytes past their end.
     unsafe {
-        for w in (0..stored).step_by(S::LANES) {
+        for w in (0..d * BITS / 32).step_by(S::LANES) {
             S::transpose(t.keys.as_ptr().add(at), 4 * w, words.add(w * S::LANES));
         }
         if BITS == 3 {
@@ -655,6 +629,25 @@ unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
                 words.add(3 * plane + i).cast::<u64>().write(top_bits([load(0), load(1), load(2)]));
             }
         }
+    }
+}
+
+/// Dot products of M queries with `LANES` keys from `at` on, one a lane: a code of all of them is one shift and one permutation,
+/// and the queries' elements are broadcast.
+#[inline(always)]
+unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
+    q: *const f32,
+    t: &mut Tile,
+    d: usize,
+    levels: &S::Levels,
+    at: usize,
+) {
+    let codes = if BITS == 2 { 16 } else { 8 }; // of a word
+    let words = t.words[at / S::LANES % 2].as_ptr();
+    // Chains of sixteen products are added in f64.
+    let chains = S::LANES / 4;
+    // SAFETY: the caller's.
+    unsafe {
         for m in 0..M {
             t.scores[m][at..at + S::LANES].fill(0.0);
         }
