@@ -551,11 +551,18 @@ unsafe fn vectors<S: Simd, const N: usize, const BITS: usize>(
     unsafe {
         let mut out = [S::splat(0.0); N];
         let first = j + c * S::LANES;
-        match BITS {
-            2..=4 => (0..N).for_each(|n| out[n] = S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels)),
-            5..=8 => out.copy_from_slice(&S::decode4::<BITS, false>(row.add(first * BITS / 8), levels)),
-            HALF => (0..N).for_each(|n| out[n] = S::load_f16(row.cast::<u16>().add(first + n * S::LANES))),
-            _ => (0..N).for_each(|n| out[n] = S::load(row.cast::<f32>().add(first + n * S::LANES))),
+        // No closures: they would not be compiled for the instruction set.
+        if BITS >= 5 && BITS <= 8 {
+            out.copy_from_slice(&S::decode4::<BITS, false>(row.add(first * BITS / 8), levels));
+            return out;
+        }
+        for n in 0..N {
+            let at = first + n * S::LANES;
+            out[n] = match BITS {
+                0 => S::load(row.cast::<f32>().add(at)),
+                HALF => S::load_f16(row.cast::<u16>().add(at)),
+                _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels),
+            };
         }
         out
     }
