@@ -332,32 +332,33 @@ fn find_factors(task: &Task, t: &mut Tile, start: usize, count: usize) {
             factors[..count].fill(1.0);
             continue;
         }
-        each_page(task, side, start, (0, count), |i, n, first| {
+        for (i, n, first) in pages(task, side, start, (0, count)) {
             side.coder.factors(side.scales.rows(first, n), &mut factors[i..i + n]);
-        });
+        }
     }
     for (wide, &narrow) in t.key_factors.iter_mut().zip(&keys[..count]) {
         *wide = narrow as f64 * task.scale;
     }
 }
 
-/// Positions `from..to` of a tile, page by page: rows of one page lie one after the other. Gives the first position, how many,
-/// and the first one's row.
-#[inline(always)]
-fn each_page(
+/// Positions `from..to` of a tile, page by page, as rows of one page lie one after the other: the first position, how many,
+/// and the first one's row. Not a function of a closure: that would not be compiled for the instruction set.
+fn pages(
     task: &Task,
     side: &Source,
     start: usize,
     (from, to): (usize, usize),
-    mut f: impl FnMut(usize, usize, usize),
-) {
+) -> impl Iterator<Item = (usize, usize, usize)> {
     let mut i = from;
-    while i < to {
+    std::iter::from_fn(move || {
+        if i == to {
+            return None;
+        }
         let (page, slot) = task.batch.locate(task.sequence, start + i);
         let n = (task.batch.page_size() - slot).min(to - i);
-        f(i, n, page * side.page_rows + side.head_rows + slot);
         i += n;
-    }
+        Some((i - n, n, page * side.page_rows + side.head_rows + slot))
+    })
 }
 
 /// How rows are found.
@@ -383,7 +384,7 @@ fn find<S: Simd>(
     rows: &mut [*const u8; MAX_TILE],
 ) {
     let (d, bytes) = (side.coder.row.head_dim(), side.coder.row.row_bytes());
-    each_page(task, side, start, (from, to), |i, n, first| {
+    for (i, n, first) in pages(task, side, start, (from, to)) {
         let codes = side.codes.padded(first, n);
         if form == Form::Levels {
             let levels = &mut decoded[(i - from) * d..][..n * d];
@@ -413,7 +414,7 @@ fn find<S: Simd>(
         } else {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * bytes));
         }
-    });
+    }
     // Whole vectors of keys are read.
     let last = rows[to - 1];
     rows[to..to.next_multiple_of(16)].fill(last);
@@ -424,22 +425,22 @@ fn find<S: Simd>(
 #[inline(always)]
 fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
     let bytes = side.coder.row.row_bytes();
-    each_page(task, side, start, (0, count), |_, n, first| {
+    for (_, n, first) in pages(task, side, start, (0, count)) {
         let codes = side.codes.padded(first, n);
         for line in (0..n * bytes).step_by(64) {
             S::prefetch(codes.wrapping_add(line));
         }
-    });
+    }
 }
 
 /// Where the rows of positions `start..end` are.
 #[inline(always)]
 fn look_ahead(task: &Task, side: &Source, start: usize, end: usize, ahead: &mut [*const u8; MAX_TILE]) {
     let bytes = side.coder.row.row_bytes();
-    each_page(task, side, start, (0, end - start), |i, n, first| {
+    for (i, n, first) in pages(task, side, start, (0, end - start)) {
         let codes = side.codes.padded(first, n);
         (0..n).for_each(|j| ahead[i + j] = codes.wrapping_add(j * bytes));
-    });
+    }
 }
 
 /// Asks for rows of `bytes` ahead of their use.
