@@ -4,12 +4,13 @@
 //! for each tile of positions:
 //!     decode its keys and values to f32, levels only           once for all rows; if they are few, as they are used
 //!     for each four rows:
-//!         s = (q · levels) · key factor · scale                lanes summed in f32, then added in f64
+//!         s = (q · levels) · key factor · scale                short chains in f32, added in f64
 //!         m' = max(m, s); p = exp(s - m'); sum, out shrink by exp(m - m')
 //!         sum += p; out += (p · value factor) · levels
 //! ```
-//! Rounding in those f32 sums is about 6e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
-//! The tile stays in the first-level cache, as do the rows of a decoding step.
+//! Rounding in those f32 chains is about 7e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
+//! What is decoded before it is used stays in the first-level cache. What is used next is asked for in the meantime: the
+//! tile's values while its keys are gone through, and then the next tile's keys.
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
@@ -25,7 +26,7 @@ const MAX_TILE: usize = 256;
 /// Floats of a tile of keys: a quarter of a first-level cache.
 const TILE_FLOATS: usize = 4096;
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
-const LARGE: f32 = 128.0;
+const LARGE: f32 = 112.0;
 /// Rows that share the registers.
 const ROWS: usize = 4;
 
@@ -652,8 +653,9 @@ unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
 ) {
     let codes = if BITS == 2 { 16 } else { 8 }; // of a word
     let words = t.words[at / S::LANES % 2].as_ptr();
-    // Chains of sixteen products are added in f64.
+    // Chains of at most sixteen products are added in f64: a quarter as many at a time as there are lanes.
     let chains = S::LANES / 4;
+    let step = (d.min(128) / codes).div_ceil(8 / chains);
     // SAFETY: the caller's.
     unsafe {
         for m in 0..M {
@@ -661,7 +663,7 @@ unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
         }
         let mut w = 0;
         while w < d / codes {
-            let end = (d / codes).min(w + 16 * chains / codes);
+            let end = (d / codes).min(w + step);
             let mut sums = [[S::splat(0.0); 4]; M];
             while w < end {
                 let (word, q) = (words.add(w * S::LANES), q.add(w * codes));
