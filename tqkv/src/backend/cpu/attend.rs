@@ -4,11 +4,11 @@
 //! for each tile of positions:
 //!     decode its keys and values to f32, levels only           once for all rows; if they are few, as they are used
 //!     for each four rows:
-//!         s = (q · levels) · key factor · scale                short chains in f32, added in f64
+//!         s = (q · levels) · key factor · scale                lanes summed in f32, then added in f64
 //!         m' = max(m, s); p = exp(s - m'); sum, out shrink by exp(m - m')
 //!         sum += p; out += (p · value factor) · levels
 //! ```
-//! Rounding in those f32 chains is about 7e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
+//! Rounding in those f32 sums is about 6e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
 //! What is decoded before it is used stays in the first-level cache. What is used next is asked for in the meantime: the
 //! tile's values while its keys are gone through, and then the next tile's keys.
 
@@ -16,7 +16,7 @@
 
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
-use super::simd::{Simd, top_bits};
+use super::simd::Simd;
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
@@ -26,7 +26,7 @@ const MAX_TILE: usize = 256;
 /// Floats of a tile of keys: a quarter of a first-level cache.
 const TILE_FLOATS: usize = 4096;
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
-const LARGE: f32 = 112.0;
+const LARGE: f32 = 128.0;
 /// Rows that share the registers.
 const ROWS: usize = 4;
 
@@ -67,8 +67,6 @@ pub(crate) struct Task<'a> {
 /// Scores, weights and factors of a tile.
 #[repr(align(64))]
 struct Tile {
-    /// The words of `LANES` keys, word by word, and of the next ones.
-    words: [[u32; MAX_HEAD_DIM / 8 * 16]; 2],
     /// Where each row of K and V is: its codes, or its levels.
     keys: [*const u8; MAX_TILE],
     values: [*const u8; MAX_TILE],
@@ -85,7 +83,6 @@ struct Tile {
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
     let mut t = Tile {
-        words: [[0; MAX_HEAD_DIM / 8 * 16]; 2],
         keys: [std::ptr::null(); MAX_TILE],
         values: [std::ptr::null(); MAX_TILE],
         ahead: [std::ptr::null(); MAX_TILE],
@@ -112,13 +109,13 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
 #[inline(always)]
 unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     let d = task.key.coder.row.head_dim();
-    let (key_bits, value_bits) = (key_bits::<S>(&task.key), value_bits::<S>(&task.value));
-    let key_form = if key_bits == 0 { Form::Levels } else { Form::Codes };
-    let value_form = match value_bits {
+    let (key_bits, value_bits) = (bits::<S>(&task.key), bits::<S>(&task.value));
+    let form = |bits: usize| match bits {
         0 => Form::Levels,
         3 => Form::Nibbles,
         _ => Form::Codes,
     };
+    let (key_form, value_form) = (form(key_bits), form(value_bits));
     let stretch = |form: Form| if form == Form::Levels { decoded(d) } else { MAX_TILE };
     let (key_stretch, value_stretch) = (stretch(key_form), stretch(value_form));
     let held = |form: Form| match form {
@@ -131,10 +128,8 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     let mut q = lines(M * d);
     let q = &mut bytemuck::cast_slice_mut(&mut q)[..M * d];
     q.copy_from_slice(task.q);
-    if key_bits == 3 {
-        for (new, old) in q.chunks_exact_mut(d).zip(task.q.chunks_exact(d)) {
-            (0..d).for_each(|i| new[i] = old[element(Packing::Planes, d / 32, i / 8, i % 8)]);
-        }
+    if (2..=4).contains(&key_bits) {
+        reorder::<S>(q, |new, old, at, element| new[at] = old[element], task.key.coder.row.packing());
     }
     let q = q.as_ptr();
     for start in (task.start..task.end).step_by(MAX_TILE) {
@@ -156,8 +151,7 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
                 let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
                 match key_bits {
                     2 => score::<S, M, 2>(task, t, q, 0, &seen),
-                    3 => score::<S, M, 3>(task, t, q, 0, &seen),
-                    4 => score::<S, M, 4>(task, t, q, 0, &seen),
+                    3 | 4 => score::<S, M, 4>(task, t, q, 0, &seen),
                     5 => score::<S, M, 5>(task, t, q, 0, &seen),
                     6 => score::<S, M, 6>(task, t, q, 0, &seen),
                     7 => score::<S, M, 7>(task, t, q, 0, &seen),
@@ -191,16 +185,7 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
         }
     }
     if (2..=4).contains(&value_bits) {
-        // Vector c of a run holds the elements of code c.
-        let run = RUN * S::LANES;
-        let mut old = [0f32; RUN * 16];
-        for new in task.out.chunks_exact_mut(run) {
-            old[..run].copy_from_slice(new);
-            for i in 0..run {
-                let (c, word) = (i / S::LANES, i % S::LANES);
-                new[element(task.value.coder.row.packing(), S::LANES / 4, word, c)] = old[i];
-            }
-        }
+        reorder::<S>(&mut task.out, |new, old, at, element| new[element] = old[at], task.value.coder.row.packing());
     }
 }
 
@@ -278,50 +263,48 @@ fn lines(floats: usize) -> Vec<Line> {
 /// Vectors that are decoded from one register of codes: lane l holds eight codes, and vector c their codes c.
 const RUN: usize = 8;
 
+/// Moves the elements of runs: `set` gets the new and the old run, a place in a run's vectors and the element there.
+fn reorder<S: Simd>(x: &mut [f32], set: impl Fn(&mut [f32], &[f32], usize, usize), packing: Packing) {
+    let mut old = [0f32; RUN * 16];
+    for new in x.chunks_exact_mut(RUN * S::LANES) {
+        old[..new.len()].copy_from_slice(new);
+        for at in 0..new.len() {
+            let (code, word) = (at / S::LANES, at % S::LANES);
+            let element = match packing {
+                // A quarter of the words each plane's, the last one their top bits.
+                Packing::Planes => {
+                    let quarter = S::LANES / 4;
+                    8 * (4 * (word % quarter) + code / 2) + 2 * (word / quarter) + code % 2
+                }
+                _ => 8 * word + code,
+            };
+            set(new, &old, at, element);
+        }
+    }
+}
+
 /// The width of floats of 16 bits.
 const HALF: usize = 16;
 
-/// The width of keys' codes that are decoded as they are used; 0 for levels.
-fn key_bits<S: Simd>(side: &Source) -> usize {
+/// The width of codes or floats that are decoded as they are used; 0 for levels.
+fn bits<S: Simd>(side: &Source) -> usize {
     let row = &side.coder.row;
+    let whole = |elements: usize| row.head_dim().is_multiple_of(elements);
+    // Four vectors at a time, sixteen sums and a codebook fill 32 registers.
+    let four = S::LANES == 16 && whole(4 * S::LANES);
     match (row.packing(), row.bits()) {
-        (Packing::Dense, bits @ (2 | 4)) if S::NIBBLES > 0 && has_one_factor(row) => bits,
-        (Packing::Planes, bits) if S::NIBBLES > 0 && row.head_dim().is_multiple_of(32) => bits,
-        _ => wide_bits::<S>(row),
-    }
-}
-
-/// The width of values' codes that are decoded as they are used; 0 for levels.
-fn value_bits<S: Simd>(side: &Source) -> usize {
-    let row = &side.coder.row;
-    let whole = row.head_dim().is_multiple_of(RUN * S::LANES) && has_one_factor(row);
-    match (row.packing(), row.bits()) {
-        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if whole && bits <= S::NIBBLES => bits,
-        _ => wide_bits::<S>(row),
-    }
-}
-
-/// The same of codes and floats that are decoded four vectors at a time: 32 registers hold four, sixteen sums and codebooks.
-fn wide_bits<S: Simd>(row: &RowFormat) -> usize {
-    match (row.packing(), row.bits()) {
-        _ if S::LANES < 16 || !row.head_dim().is_multiple_of(4 * S::LANES) => 0,
-        (Packing::Float(DType::F16), _) => HALF,
-        (Packing::Dense, bits @ 5..=8) | (Packing::Byte, bits @ 8) if has_one_factor(row) => bits,
+        (Packing::Float(DType::F16), _) if four => HALF,
+        _ if !has_one_factor(row) => 0,
+        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if bits <= S::NIBBLES && whole(RUN * S::LANES) => {
+            bits
+        }
+        (Packing::Dense, bits @ 5..=8) | (Packing::Byte, bits @ 8) if four => bits,
         _ => 0,
     }
 }
 
 fn has_one_factor(row: &RowFormat) -> bool {
     matches!(row.scaling(), Scaling::Corrected | Scaling::Norm)
-}
-
-/// Which element the `code`th of eight codes is, in the `word`th word of a row, or of a row of planes and their top bits
-/// with so many words of each.
-fn element(packing: Packing, words: usize, word: usize, code: usize) -> usize {
-    match packing {
-        Packing::Planes => 8 * (4 * (word % words) + code / 2) + 2 * (word / words) + code % 2,
-        _ => 8 * word + code,
-    }
 }
 
 /// The factors of positions `start..start + count`.
@@ -501,42 +484,24 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     // SAFETY: the caller's.
     unsafe {
         let levels = &S::levels::<BITS>(task.key.coder.table());
-        let ahead = task.value.coder.row.row_bytes();
-        match BITS {
-            2..=4 => {
-                // One step ahead: the products of a step need all of its words.
-                let low = low / S::LANES * S::LANES;
-                if low < high {
-                    transpose::<S, BITS>(t, d, low);
-                }
-                for i in (low..high).step_by(S::LANES) {
-                    if i + S::LANES < high {
-                        transpose::<S, BITS>(t, d, i + S::LANES);
-                    }
-                    ask::<S>(&t.ahead[i..i + S::LANES], ahead);
-                    columns::<S, M, BITS>(q, t, d, levels, i);
-                }
-            }
-            0 if S::LANES < 16 && M > 2 => {
-                // Eight sums fill half of 16 registers, sixteen half of 32.
-                for i in (low / 2 * 2..high).step_by(2) {
-                    dots::<S, M, 2, 1, BITS>(task, q, t, levels, i);
-                }
-            }
-            0 => {
+        let ahead = if BITS > 0 { task.value.coder.row.row_bytes() } else { 0 };
+        match M {
+            // Sixteen sums fill half of 32 registers, eight half of 16.
+            _ if S::LANES == 16 || M <= 2 => {
                 for i in (low / 4 * 4..high).step_by(4) {
-                    dots::<S, M, 4, 1, BITS>(task, q, t, levels, i);
+                    ask::<S>(&t.ahead[i..i + 4], ahead);
+                    dots::<S, M, 4, BITS>(task, q, t, levels, i);
                 }
             }
             _ => {
-                for i in (low / 4 * 4..high).step_by(4) {
-                    ask::<S>(&t.ahead[i..i + 4], ahead);
-                    dots::<S, M, 4, 4, BITS>(task, q, t, levels, i);
+                for i in (low / 2 * 2..high).step_by(2) {
+                    ask::<S>(&t.ahead[i..i + 2], ahead);
+                    dots::<S, M, 2, BITS>(task, q, t, levels, i);
                 }
             }
         }
         for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
-            scale::<S, BITS>(task, t, i, r + i, seen[i]);
+            scale::<S, BITS>(task, t, q.add(i * d), i, r + i, seen[i]);
         }
     }
 }
@@ -555,6 +520,7 @@ unsafe fn vectors<S: Simd, const N: usize, const BITS: usize>(
         let first = j + c * S::LANES;
         // No closures: they would not be compiled for the instruction set.
         if BITS >= 5 && BITS <= 8 {
+            // Four at a time.
             out.copy_from_slice(&S::decode4::<BITS, false>(row.add(first * BITS / 8), levels));
             return out;
         }
@@ -570,9 +536,9 @@ unsafe fn vectors<S: Simd, const N: usize, const BITS: usize>(
     }
 }
 
-/// Dot products of M queries with K keys from `at` on, V vectors at a time.
+/// Dot products of M queries with K keys from `at` on.
 #[inline(always)]
-unsafe fn dots<S: Simd, const M: usize, const K: usize, const V: usize, const BITS: usize>(
+unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
     task: &Task,
     q: *const f32,
     t: &mut Tile,
@@ -584,16 +550,38 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const V: usize, const BI
     // SAFETY: the caller's.
     unsafe {
         let (mut sums, mut squares) = ([[S::splat(0.0); K]; M], [S::splat(0.0); 4]);
-        for j in (0..d).step_by(V * S::LANES) {
-            for i in 0..K {
-                let key = vectors::<S, V, BITS>(keys[i], j, 0, levels);
-                for v in 0..V {
-                    for m in 0..M {
-                        let query = S::load(q.add(m * d + j + v * S::LANES));
-                        sums[m][i] = S::fma(query, key[v], sums[m][i]);
-                    }
-                    if BITS == HALF {
-                        squares[i] = S::fma(key[v], key[v], squares[i]);
+        match BITS {
+            0 => {
+                for j in (0..d).step_by(S::LANES) {
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+                }
+            }
+            2..=4 => {
+                for j in (0..d).step_by(RUN * S::LANES) {
+                    // Not a loop: it would not be unrolled, and a shift needs to know how far.
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 1, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 2, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 3, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 4, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 5, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 6, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 7, &mut sums);
+                }
+            }
+            _ => {
+                for j in (0..d).step_by(4 * S::LANES) {
+                    for i in 0..K {
+                        let key = vectors::<S, 4, BITS>(keys[i], j, 0, levels);
+                        for v in 0..4 {
+                            for m in 0..M {
+                                let query = S::load(q.add(m * d + j + v * S::LANES));
+                                sums[m][i] = S::fma(query, key[v], sums[m][i]);
+                            }
+                            if BITS == HALF {
+                                squares[i] = S::fma(key[v], key[v], squares[i]);
+                            }
+                        }
                     }
                 }
             }
@@ -622,89 +610,27 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const V: usize, const BI
     }
 }
 
-/// The words of `LANES` keys from `at` on, one key a lane.
+/// The products of vector `c`, counted from element `j`.
 #[inline(always)]
-unsafe fn transpose<S: Simd, const BITS: usize>(t: &mut Tile, d: usize, at: usize) {
-    let words = t.words[at / S::LANES % 2].as_mut_ptr();
-    // SAFETY: rows may be read 64 bytes past their end.
-    unsafe {
-        for w in (0..d * BITS / 32).step_by(S::LANES) {
-            S::transpose(t.keys.as_ptr().add(at), 4 * w, words.add(w * S::LANES));
-        }
-        if BITS == 3 {
-            let plane = d / 32 * S::LANES;
-            for i in (0..plane).step_by(2) {
-                let load = |p: usize| words.add(p * plane + i).cast::<u64>().read();
-                words.add(3 * plane + i).cast::<u64>().write(top_bits([load(0), load(1), load(2)]));
-            }
-        }
-    }
-}
-
-/// Dot products of M queries with `LANES` keys from `at` on, one a lane: a code of all of them is one shift and one permutation,
-/// and the queries' elements are broadcast.
-#[inline(always)]
-unsafe fn columns<S: Simd, const M: usize, const BITS: usize>(
+unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usize>(
     q: *const f32,
-    t: &mut Tile,
+    keys: &[*const u8; K],
     d: usize,
     levels: &S::Levels,
-    at: usize,
+    j: usize,
+    c: usize,
+    sums: &mut [[S::F; K]; M],
 ) {
-    let codes = if BITS == 2 { 16 } else { 8 }; // of a word
-    let words = t.words[at / S::LANES % 2].as_ptr();
-    // Chains of at most sixteen products are added in f64: a quarter as many at a time as there are lanes.
-    let chains = S::LANES / 4;
-    let step = (d.min(128) / codes).div_ceil(8 / chains);
     // SAFETY: the caller's.
     unsafe {
+        let mut key = [S::splat(0.0); K];
+        for i in 0..K {
+            key[i] = vectors::<S, 1, BITS>(keys[i], j, c, levels)[0];
+        }
         for m in 0..M {
-            t.scores[m][at..at + S::LANES].fill(0.0);
-        }
-        let mut w = 0;
-        while w < d / codes {
-            let end = (d / codes).min(w + step);
-            let mut sums = [[S::splat(0.0); 4]; M];
-            while w < end {
-                let (word, q) = (words.add(w * S::LANES), q.add(w * codes));
-                add_codes::<S, M, BITS>(word, 0, q, d, levels, &mut sums);
-                add_codes::<S, M, BITS>(word, 1, q, d, levels, &mut sums);
-                if BITS == 2 {
-                    add_codes::<S, M, BITS>(word, 2, q, d, levels, &mut sums);
-                    add_codes::<S, M, BITS>(word, 3, q, d, levels, &mut sums);
-                }
-                w += 1;
-            }
-            for m in 0..M {
-                let mut sum = S::add(sums[m][0], sums[m][1]);
-                if chains > 2 {
-                    sum = S::add(sum, S::add(sums[m][2], sums[m][3]));
-                }
-                S::add_wide(sum, t.scores[m].as_mut_ptr().add(at));
-            }
-        }
-    }
-}
-
-/// The products of every second code of `LANES` words from `first` on, or of every fourth of 2 bits.
-#[inline(always)]
-unsafe fn add_codes<S: Simd, const M: usize, const BITS: usize>(
-    words: *const u32,
-    first: usize,
-    q: *const f32,
-    d: usize,
-    levels: &S::Levels,
-    sums: &mut [[S::F; 4]; M],
-) {
-    let step = if BITS == 2 { 4 } else { 2 };
-    // SAFETY: the caller's.
-    unsafe {
-        let key = S::decode_words::<BITS>(words, first, levels);
-        for i in 0..4 {
-            for m in 0..M {
-                let query = S::splat(*q.add(m * d + first + step * i));
-                let sum = &mut sums[m][i % (S::LANES / 4)];
-                *sum = S::fma(query, key[i], *sum);
+            let query = S::load(q.add(m * d + j + c * S::LANES));
+            for i in 0..K {
+                sums[m][i] = S::fma(query, key[i], sums[m][i]);
             }
         }
     }
@@ -715,6 +641,7 @@ unsafe fn add_codes<S: Simd, const M: usize, const BITS: usize>(
 unsafe fn scale<S: Simd, const BITS: usize>(
     task: &Task,
     t: &mut Tile,
+    q: *const f32,
     i: usize,
     row: usize,
     (from, to): (usize, usize),
@@ -730,7 +657,7 @@ unsafe fn scale<S: Simd, const BITS: usize>(
         for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
             if norm > limit {
                 // SAFETY: the caller's.
-                *s = unsafe { exact_dot::<S, BITS>(task, row, key) } * factor;
+                *s = unsafe { exact_dot::<S, BITS>(task, q, key) } * factor;
             }
         }
     }
@@ -741,17 +668,28 @@ unsafe fn scale<S: Simd, const BITS: usize>(
 
 /// The dot product in f64.
 #[inline(always)]
-unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, row: usize, key: *const u8) -> f64 {
+unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key: *const u8) -> f64 {
     let d = task.key.coder.row.head_dim();
-    let (mut lanes, mut levels) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
-    // SAFETY: a row of D floats, or of codes that are readable past it.
-    unsafe {
-        match BITS {
-            0 => levels[..d].copy_from_slice(std::slice::from_raw_parts(key.cast(), d)),
-            _ => task.key.coder.decode(key, None, &mut levels[..d]),
+    let (mut lanes, mut x) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
+    // SAFETY: D floats and a row of as many elements.
+    let q = unsafe {
+        let levels = &S::levels::<BITS>(task.key.coder.table());
+        let n = if BITS >= 5 { 4 } else { 1 };
+        for j in (0..d).step_by(n * S::LANES) {
+            let run = if BITS >= 2 && BITS <= 4 { RUN * S::LANES } else { n * S::LANES };
+            let (first, to) = (j / run * run, x.as_mut_ptr().add(j));
+            if n == 4 {
+                let four = vectors::<S, 4, BITS>(key, first, 0, levels);
+                for i in 0..4 {
+                    S::store(to.add(i * S::LANES), four[i]);
+                }
+            } else {
+                S::store(to, vectors::<S, 1, BITS>(key, first, (j - first) / S::LANES, levels)[0]);
+            }
         }
-    }
-    for (a, b) in task.q[row * d..][..d].chunks_exact(16).zip(levels.chunks_exact(16)) {
+        std::slice::from_raw_parts(q, d)
+    };
+    for (a, b) in q.chunks_exact(16).zip(x.chunks_exact(16)) {
         for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
             *l += a as f64 * b as f64;
         }

@@ -50,25 +50,6 @@ unsafe fn runs(planes: [*const u8; 3]) -> __m256i {
     }
 }
 
-/// The levels of 32 codes below 16: vector i has those of bytes 4 i to 4 i + 3 of each lane.
-#[inline(always)]
-unsafe fn look_up(code: __m256i, planes: &[__m256i; 4]) -> [__m256; 4] {
-    unsafe {
-        let mut b = [code; 4];
-        for (b, &plane) in b.iter_mut().zip(planes) {
-            *b = _mm256_shuffle_epi8(plane, *b);
-        }
-        let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
-        let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
-        [
-            _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
-            _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
-            _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
-            _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
-        ]
-    }
-}
-
 /// The bytes of 32 nibbles, each as the lower half of 16 bits, so that interleaving bytes within 128-bit lanes gives four
 /// vectors in order.
 const fn pairs() -> [u8; 32] {
@@ -185,66 +166,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn transpose(rows: *const *const u8, offset: usize, to: *mut u32) {
-        unsafe {
-            for half in 0..2 {
-                // Row i, and row i + 4 in the upper lane.
-                let mut x = [_mm256_setzero_ps(); 4];
-                for (i, x) in x.iter_mut().enumerate() {
-                    let low = _mm_loadu_ps((*rows.add(i)).add(offset + 16 * half).cast());
-                    let high = _mm_loadu_ps((*rows.add(i + 4)).add(offset + 16 * half).cast());
-                    *x = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
-                }
-                let (a, b) = (_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-                let (c, d) = (_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-                let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
-                let (c, d) = (_mm256_castps_pd(c), _mm256_castps_pd(d));
-                let words = [
-                    _mm256_unpacklo_pd(a, c),
-                    _mm256_unpackhi_pd(a, c),
-                    _mm256_unpacklo_pd(b, d),
-                    _mm256_unpackhi_pd(b, d),
-                ];
-                for (w, word) in words.into_iter().enumerate() {
-                    _mm256_storeu_pd(to.add(8 * (4 * half + w)).cast(), word);
-                }
-            }
-        }
-    }
-    #[inline(always)]
-    unsafe fn decode_words<const BITS: usize>(words: *const u32, first: usize, levels: &Levels) -> [__m256; 4] {
-        unsafe {
-            let words = _mm256_loadu_si256(words.cast());
-            if BITS == 4 {
-                // Byte i of four words together, then the levels byte by byte.
-                let order = _mm256_setr_epi8(
-                    0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7,
-                    11, 15,
-                );
-                let mut code = _mm256_shuffle_epi8(words, order);
-                if first > 0 {
-                    code = _mm256_srli_epi16::<4>(code);
-                }
-                return look_up(_mm256_and_si256(code, _mm256_set1_epi8(15)), &levels.planes);
-            }
-            let mut out = [_mm256_setzero_ps(); 4];
-            for (i, out) in out.iter_mut().enumerate() {
-                let shift = if BITS == 2 { 2 * (first + 4 * i) } else { 4 * (first + 2 * i) };
-                let code = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
-                *out = _mm256_permutevar8x32_ps(levels.low, code);
-            }
-            out
-        }
-    }
-    #[inline(always)]
-    unsafe fn add_wide(x: __m256, to: *mut f64) {
-        unsafe {
-            let (low, high) = (_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(low)));
-            _mm256_storeu_pd(to.add(4), _mm256_add_pd(_mm256_loadu_pd(to.add(4)), _mm256_cvtps_pd(high)));
-        }
-    }
-    #[inline(always)]
     unsafe fn count(x: __m256, bound: __m256, n: __m256i, step: i32) -> __m256i {
         unsafe {
             let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, bound));
@@ -344,7 +265,18 @@ impl Simd for Avx2 {
             let row = _mm256_shuffle_epi8(row, _mm256_loadu_si256(const { &pairs() }.as_ptr().cast()));
             let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
             let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
-            look_up(code, &levels.planes)
+            let mut b = [code; 4];
+            for (b, &plane) in b.iter_mut().zip(&levels.planes) {
+                *b = _mm256_shuffle_epi8(plane, *b);
+            }
+            let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
+            let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
+            [
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
+            ]
         }
     }
     #[inline(always)]

@@ -194,72 +194,12 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: &Self::Levels) -> __m512 {
         unsafe {
-            // Of nibbles every second needs no shift, but a load from another byte: two units that have little to do.
-            let (run, shift) = match BITS {
-                2 => (_mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())), 2 * c),
-                _ => (_mm512_loadu_si512(codes.add(c / 2).cast()), 4 * (c % 2)),
+            let run = match BITS {
+                2 => _mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())),
+                _ => _mm512_loadu_si512(codes.cast()),
             };
-            let code = _mm512_srlv_epi32(run, _mm512_set1_epi32(shift as i32));
+            let code = _mm512_srlv_epi32(run, _mm512_set1_epi32((c * BITS) as i32));
             _mm512_permutexvar_ps(code, levels.0[0])
-        }
-    }
-    #[inline(always)]
-    unsafe fn transpose(rows: *const *const u8, offset: usize, to: *mut u32) {
-        unsafe {
-            let mut x = [_mm512_setzero_si512(); 16];
-            for (i, x) in x.iter_mut().enumerate() {
-                *x = _mm512_loadu_si512((*rows.add(i)).add(offset).cast());
-            }
-            // Pairs of rows, then fours: lane n of y[4 i + w] has word 4 n + w of rows 4 i to 4 i + 3.
-            let mut y = [_mm512_setzero_si512(); 16];
-            for i in 0..4 {
-                let (a, b) =
-                    (_mm512_unpacklo_epi32(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_epi32(x[4 * i], x[4 * i + 1]));
-                let (c, d) = (
-                    _mm512_unpacklo_epi32(x[4 * i + 2], x[4 * i + 3]),
-                    _mm512_unpackhi_epi32(x[4 * i + 2], x[4 * i + 3]),
-                );
-                y[4 * i] = _mm512_unpacklo_epi64(a, c);
-                y[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
-                y[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
-                y[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
-            }
-            for w in 0..4 {
-                // Lanes 0 and 2, or 1 and 3, of eight rows.
-                let even = _mm512_shuffle_i32x4::<0b10_00_10_00>(y[w], y[4 + w]);
-                let even2 = _mm512_shuffle_i32x4::<0b10_00_10_00>(y[8 + w], y[12 + w]);
-                let odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(y[w], y[4 + w]);
-                let odd2 = _mm512_shuffle_i32x4::<0b11_01_11_01>(y[8 + w], y[12 + w]);
-                let words = [
-                    _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even2),
-                    _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd2),
-                    _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even2),
-                    _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd2),
-                ];
-                for (n, word) in words.into_iter().enumerate() {
-                    _mm512_storeu_si512(to.add(16 * (4 * n + w)).cast(), word);
-                }
-            }
-        }
-    }
-    #[inline(always)]
-    unsafe fn decode_words<const BITS: usize>(words: *const u32, first: usize, levels: &Self::Levels) -> [__m512; 4] {
-        unsafe {
-            let (words, mut out) = (_mm512_loadu_si512(words.cast()), [_mm512_setzero_ps(); 4]);
-            for (i, out) in out.iter_mut().enumerate() {
-                let shift = if BITS == 2 { 2 * (first + 4 * i) } else { 4 * (first + 2 * i) };
-                let code = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
-                *out = _mm512_permutexvar_ps(code, levels.0[0]);
-            }
-            out
-        }
-    }
-    #[inline(always)]
-    unsafe fn add_wide(x: __m512, to: *mut f64) {
-        unsafe {
-            let (low, high) = (_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-            _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(low)));
-            _mm512_storeu_pd(to.add(8), _mm512_add_pd(_mm512_loadu_pd(to.add(8)), _mm512_cvtps_pd(high)));
         }
     }
     #[inline(always)]

@@ -102,22 +102,6 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: &Self::Levels) -> Self::F {
         unreachable!("it looks up nothing")
     }
-    /// Words w of `LANES` rows from `offset` bytes on, word by word, for `LANES` words.
-    #[inline(always)]
-    unsafe fn transpose(_rows: *const *const u8, _offset: usize, _to: *mut u32) {
-        unreachable!("it looks up nothing")
-    }
-    /// Of `LANES` words of codes of 2 bits or nibbles, the levels of code `first` of each and of every second after it, every
-    /// fourth of 2 bits.
-    #[inline(always)]
-    unsafe fn decode_words<const BITS: usize>(_: *const u32, _first: usize, _: &Self::Levels) -> [Self::F; 4] {
-        unreachable!("it looks up nothing")
-    }
-    /// Adds lanes to as many f64.
-    #[inline(always)]
-    unsafe fn add_wide(_: Self::F, _to: *mut f64) {
-        unreachable!("it looks up nothing")
-    }
     /// Adds `step` to the lanes of `n` where x > bound.
     unsafe fn count(x: Self::F, bound: Self::F, n: Self::I, step: i32) -> Self::I;
     unsafe fn zeros() -> Self::I;
