@@ -129,7 +129,7 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     let q = &mut bytemuck::cast_slice_mut(&mut q)[..M * d];
     q.copy_from_slice(task.q);
     if (2..=4).contains(&key_bits) {
-        reorder::<S>(q, |new, old, at, element| new[at] = old[element], task.key.coder.row.packing());
+        q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
     }
     let q = q.as_ptr();
     for start in (task.start..task.end).step_by(MAX_TILE) {
@@ -185,7 +185,7 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
         }
     }
     if (2..=4).contains(&value_bits) {
-        reorder::<S>(&mut task.out, |new, old, at, element| new[element] = old[at], task.value.coder.row.packing());
+        task.out.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, S::LANES));
     }
 }
 
@@ -260,26 +260,17 @@ fn lines(floats: usize) -> Vec<Line> {
     vec![Line([0; 64]); floats / 16 + 1]
 }
 
-/// Vectors that are decoded from one register of codes: lane l holds eight codes, and vector c their codes c.
+/// Vectors that are decoded from one register of codes: lane l holds elements 8 l to 8 l + 7 of a run, and vector c their
+/// elements c.
 const RUN: usize = 8;
 
-/// Moves the elements of runs: `set` gets the new and the old run, a place in a run's vectors and the element there.
-fn reorder<S: Simd>(x: &mut [f32], set: impl Fn(&mut [f32], &[f32], usize, usize), packing: Packing) {
+/// A matrix of `columns` columns into one of as many rows.
+fn transpose(x: &mut [f32], columns: usize) {
     let mut old = [0f32; RUN * 16];
-    for new in x.chunks_exact_mut(RUN * S::LANES) {
-        old[..new.len()].copy_from_slice(new);
-        for at in 0..new.len() {
-            let (code, word) = (at / S::LANES, at % S::LANES);
-            let element = match packing {
-                // A quarter of the words each plane's, the last one their top bits.
-                Packing::Planes => {
-                    let quarter = S::LANES / 4;
-                    8 * (4 * (word % quarter) + code / 2) + 2 * (word / quarter) + code % 2
-                }
-                _ => 8 * word + code,
-            };
-            set(new, &old, at, element);
-        }
+    let (old, rows) = (&mut old[..x.len()], x.len() / columns);
+    old.copy_from_slice(x);
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = old[i % rows * columns + i / rows];
     }
 }
 
@@ -391,7 +382,7 @@ fn find<S: Simd>(
                 let to = decoded[(i + j - from) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>();
                 for k in (0..d / 8).step_by(S::LANES) {
                     // SAFETY: D is a multiple of a run; a row of planes, and as many nibbles.
-                    unsafe { S::words([0, 1, 2].map(|plane| row.wrapping_add(plane * d / 8 + k)), to.add(4 * k)) };
+                    unsafe { S::nibbles([0, 1, 2].map(|plane| row.wrapping_add(plane * d / 8 + k)), to.add(4 * k)) };
                 }
                 rows[i + j] = to;
             }

@@ -280,6 +280,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn nibbles(planes: [*const u8; 3], to: *mut u8) {
+        unsafe { _mm256_storeu_si256(to.cast(), runs(planes)) }
+    }
+    #[inline(always)]
     unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [__m256; 8] {
         let low = &levels.low;
         unsafe {

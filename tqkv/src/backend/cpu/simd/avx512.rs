@@ -294,23 +294,8 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn words(planes: [*const u8; 3], to: *mut u8) {
-        unsafe {
-            let words = _mm512_castsi128_si512(_mm_loadu_si128(planes[0].cast()));
-            let words = _mm512_inserti32x4::<1>(words, _mm_loadu_si128(planes[1].cast()));
-            let words = _mm512_inserti32x4::<2>(words, _mm_loadu_si128(planes[2].cast()));
-            let shifts = const { &[3u32, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0] };
-            let masks = const {
-                let [a, b, c] = [0x1111_1111u32, 0x2222_2222, 0x4444_4444];
-                &[a, a, a, a, b, b, b, b, c, c, c, c, 0, 0, 0, 0]
-            };
-            let top = _mm512_srlv_epi32(words, _mm512_loadu_si512(shifts.as_ptr().cast()));
-            let top = _mm512_and_si512(top, _mm512_loadu_si512(masks.as_ptr().cast()));
-            // All of them into every lane.
-            let top = _mm512_or_si512(top, _mm512_shuffle_i32x4::<0b10_11_00_01>(top, top));
-            let other = _mm512_shuffle_i32x4::<0b01_00_11_10>(top, top);
-            _mm512_storeu_si512(to.cast(), _mm512_mask_or_epi32(words, 0xf000, top, other));
-        }
+    unsafe fn nibbles(planes: [*const u8; 3], to: *mut u8) {
+        unsafe { _mm512_storeu_si512(to.cast(), runs(planes)) }
     }
     #[inline(always)]
     unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [__m512; 8] {

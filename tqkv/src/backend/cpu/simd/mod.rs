@@ -136,20 +136,6 @@ pub(super) trait Simd: Copy + 'static {
             }
         }
     }
-    /// `LANES` words of nibbles of as many runs, as they lie in the planes: a quarter of them each plane's, and the last
-    /// quarter their top bits.
-    #[inline(always)]
-    unsafe fn words(planes: [*const u8; 3], to: *mut u8) {
-        for i in (0..Self::LANES).step_by(8) {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let words = planes.map(|plane| plane.add(i).cast::<u64>().read_unaligned());
-                for (plane, word) in words.into_iter().chain([top_bits(words)]).enumerate() {
-                    to.add(plane * Self::LANES + i).cast::<u64>().write_unaligned(word);
-                }
-            }
-        }
-    }
     /// The levels of such runs.
     #[inline(always)]
     unsafe fn decode_runs(planes: [*const u8; 3], levels: &Self::Levels) -> [Self::F; 8] {
@@ -177,13 +163,6 @@ pub(super) trait Simd: Copy + 'static {
             ]
         }
     }
-}
-
-/// The nibbles that the top bits of three planes make.
-#[inline(always)]
-pub(super) fn top_bits([a, b, c]: [u64; 3]) -> u64 {
-    const ONES: u64 = 0x1111_1111_1111_1111;
-    a >> 3 & ONES | b >> 2 & (ONES << 1) | c >> 1 & (ONES << 2)
 }
 
 /// The algorithms, compiled for one instruction set.
