@@ -9,14 +9,16 @@
 //!         sum += p; out += (p · value factor) · levels
 //! ```
 //! Rounding in those f32 sums is about 6e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
-//! The tile stays in the first-level cache, as do the rows of a decoding step.
+//! What is decoded before it is used stays in the first-level cache. What is used next is asked for in the meantime: the
+//! tile's values while its keys are gone through, and then the next tile's keys.
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
 use super::simd::Simd;
-use crate::format::{MAX_HEAD_DIM, Packing, Scaling};
+use crate::compute::DType;
+use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
@@ -68,6 +70,8 @@ struct Tile {
     /// Where each row of K and V is: its codes, or its levels.
     keys: [*const u8; MAX_TILE],
     values: [*const u8; MAX_TILE],
+    /// Rows of the pool that are used next: asked for as each position is gone through.
+    ahead: [*const u8; MAX_TILE],
     scores: [[f64; MAX_TILE]; ROWS],
     weights: [[f32; MAX_TILE]; ROWS],
     key_factors: [f64; MAX_TILE],
@@ -78,89 +82,187 @@ struct Tile {
 
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
-    let (n, d) = (task.seen.len(), task.key.coder.row.head_dim());
-    let (key_bits, value_bits) = (runs::<S>(&task.key, n), runs::<S>(&task.value, n));
-    // Decoded rows must stay in the first-level cache; otherwise a long tile keeps waiting for its weights rare.
-    let tile = if key_bits > 0 && value_bits > 0 { MAX_TILE } else { (TILE_FLOATS / d).next_multiple_of(16).min(64) };
-    let mut q = lines(n * d);
-    let q: &mut [f32] = bytemuck::cast_slice_mut(&mut q);
-    q.copy_from_slice(task.q);
-    if key_bits > 0 {
-        q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
-    }
-    // Levels, nibbles of 3-bit codes, or nothing.
-    let held = |side: &Source, bits: usize| match (bits, side.coder.row.packing()) {
-        (0, _) => tile * d,
-        (_, Packing::Planes) => tile * d / 8,
-        _ => 0,
-    };
-    let (mut keys, mut values) = (lines(held(&task.key, key_bits)), lines(held(&task.value, value_bits)));
-    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
     let mut t = Tile {
         keys: [std::ptr::null(); MAX_TILE],
         values: [std::ptr::null(); MAX_TILE],
+        ahead: [std::ptr::null(); MAX_TILE],
         scores: [[0.0; MAX_TILE]; ROWS],
         weights: [[0.0; MAX_TILE]; ROWS],
         key_factors: [0.0; MAX_TILE],
         value_factors: [0.0; MAX_TILE],
         key_norms: [0.0; MAX_TILE],
     };
-    for start in (task.start..task.end).step_by(tile) {
-        let count = tile.min(task.end - start);
-        let mut factors = [1f32; MAX_TILE];
-        find::<S>(task, &task.key, key_bits, start, count, keys, &mut t.keys, &mut factors);
-        let next = start + count;
-        if key_bits == 0 {
-            prefetch::<S>(task, &task.key, next, tile.min(task.end - next));
+    // SAFETY: as many rows.
+    unsafe {
+        match task.seen.len() {
+            1 => few::<S, 1>(task, &mut t),
+            2 => few::<S, 2>(task, &mut t),
+            3 => few::<S, 3>(task, &mut t),
+            4 => few::<S, 4>(task, &mut t),
+            _ => many::<S>(task, &mut t),
         }
-        for (wide, &narrow) in t.key_factors.iter_mut().zip(&factors[..count]) {
-            *wide = narrow as f64 * task.scale;
-        }
-        // SAFETY: `find` gives a multiple of four keys.
-        unsafe { norms::<S>(task, &mut t, count) };
-        find::<S>(task, &task.value, value_bits, start, count, values, &mut t.values, &mut t.value_factors);
-        if value_bits == 0 {
-            prefetch::<S>(task, &task.value, next, tile.min(task.end - next));
-        }
-        for r in (0..n).step_by(ROWS) {
-            // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
-            unsafe {
-                let q = q.as_ptr().add(r * d);
-                match n - r {
-                    1 => rows::<S, 1>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    2 => rows::<S, 2>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    3 => rows::<S, 3>(task, &mut t, q, r, start, count, key_bits, value_bits),
-                    _ => rows::<S, 4>(task, &mut t, q, r, start, count, key_bits, value_bits),
+    }
+}
+
+/// M rows, in long tiles, so that it is rare to wait for a tile's weights. What must be decoded before it is used is decoded
+/// in stretches.
+#[inline(always)]
+unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
+    let d = task.key.coder.row.head_dim();
+    let (key_bits, value_bits) = (bits::<S>(&task.key), bits::<S>(&task.value));
+    let form = |bits: usize| match bits {
+        0 => Form::Levels,
+        3 => Form::Nibbles,
+        _ => Form::Codes,
+    };
+    let (key_form, value_form) = (form(key_bits), form(value_bits));
+    let stretch = |form: Form| if form == Form::Levels { decoded(d) } else { MAX_TILE };
+    let (key_stretch, value_stretch) = (stretch(key_form), stretch(value_form));
+    let held = |form: Form| match form {
+        Form::Levels => lines(decoded(d) * d),
+        Form::Nibbles => lines(MAX_TILE * d / 8),
+        Form::Codes => lines(0),
+    };
+    let (mut keys, mut values) = (held(key_form), held(value_form));
+    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
+    let mut q = lines(M * d);
+    let q = &mut bytemuck::cast_slice_mut(&mut q)[..M * d];
+    q.copy_from_slice(task.q);
+    if (2..=4).contains(&key_bits) {
+        q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
+    }
+    let q = q.as_ptr();
+    for start in (task.start..task.end).step_by(MAX_TILE) {
+        let count = MAX_TILE.min(task.end - start);
+        let seen = seen::<M>(task, 0, start, count);
+        find_factors(task, t, start, count);
+        look_ahead(task, &task.value, start, start + count, &mut t.ahead);
+        // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
+        unsafe {
+            for at in (0..count).step_by(key_stretch) {
+                let end = count.min(at + key_stretch);
+                find::<S>(task, &task.key, key_form, start, (at, end), keys, &mut t.keys);
+                if key_form == Form::Levels {
+                    ask::<S>(&t.ahead[at..end], task.value.coder.row.row_bytes());
+                }
+                if key_bits != HALF {
+                    norms::<S>(task, t, (at, end));
+                }
+                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
+                match key_bits {
+                    2 => score::<S, M, 2>(task, t, q, 0, &seen),
+                    3 | 4 => score::<S, M, 4>(task, t, q, 0, &seen),
+                    5 => score::<S, M, 5>(task, t, q, 0, &seen),
+                    6 => score::<S, M, 6>(task, t, q, 0, &seen),
+                    7 => score::<S, M, 7>(task, t, q, 0, &seen),
+                    8 => score::<S, M, 8>(task, t, q, 0, &seen),
+                    HALF => score::<S, M, HALF>(task, t, q, 0, &seen),
+                    _ => score::<S, M, 0>(task, t, q, 0, &seen),
+                }
+            }
+            soften::<S, M>(task, t, 0, &seen);
+            // Also of the task after this one, which the same thread is likely to do.
+            let end = task.seen[M - 1].1;
+            look_ahead(task, &task.key, start + count, end.min(start + count + MAX_TILE), &mut t.ahead);
+            for at in (0..count).step_by(value_stretch) {
+                let end = count.min(at + value_stretch);
+                find::<S>(task, &task.value, value_form, start, (at, end), values, &mut t.values);
+                if value_form == Form::Levels {
+                    ask::<S>(&t.ahead[at..end], task.key.coder.row.row_bytes());
+                }
+                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
+                match value_bits {
+                    2 => add_values::<S, M, 2>(task, t, 0, &seen),
+                    3 | 4 => add_values::<S, M, 4>(task, t, 0, &seen),
+                    5 => add_values::<S, M, 5>(task, t, 0, &seen),
+                    6 => add_values::<S, M, 6>(task, t, 0, &seen),
+                    7 => add_values::<S, M, 7>(task, t, 0, &seen),
+                    8 => add_values::<S, M, 8>(task, t, 0, &seen),
+                    HALF => add_values::<S, M, HALF>(task, t, 0, &seen),
+                    _ => add_values::<S, M, 0>(task, t, 0, &seen),
                 }
             }
         }
     }
-    if value_bits > 0 {
+    if (2..=4).contains(&value_bits) {
         task.out.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, S::LANES));
     }
 }
 
-/// Floats that start where a cache's line does: a vector across two costs two accesses.
+/// More rows: short tiles, decoded once for all of them.
+#[inline(always)]
+unsafe fn many<S: Simd>(task: &mut Task, t: &mut Tile) {
+    let (n, d) = (task.seen.len(), task.key.coder.row.head_dim());
+    let tile = decoded(d);
+    let (mut q, mut keys, mut values) = (lines(n * d), lines(tile * d), lines(tile * d));
+    let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
+    bytemuck::cast_slice_mut(&mut q)[..n * d].copy_from_slice(task.q);
+    let q = q.as_ptr().cast::<f32>();
+    for start in (task.start..task.end).step_by(tile) {
+        let count = tile.min(task.end - start);
+        find_factors(task, t, start, count);
+        find::<S>(task, &task.key, Form::Levels, start, (0, count), keys, &mut t.keys);
+        prefetch::<S>(task, &task.key, start + count, tile.min(task.end - start - count));
+        find::<S>(task, &task.value, Form::Levels, start, (0, count), values, &mut t.values);
+        prefetch::<S>(task, &task.value, start + count, tile.min(task.end - start - count));
+        // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
+        unsafe {
+            norms::<S>(task, t, (0, count));
+            for r in (0..n).step_by(ROWS) {
+                match n - r {
+                    1 => rows::<S, 1>(task, t, q, r, start, count),
+                    2 => rows::<S, 2>(task, t, q, r, start, count),
+                    3 => rows::<S, 3>(task, t, q, r, start, count),
+                    _ => rows::<S, 4>(task, t, q, r, start, count),
+                }
+            }
+        }
+    }
+}
+
+/// M rows from `r` on over one decoded tile.
+///
+/// # Safety
+/// See `attend`.
+#[inline(always)]
+unsafe fn rows<S: Simd, const M: usize>(
+    task: &mut Task,
+    t: &mut Tile,
+    q: *const f32,
+    r: usize,
+    start: usize,
+    count: usize,
+) {
+    let seen = seen::<M>(task, r, start, count);
+    // SAFETY: the caller's.
+    unsafe {
+        score::<S, M, 0>(task, t, q.add(r * task.key.coder.row.head_dim()), r, &seen);
+        soften::<S, M>(task, t, r, &seen);
+        add_values::<S, M, 0>(task, t, r, &seen);
+    }
+}
+
+/// What M rows from `r` on see of a tile.
+fn seen<const M: usize>(task: &Task, r: usize, start: usize, count: usize) -> [(usize, usize); M] {
+    std::array::from_fn(|i| {
+        let (from, to) = task.seen[r + i];
+        (from.max(start) - start, to.min(start + count).saturating_sub(start))
+    })
+}
+
+/// Positions whose decoded keys, and as many values, stay in the first-level cache.
+fn decoded(d: usize) -> usize {
+    (TILE_FLOATS / d).next_multiple_of(16).min(64)
+}
+
+/// Floats that start where a cache's line does, as a vector across two costs two accesses; and a line that may be read after.
 fn lines(floats: usize) -> Vec<Line> {
-    vec![Line([0; 64]); floats / 16]
+    vec![Line([0; 64]); floats / 16 + 1]
 }
 
 /// Vectors that are decoded from one register of codes: lane l holds elements 8 l to 8 l + 7 of a run, and vector c their
 /// elements c.
 const RUN: usize = 8;
-
-/// The width of codes that are decoded as they are used, 2 or 4; 0 for levels. Rows of 3 bits become nibbles first.
-fn runs<S: Simd>(side: &Source, n: usize) -> usize {
-    let row = &side.coder.row;
-    let whole = row.head_dim().is_multiple_of(RUN * S::LANES);
-    let one_factor = matches!(row.scaling(), Scaling::Corrected | Scaling::Norm);
-    match (row.packing(), row.bits()) {
-        _ if n > ROWS || !whole || !one_factor => 0,
-        (Packing::Dense, 2) if S::NIBBLES > 0 => 2,
-        (Packing::Dense | Packing::Planes, bits @ (3 | 4)) if bits <= S::NIBBLES => 4,
-        _ => 0,
-    }
-}
 
 /// A matrix of `columns` columns into one of as many rows.
 fn transpose(x: &mut [f32], columns: usize) {
@@ -172,34 +274,95 @@ fn transpose(x: &mut [f32], columns: usize) {
     }
 }
 
-/// The rows of positions `start..start + count`, and the factor of each: levels if there are no `bits`, codes of 3 bits as
-/// nibbles, other codes as they are. What is not in the pool is in `decoded`.
+/// The width of floats of 16 bits.
+const HALF: usize = 16;
+
+/// The width of codes or floats that are decoded as they are used; 0 for levels.
+fn bits<S: Simd>(side: &Source) -> usize {
+    let row = &side.coder.row;
+    let whole = |elements: usize| row.head_dim().is_multiple_of(elements);
+    // Four vectors at a time, sixteen sums and a codebook fill 32 registers.
+    let four = S::LANES == 16 && whole(4 * S::LANES);
+    match (row.packing(), row.bits()) {
+        (Packing::Float(DType::F16), _) if four => HALF,
+        _ if !has_one_factor(row) => 0,
+        (Packing::Dense, bits @ (2 | 4)) | (Packing::Planes, bits) if bits <= S::NIBBLES && whole(RUN * S::LANES) => {
+            bits
+        }
+        (Packing::Dense, bits @ 5..=8) | (Packing::Byte, bits @ 8) if four => bits,
+        _ => 0,
+    }
+}
+
+fn has_one_factor(row: &RowFormat) -> bool {
+    matches!(row.scaling(), Scaling::Corrected | Scaling::Norm)
+}
+
+/// The factors of positions `start..start + count`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+fn find_factors(task: &Task, t: &mut Tile, start: usize, count: usize) {
+    let mut keys = [1f32; MAX_TILE];
+    for (side, factors) in [(&task.key, &mut keys), (&task.value, &mut t.value_factors)] {
+        if !has_one_factor(&side.coder.row) {
+            factors[..count].fill(1.0);
+            continue;
+        }
+        for (i, n, first) in pages(task, side, start, (0, count)) {
+            side.coder.factors(side.scales.rows(first, n), &mut factors[i..i + n]);
+        }
+    }
+    for (wide, &narrow) in t.key_factors.iter_mut().zip(&keys[..count]) {
+        *wide = narrow as f64 * task.scale;
+    }
+}
+
+/// Positions `from..to` of a tile, page by page, as rows of one page lie one after the other: the first position, how many,
+/// and the first one's row. Not a function of a closure: that would not be compiled for the instruction set.
+fn pages(
+    task: &Task,
+    side: &Source,
+    start: usize,
+    (from, to): (usize, usize),
+) -> impl Iterator<Item = (usize, usize, usize)> {
+    let mut i = from;
+    std::iter::from_fn(move || {
+        if i == to {
+            return None;
+        }
+        let (page, slot) = task.batch.locate(task.sequence, start + i);
+        let n = (task.batch.page_size() - slot).min(to - i);
+        i += n;
+        Some((i - n, n, page * side.page_rows + side.head_rows + slot))
+    })
+}
+
+/// How rows are found.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// As they are in the pool.
+    Codes,
+    /// Those of 3 bits.
+    Nibbles,
+    /// Decoded, without their factor if they have one.
+    Levels,
+}
+
+/// The rows of positions `from..to` of a tile. What is not in the pool is in `decoded`.
+#[inline(always)]
 fn find<S: Simd>(
     task: &Task,
     side: &Source,
-    bits: usize,
+    form: Form,
     start: usize,
-    count: usize,
+    (from, to): (usize, usize),
     decoded: &mut [f32],
     rows: &mut [*const u8; MAX_TILE],
-    factors: &mut [f32; MAX_TILE],
 ) {
-    let (page_size, d, bytes) = (task.batch.page_size(), side.coder.row.head_dim(), side.coder.row.row_bytes());
-    let mut i = 0;
-    while i < count {
-        // Positions of one page lie one after the other.
-        let (page, slot) = task.batch.locate(task.sequence, start + i);
-        let n = (page_size - slot).min(count - i);
-        let first = page * side.page_rows + side.head_rows + slot;
-        let (codes, scales) = (side.codes.padded(first, n), side.scales.rows(first, n));
-        match side.coder.row.scaling() {
-            Scaling::None | Scaling::BlockRms => factors[i..i + n].fill(1.0),
-            Scaling::Corrected | Scaling::Norm => side.coder.factors(scales, &mut factors[i..i + n]),
-        }
-        if bits == 0 {
-            let levels = &mut decoded[i * d..][..n * d];
+    let (d, bytes) = (side.coder.row.head_dim(), side.coder.row.row_bytes());
+    for (i, n, first) in pages(task, side, start, (from, to)) {
+        let codes = side.codes.padded(first, n);
+        if form == Form::Levels {
+            let levels = &mut decoded[(i - from) * d..][..n * d];
             (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
             // SAFETY: `padded` gives a pointer that is readable past the rows.
             unsafe {
@@ -207,62 +370,76 @@ fn find<S: Simd>(
                     // Several factors a row cannot be pulled out of its sums.
                     let mut wide = [0f32; MAX_TILE * 4];
                     let wide = &mut wide[..n * side.coder.row.scales_per_row()];
-                    side.coder.factors(scales, wide);
+                    side.coder.factors(side.scales.rows(first, n), wide);
                     side.coder.decode(codes, Some(wide), levels);
                 } else {
                     side.coder.decode(codes, None, levels);
                 }
             }
-        } else if side.coder.row.packing() == Packing::Planes {
+        } else if form == Form::Nibbles {
             for j in 0..n {
-                let (from, to) =
-                    (codes.wrapping_add(j * bytes), decoded[(i + j) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>());
+                let row = codes.wrapping_add(j * bytes);
+                let to = decoded[(i + j - from) * d / 8..][..d / 8].as_mut_ptr().cast::<u8>();
                 for k in (0..d / 8).step_by(S::LANES) {
-                    let planes = [0, 1, 2].map(|plane| from.wrapping_add(plane * d / 8 + k));
-                    // SAFETY: `padded` again; D is a multiple of a run.
-                    unsafe { S::nibbles(planes, to.add(4 * k)) };
+                    // SAFETY: D is a multiple of a run; a row of planes, and as many nibbles.
+                    unsafe { S::nibbles([0, 1, 2].map(|plane| row.wrapping_add(plane * d / 8 + k)), to.add(4 * k)) };
                 }
                 rows[i + j] = to;
             }
         } else {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * bytes));
         }
-        i += n;
     }
-    // Four keys at a time are read.
-    let last = rows[count - 1];
-    rows[count..count.next_multiple_of(4)].fill(last);
+    // Whole vectors of keys are read.
+    let last = rows[to - 1];
+    rows[to..to.next_multiple_of(16)].fill(last);
 }
 
-/// Asks for the codes of positions `start..start + count` ahead of their use. Short tiles are bursts from two places, which
-/// hardware does not foresee; it does foresee long ones.
+/// Asks for the codes of positions `start..start + count` ahead of their use: short tiles are bursts from two places, which
+/// hardware does not foresee.
 #[inline(always)]
 fn prefetch<S: Simd>(task: &Task, side: &Source, start: usize, count: usize) {
-    let (page_size, bytes) = (task.batch.page_size(), side.coder.row.row_bytes());
-    let mut i = 0;
-    while i < count {
-        let (page, slot) = task.batch.locate(task.sequence, start + i);
-        let n = (page_size - slot).min(count - i);
-        let codes = side.codes.padded(page * side.page_rows + side.head_rows + slot, n);
+    let bytes = side.coder.row.row_bytes();
+    for (_, n, first) in pages(task, side, start, (0, count)) {
+        let codes = side.codes.padded(first, n);
         for line in (0..n * bytes).step_by(64) {
             S::prefetch(codes.wrapping_add(line));
         }
-        i += n;
+    }
+}
+
+/// Where the rows of positions `start..end` are.
+#[inline(always)]
+fn look_ahead(task: &Task, side: &Source, start: usize, end: usize, ahead: &mut [*const u8; MAX_TILE]) {
+    let bytes = side.coder.row.row_bytes();
+    for (i, n, first) in pages(task, side, start, (0, end - start)) {
+        let codes = side.codes.padded(first, n);
+        (0..n).for_each(|j| ahead[i + j] = codes.wrapping_add(j * bytes));
+    }
+}
+
+/// Asks for rows of `bytes` ahead of their use.
+#[inline(always)]
+fn ask<S: Simd>(rows: &[*const u8], bytes: usize) {
+    for &row in rows {
+        for line in (0..bytes).step_by(64) {
+            S::prefetch(row.wrapping_add(line));
+        }
     }
 }
 
 /// The keys' norms, times scale. Levels have a norm near √D.
 #[inline(always)]
-unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize) {
+unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, (from, to): (usize, usize)) {
     let d = task.key.coder.row.head_dim();
-    if matches!(task.key.coder.row.scaling(), Scaling::Corrected | Scaling::Norm) {
+    if has_one_factor(&task.key.coder.row) {
         let root = (d as f64).sqrt();
-        for (norm, factor) in t.key_norms.iter_mut().zip(&t.key_factors[..count]) {
+        for (norm, factor) in t.key_norms[from..to].iter_mut().zip(&t.key_factors[from..to]) {
             *norm = (factor.abs() * root) as f32;
         }
         return;
     }
-    for i in (0..count).step_by(4) {
+    for i in (from..to).step_by(4) {
         let mut squares = [0f64; 4];
         // SAFETY: four rows of D floats.
         unsafe {
@@ -281,63 +458,7 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, count: usize) {
     }
 }
 
-/// M rows from `r` on over one tile.
-///
-/// # Safety
-/// See `attend`.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn rows<S: Simd, const M: usize>(
-    task: &mut Task,
-    t: &mut Tile,
-    q: *const f32,
-    r: usize,
-    start: usize,
-    count: usize,
-    key_bits: usize,
-    value_bits: usize,
-) {
-    let d = task.key.coder.row.head_dim();
-    // What each row sees of the tile.
-    let mut seen = [(0, 0); M];
-    for i in 0..M {
-        let (from, to) = task.seen[r + i];
-        seen[i] = (from.max(start) - start, to.min(start + count).saturating_sub(start));
-    }
-    // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
-    unsafe {
-        match key_bits {
-            0 => score::<S, M, 0>(task, t, q, r, &seen),
-            2 => score::<S, M, 2>(task, t, q, r, &seen),
-            _ => score::<S, M, 4>(task, t, q, r, &seen),
-        }
-        let mut same = true;
-        for i in 0..M {
-            if seen[i].0 < seen[i].1 {
-                soften::<S>(task, t, i, r + i, seen[i]);
-            }
-            same &= seen[i] == seen[0];
-        }
-        let out = task.out.as_mut_ptr().add(r * d);
-        if same {
-            match value_bits {
-                0 => add_values::<S, M, 0>(task, t, 0, seen[0], out),
-                2 => add_values::<S, M, 2>(task, t, 0, seen[0], out),
-                _ => add_values::<S, M, 4>(task, t, 0, seen[0], out),
-            }
-        } else {
-            for i in 0..M {
-                match value_bits {
-                    0 => add_values::<S, 1, 0>(task, t, i, seen[i], out.add(i * d)),
-                    2 => add_values::<S, 1, 2>(task, t, i, seen[i], out.add(i * d)),
-                    _ => add_values::<S, 1, 4>(task, t, i, seen[i], out.add(i * d)),
-                }
-            }
-        }
-    }
-}
-
-/// Scores of M queries with the keys that they see.
+/// Scores of M queries, rows from `r` on, with the keys that they see.
 #[inline(always)]
 unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     task: &Task,
@@ -353,15 +474,21 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     let d = task.key.coder.row.head_dim();
     // SAFETY: the caller's.
     unsafe {
-        let levels = task.key.coder.levels();
-        // Sixteen sums fill half of 32 registers, eight half of 16.
-        if S::LANES == 16 || M <= 2 {
-            for i in (low / 4 * 4..high).step_by(4) {
-                dots::<S, M, 4, BITS>(q, t, d, levels, i);
+        let levels = &S::levels::<BITS>(task.key.coder.table());
+        let ahead = if BITS > 0 { task.value.coder.row.row_bytes() } else { 0 };
+        match M {
+            // Sixteen sums fill half of 32 registers, eight half of 16.
+            _ if S::LANES == 16 || M <= 2 => {
+                for i in (low / 4 * 4..high).step_by(4) {
+                    ask::<S>(&t.ahead[i..i + 4], ahead);
+                    dots::<S, M, 4, BITS>(task, q, t, levels, i);
+                }
             }
-        } else {
-            for i in (low / 2 * 2..high).step_by(2) {
-                dots::<S, M, 2, BITS>(q, t, d, levels, i);
+            _ => {
+                for i in (low / 2 * 2..high).step_by(2) {
+                    ask::<S>(&t.ahead[i..i + 2], ahead);
+                    dots::<S, M, 2, BITS>(task, q, t, levels, i);
+                }
             }
         }
         for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
@@ -370,46 +497,92 @@ unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
     }
 }
 
-/// Vector `c` of a row from element `j` on: of the run of codes there, or of levels.
+/// N vectors of a row's levels, from vector `c` on, counted from element `j`.
 #[inline(always)]
-unsafe fn vector<S: Simd, const BITS: usize>(row: *const u8, j: usize, c: usize, levels: *const f32) -> S::F {
+unsafe fn vectors<S: Simd, const N: usize, const BITS: usize>(
+    row: *const u8,
+    j: usize,
+    c: usize,
+    levels: &S::Levels,
+) -> [S::F; N] {
     // SAFETY: the caller's.
     unsafe {
-        match BITS {
-            0 => S::load(row.cast::<f32>().add(j + c * S::LANES)),
-            _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c, levels),
+        let mut out = [S::splat(0.0); N];
+        let first = j + c * S::LANES;
+        // No closures: they would not be compiled for the instruction set.
+        if BITS >= 5 && BITS <= 8 {
+            // Four at a time.
+            out.copy_from_slice(&S::decode4::<BITS, false>(row.add(first * BITS / 8), levels));
+            return out;
         }
+        for n in 0..N {
+            let at = first + n * S::LANES;
+            out[n] = match BITS {
+                0 => S::load(row.cast::<f32>().add(at)),
+                HALF => S::load_f16(row.cast::<u16>().add(at)),
+                _ => S::decode_run::<BITS>(row.add(j * BITS / 8), c + n, levels),
+            };
+        }
+        out
     }
 }
 
 /// Dot products of M queries with K keys from `at` on.
 #[inline(always)]
 unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
+    task: &Task,
     q: *const f32,
     t: &mut Tile,
-    d: usize,
-    levels: *const f32,
+    levels: &S::Levels,
     at: usize,
 ) {
+    let d = task.key.coder.row.head_dim();
     let keys: [_; K] = std::array::from_fn(|i| t.keys[at + i]);
     // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); K]; M];
-        if BITS == 0 {
-            for j in (0..d).step_by(S::LANES) {
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+        let (mut sums, mut squares) = ([[S::splat(0.0); K]; M], [S::splat(0.0); 4]);
+        match BITS {
+            0 => {
+                for j in (0..d).step_by(S::LANES) {
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+                }
             }
-        } else {
-            for j in (0..d).step_by(RUN * S::LANES) {
-                // Not a loop: it would not be unrolled, and a shift needs to know how far.
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 1, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 2, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 3, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 4, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 5, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 6, &mut sums);
-                add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 7, &mut sums);
+            2..=4 => {
+                for j in (0..d).step_by(RUN * S::LANES) {
+                    // Not a loop: it would not be unrolled, and a shift needs to know how far.
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 0, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 1, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 2, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 3, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 4, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 5, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 6, &mut sums);
+                    add_products::<S, M, K, BITS>(q, &keys, d, levels, j, 7, &mut sums);
+                }
+            }
+            _ => {
+                for j in (0..d).step_by(4 * S::LANES) {
+                    for i in 0..K {
+                        let key = vectors::<S, 4, BITS>(keys[i], j, 0, levels);
+                        for v in 0..4 {
+                            for m in 0..M {
+                                let query = S::load(q.add(m * d + j + v * S::LANES));
+                                sums[m][i] = S::fma(query, key[v], sums[m][i]);
+                            }
+                            if BITS == HALF {
+                                squares[i] = S::fma(key[v], key[v], squares[i]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        if BITS == HALF {
+            // What `norms` does with levels.
+            let mut norms = [0f64; 4];
+            S::sum4(squares, norms.as_mut_ptr());
+            for (norm, square) in t.key_norms[at..].iter_mut().zip(norms) {
+                *norm = (square.sqrt() * task.scale.abs()) as f32;
             }
         }
         let mut totals = [0f64; 16];
@@ -428,13 +601,13 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
     }
 }
 
-/// The products of vector `c` from element `j` on.
+/// The products of vector `c`, counted from element `j`.
 #[inline(always)]
 unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usize>(
     q: *const f32,
-    keys: &[*const u8],
+    keys: &[*const u8; K],
     d: usize,
-    levels: *const f32,
+    levels: &S::Levels,
     j: usize,
     c: usize,
     sums: &mut [[S::F; K]; M],
@@ -443,7 +616,7 @@ unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usiz
     unsafe {
         let mut key = [S::splat(0.0); K];
         for i in 0..K {
-            key[i] = vector::<S, BITS>(keys[i], j, c, levels);
+            key[i] = vectors::<S, 1, BITS>(keys[i], j, c, levels)[0];
         }
         for m in 0..M {
             let query = S::load(q.add(m * d + j + c * S::LANES));
@@ -488,18 +661,26 @@ unsafe fn scale<S: Simd, const BITS: usize>(
 #[inline(always)]
 unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key: *const u8) -> f64 {
     let d = task.key.coder.row.head_dim();
-    let vectors = if BITS == 0 { 1 } else { RUN };
-    let (mut lanes, mut levels) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
+    let (mut lanes, mut x) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
     // SAFETY: D floats and a row of as many elements.
     let q = unsafe {
-        for j in (0..d).step_by(S::LANES) {
-            let first = j / (vectors * S::LANES) * (vectors * S::LANES);
-            let x = vector::<S, BITS>(key, first, (j - first) / S::LANES, task.key.coder.levels());
-            S::store(levels.as_mut_ptr().add(j), x);
+        let levels = &S::levels::<BITS>(task.key.coder.table());
+        let n = if BITS >= 5 { 4 } else { 1 };
+        for j in (0..d).step_by(n * S::LANES) {
+            let run = if BITS >= 2 && BITS <= 4 { RUN * S::LANES } else { n * S::LANES };
+            let (first, to) = (j / run * run, x.as_mut_ptr().add(j));
+            if n == 4 {
+                let four = vectors::<S, 4, BITS>(key, first, 0, levels);
+                for i in 0..4 {
+                    S::store(to.add(i * S::LANES), four[i]);
+                }
+            } else {
+                S::store(to, vectors::<S, 1, BITS>(key, first, (j - first) / S::LANES, levels)[0]);
+            }
         }
         std::slice::from_raw_parts(q, d)
     };
-    for (a, b) in q.chunks_exact(16).zip(levels.chunks_exact(16)) {
+    for (a, b) in q.chunks_exact(16).zip(x.chunks_exact(16)) {
         for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
             *l += a as f64 * b as f64;
         }
@@ -507,9 +688,18 @@ unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key:
     lanes.iter().sum()
 }
 
+/// Weights of M rows from `r` on.
+#[inline(always)]
+unsafe fn soften<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile, r: usize, seen: &[(usize, usize); M]) {
+    for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
+        // SAFETY: the caller's.
+        unsafe { soften_row::<S>(task, t, i, r + i, seen[i]) }
+    }
+}
+
 /// Scores of row `row` (row `i` of the tile) into weights, and its running softmax one tile further.
 #[inline(always)]
-unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, usize)) {
+unsafe fn soften_row<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (from, to): (usize, usize)) {
     let (start, end) = (from / 16 * 16, to.next_multiple_of(16));
     let scores = &mut t.scores[i];
     scores[start..from].fill(f64::NEG_INFINITY);
@@ -556,9 +746,31 @@ unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usize, (
     }
 }
 
-/// out += Σ weight · value for M rows with the same range.
+/// out += Σ weight · value for M rows from `r` on.
 #[inline(always)]
 unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
+    task: &mut Task,
+    t: &Tile,
+    r: usize,
+    seen: &[(usize, usize); M],
+) {
+    let d = task.key.coder.row.head_dim();
+    // SAFETY: the caller's.
+    unsafe {
+        let out = task.out.as_mut_ptr().add(r * d);
+        if seen.iter().all(|s| *s == seen[0]) {
+            add_same::<S, M, BITS>(task, t, 0, seen[0], out);
+        } else {
+            for i in 0..M {
+                add_same::<S, 1, BITS>(task, t, i, seen[i], out.add(i * d));
+            }
+        }
+    }
+}
+
+/// The same for rows that see the same.
+#[inline(always)]
+unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
     task: &Task,
     t: &Tile,
     i: usize,
@@ -570,17 +782,18 @@ unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
     // Four rows of as many vectors as leave half of the registers free.
     // SAFETY: the caller's.
     unsafe {
-        let levels = task.value.coder.levels();
-        if BITS > 0 {
+        let levels = &S::levels::<BITS>(task.value.coder.table());
+        let ahead = task.key.coder.row.row_bytes();
+        if (2..=4).contains(&BITS) {
             while j < d {
                 if S::LANES == 16 {
-                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, out);
-                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, out);
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
                 } else {
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
+                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, ahead, out);
                 }
                 j += RUN * S::LANES;
             }
@@ -589,14 +802,14 @@ unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
         let wide = if S::LANES == 16 { 4 } else { 2 };
         while j + wide * S::LANES <= d {
             if S::LANES == 16 {
-                add_columns::<S, M, 4, 0>(t, i, seen, d, j, 0, levels, out);
+                add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
             } else {
-                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, out);
+                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, ahead, out);
             }
             j += wide * S::LANES;
         }
-        while j < d {
-            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, out);
+        while BITS == 0 && j < d {
+            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, ahead, out);
             j += S::LANES;
         }
     }
@@ -612,7 +825,8 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
     d: usize,
     j: usize,
     c: usize,
-    levels: *const f32,
+    levels: &S::Levels,
+    ahead: usize,
     out: *mut f32,
 ) {
     // SAFETY: the caller's.
@@ -625,10 +839,10 @@ unsafe fn add_columns<S: Simd, const M: usize, const N: usize, const BITS: usize
             }
         }
         for i in from..to {
-            let mut value = [S::splat(0.0); N];
-            for n in 0..N {
-                value[n] = vector::<S, BITS>(*t.values.get_unchecked(i), j, c + n, levels);
+            if BITS > 0 && c == 0 && j == 0 {
+                ask::<S>(&t.ahead[i..=i], ahead);
             }
+            let value = vectors::<S, N, BITS>(*t.values.get_unchecked(i), j, c, levels);
             for m in 0..M {
                 let weight = S::splat(*t.weights.get_unchecked(row + m).get_unchecked(i));
                 for n in 0..N {

@@ -19,8 +19,8 @@ pub(crate) struct RowCoder {
     block: usize,
     /// -0 where an element is negated, else 0; empty if none is.
     signs: Vec<f32>,
-    /// None for dense floats.
-    table: Option<Table>,
+    /// Zeros for dense floats.
+    table: Table,
 }
 
 impl RowCoder {
@@ -31,13 +31,12 @@ impl RowCoder {
             true => (0..d).map(|i| if negated(i) { -0.0 } else { 0.0 }).collect(),
             false => vec![],
         };
-        let table = row.codebook().map(Table::new);
+        let table = Table::new(row.codebook());
         RowCoder { row: *row, kernels, d, block: row.block(), signs, table }
     }
 
-    /// The codebook, repeated up to 256 entries; null for dense floats.
-    pub fn levels(&self) -> *const f32 {
-        self.table.as_ref().map_or(std::ptr::null(), |t| t.levels.as_ptr())
+    pub fn table(&self) -> &Table {
+        &self.table
     }
 
     /// T·S·x or S·T·x in place, for consecutive rows.
@@ -274,12 +273,13 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
         codes[..v.len()].fill(code);
         return v.fill(book.levels[code as usize]);
     }
-    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
+    let table = &coder.table;
     let (bits, bounds, levels) = (coder.row.bits(), table.bounds.as_ptr(), table.levels.as_ptr());
     assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << bits);
     let splat = |x: f32| unsafe { S::splat(x) };
-    let (gain, limit) = (splat(1.0 / norm * unit), splat(table.cells.limit));
-    let (per_unit, first) = (splat(table.cells.per_unit), splat(table.cells.first));
+    let gain = splat(1.0 / norm * unit);
+    let (cells, below) = table.cells();
+    let (limit, per_unit, first) = (splat(cells.limit), splat(cells.per_unit), splat(cells.first));
     // SAFETY: whole vectors; n stays below the number of levels, and cells have numbers within their table.
     unsafe {
         for i in (0..v.len()).step_by(S::LANES) {
@@ -297,7 +297,7 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
             } else {
                 // Those below the cell, and one more if the next is.
                 let cell = S::integer(S::fma(S::clamp(x, limit), per_unit, first));
-                n = S::bits(S::gather(table.below.as_ptr(), cell));
+                n = S::bits(S::gather(below.as_ptr(), cell));
                 n = S::count(x, S::gather(bounds, n), n, 1);
                 S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
             }
@@ -416,10 +416,9 @@ unsafe fn floats<S: Simd, const SIZE: usize>(from: *const u8, out: &mut [f32]) {
 #[inline(always)]
 unsafe fn planes<S: Simd>(coder: &RowCoder, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
     let plane = coder.d / 8;
-    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
     // SAFETY: the caller's promise about codes, which may be read 64 bytes past; whole vectors within a row.
     unsafe {
-        let levels = S::levels::<3>(table);
+        let levels = S::levels::<3>(&coder.table);
         for (i, out) in out.chunks_exact_mut(coder.d).enumerate() {
             let factor = match factors {
                 Some(factors) => S::splat(factors[i]),
@@ -450,10 +449,9 @@ unsafe fn levels<S: Simd, const BITS: usize, const BYTE: bool>(
     let step = S::LANES * if BYTE { 8 } else { BITS } / 8;
     // The elements of one factor; without factors those of a row.
     let segment = if factors.is_some() { coder.d / coder.row.scales_per_row() } else { coder.d };
-    let Some(table) = &coder.table else { unreachable!("codes have a codebook") };
     // SAFETY: the caller's promise about codes, which decode4 may read 64 bytes past; out holds whole segments.
     unsafe {
-        let levels = S::levels::<BITS>(table);
+        let levels = S::levels::<BITS>(&coder.table);
         for (s, out) in out.chunks_exact_mut(segment).enumerate() {
             let factor = match factors {
                 Some(factors) => S::splat(*factors.get_unchecked(s)),

@@ -155,14 +155,14 @@ impl Simd for Avx2 {
     // Four bits take two look-ups here: fewer if four vectors are decoded together.
     const NIBBLES: usize = 3;
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m256 {
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: &Levels) -> __m256 {
         unsafe {
             let run = match BITS {
                 2 => _mm256_cvtepu16_epi32(_mm_loadu_si128(codes.cast())),
                 _ => _mm256_loadu_si256(codes.cast()),
             };
             let shift = _mm256_set1_epi32((c * BITS) as i32);
-            _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), _mm256_srlv_epi32(run, shift))
+            _mm256_permutevar8x32_ps(levels.low, _mm256_srlv_epi32(run, shift))
         }
     }
     #[inline(always)]

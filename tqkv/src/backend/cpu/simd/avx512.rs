@@ -192,13 +192,14 @@ impl Simd for Avx512 {
     }
     const NIBBLES: usize = 4;
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: *const f32) -> __m512 {
+    unsafe fn decode_run<const BITS: usize>(codes: *const u8, c: usize, levels: &Self::Levels) -> __m512 {
         unsafe {
             let run = match BITS {
                 2 => _mm512_cvtepu16_epi32(_mm256_loadu_si256(codes.cast())),
                 _ => _mm512_loadu_si512(codes.cast()),
             };
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(run, _mm512_set1_epi32((c * BITS) as i32)), _mm512_loadu_ps(levels))
+            let code = _mm512_srlv_epi32(run, _mm512_set1_epi32((c * BITS) as i32));
+            _mm512_permutexvar_ps(code, levels.0[0])
         }
     }
     #[inline(always)]

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::format::Codebook;
 use crate::format::cells::Cells;
 use crate::ops::Direction;
+use std::sync::OnceLock;
 
 /// The bits of 1.5 · 2^23, where floats step by one.
 const INTEGERS: i32 = 0x4b40_0000;
@@ -30,19 +31,26 @@ pub(crate) struct Table {
     pub planes: [[u8; 128]; 4],
     /// Decision boundaries; infinite after the last.
     pub bounds: [f32; 256],
-    /// How many boundaries lie below each of the cells: integers as the bits of floats.
-    pub below: Vec<f32>,
-    pub cells: Cells,
+    boundaries: &'static [f32],
+    cells: OnceLock<(Cells, Vec<f32>)>,
 }
 
 impl Table {
-    pub fn new(book: &Codebook) -> Self {
-        let levels: [f32; 256] = std::array::from_fn(|i| book.levels[i % book.levels.len()]);
+    pub fn new(book: Option<&'static Codebook>) -> Self {
+        let (levels, boundaries) = book.map_or((&[0.0][..], &[][..]), |book| (&book.levels, &book.boundaries));
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
         let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
-        let bounds = std::array::from_fn(|i| book.boundaries.get(i).copied().unwrap_or(f32::INFINITY));
-        let cells = Cells::new(&book.boundaries);
-        let below = cells.entries.iter().map(|(_, n)| f32::from_bits(*n)).collect();
-        Table { levels, planes, bounds, below, cells }
+        let bounds = std::array::from_fn(|i| boundaries.get(i).copied().unwrap_or(f32::INFINITY));
+        Table { levels, planes, bounds, boundaries, cells: OnceLock::new() }
+    }
+
+    /// Cells, and how many boundaries lie below each: integers as the bits of floats. Only encoding needs them.
+    pub fn cells(&self) -> &(Cells, Vec<f32>) {
+        self.cells.get_or_init(|| {
+            let cells = Cells::new(self.boundaries);
+            let below = cells.entries.iter().map(|(_, n)| f32::from_bits(*n)).collect();
+            (cells, below)
+        })
     }
 }
 
@@ -91,7 +99,7 @@ pub(super) trait Simd: Copy + 'static {
     const NIBBLES: usize = 0;
     /// Of a run of `8 · LANES` codes of 2 bits or nibbles, the levels of those at c, 8 + c, 16 + c …
     #[inline(always)]
-    unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: *const f32) -> Self::F {
+    unsafe fn decode_run<const BITS: usize>(_codes: *const u8, _c: usize, _levels: &Self::Levels) -> Self::F {
         unreachable!("it looks up nothing")
     }
     /// Adds `step` to the lanes of `n` where x > bound.
