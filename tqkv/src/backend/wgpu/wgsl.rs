@@ -535,8 +535,8 @@ impl Transform {
         (0..2).for_each(|j| self.load_chunk(b, j, &format!("{}u", j * self.pass), n, &eight));
     }
 
-    /// The two chunks, as `change(v, e)` makes them of an Eight and its element's number, into columns.
-    pub fn exchange(&self, b: &mut Builder, change: impl Fn(String, String) -> String) {
+    /// The two chunks, as `change(v, x)` makes them of the Eight v, which is number x of its chunk, into columns.
+    pub fn exchange(&self, b: &mut Builder, change: impl Fn(String, usize) -> String) {
         self.declare_columns(b);
         (0..2).for_each(|j| self.exchange_chunk(b, j, &format!("{j}u"), &change));
         self.mix(b);
@@ -558,8 +558,8 @@ impl Transform {
         b.push("  }");
     }
 
-    fn exchange_chunk(&self, b: &mut Builder, j: usize, number: &str, change: &impl Fn(String, String) -> String) {
-        let eight = |x: usize| change(format!("v{j}_{x}"), format!("(chunk + {}u)", 8 * x));
+    fn exchange_chunk(&self, b: &mut Builder, j: usize, number: &str, change: &impl Fn(String, usize) -> String) {
+        let eight = |x: usize| change(format!("v{j}_{x}"), x);
         let values: Vec<_> = (0..self.columns / 8).map(eight).collect();
         line!(b, "  if (chunk_row < {}u) {{ spread(tid * {}u, {}); }}", self.pass, self.columns, values.join(", "));
         b.push("  workgroupBarrier();");
