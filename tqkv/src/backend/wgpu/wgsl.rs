@@ -383,6 +383,17 @@ impl Rows {
         }
     }
 
+    /// `fn {p}_level_at(w, j) -> f32`: the level of element j, which only run time knows, of what a fetch brought.
+    pub fn level_at(&self, b: &mut Builder, p: &str) {
+        let (field, bits) = (self.field(), self.format().bits());
+        line!(b, "fn {p}_level_at(w: vec4<u32>, j: u32) -> f32 {{\n  let s = (j * {field}u) & 31u;");
+        line!(b, "  var code = w[(j * {field}u) >> 5u] >> s;");
+        if !32usize.is_multiple_of(field) {
+            line!(b, "  if (s > {}u) {{ code |= w[((j * {field}u) >> 5u) + 1u] << (32u - s); }}", 32 - bits);
+        }
+        line!(b, "  return {p}_book[code & {}u];\n}}", (1 << bits) - 1);
+    }
+
     /// `fn {p}_scale(row, s) -> u32`, which uses the parameter `{p}_scales_off`: the word that holds scale s of a row; and
     /// `fn {p}_factor(word, row) -> f32`, what [`RowFormat::factor`] makes of it.
     pub fn factor(&self, b: &mut Builder, p: &str) {
