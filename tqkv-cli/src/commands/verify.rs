@@ -169,8 +169,8 @@ fn check_side(golden: &Golden, device: &Device, row: RowFormat, side: &str, chec
 }
 
 fn check_attention(golden: &Golden, device: &Device, row: RowFormat, checked: &mut Vec<Checked>) -> Result<()> {
-    // The golden vectors hold a huge key, whose scores f32 moves by some 1e-4; the CPU computes such scores in f64.
-    let tolerance = if device.info().kind == DeviceKind::Cpu { 1e-5 } else { 1e-4 };
+    // GPUs sum in f32; the scores of the golden vectors' huge key are computed with more bits everywhere.
+    let tolerance = if device.info().kind == DeviceKind::Cpu { 1e-5 } else { 2e-5 };
     let head_dim = row.head_dim();
     let (kv_heads, positions) = golden.geometry("k.input", head_dim)?;
     let (key, value) =

@@ -140,7 +140,7 @@ fn sized(meter: &Meter, bytes: usize, cuda: bool) -> Result<Bandwidth> {
     let x = device.upload(&words, &[words.len()])?;
     let y = device.zeros(DType::U32, &[words.len()])?;
     let constants = if cuda { vec![(bytes / 16) as u32] } else { vec![] };
-    let never = Timing { seconds: f64::INFINITY, sustained: None };
+    let never = Timing { seconds: f64::INFINITY, sustained: None, clock: None };
     let (mut read, mut copy) = (never, never);
     for groups in WORKGROUPS {
         let threads = groups as usize * THREADS;

@@ -1,6 +1,7 @@
 //! Times and rows of results.
 
 use super::bandwidth::Bandwidth;
+use super::clock::Clock;
 use super::is_gpu;
 use crate::output;
 use anyhow::{Result, bail};
@@ -17,6 +18,11 @@ const BURSTS: usize = 31;
 const BURST: Duration = Duration::from_millis(2);
 const PAUSE: Duration = Duration::from_millis(4);
 const SUSTAINED: Duration = Duration::from_millis(300);
+/// A GPU runs for so long before it is timed; longer, at most, where its clock is low.
+const WARM: Duration = Duration::from_millis(250);
+const WARM_AT_MOST: Duration = Duration::from_secs(2);
+/// Below this share of the highest clock a time is not to be believed.
+const LOW: f64 = 0.9;
 
 /// A device with what it is measured against.
 pub struct Meter {
@@ -24,6 +30,7 @@ pub struct Meter {
     /// Each run takes the next of several copies of its inputs. So many bytes together do not stay in any cache.
     pub cold_bytes: usize,
     json: bool,
+    clock: Option<Clock>,
     /// None until it is measured, with this meter.
     bandwidth: Option<Bandwidth>,
 }
@@ -35,6 +42,8 @@ pub struct Timing {
     pub seconds: f64,
     /// The mean of many without a pause, on GPUs.
     pub sustained: Option<f64>,
+    /// The clock's share of the highest seen, where it may change: before or after, the lower.
+    pub clock: Option<f64>,
 }
 
 impl Timing {
@@ -74,6 +83,8 @@ struct Row {
     ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     ms_sustained: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clock_share: Option<f64>,
     bytes: usize,
     gb_per_s: f64,
     share_of_bandwidth: f64,
@@ -82,7 +93,8 @@ struct Row {
 
 impl Meter {
     pub fn new(device: Device, cold_bytes: usize, json: bool) -> Result<Self> {
-        let mut meter = Meter { device, cold_bytes, json, bandwidth: None };
+        let clock = Clock::new(&device)?;
+        let mut meter = Meter { device, cold_bytes, json, clock, bandwidth: None };
         let bandwidth = Bandwidth::measure(&meter)?;
         meter.bandwidth = Some(bandwidth);
         let Bandwidth { bytes, read, copy } = bandwidth;
@@ -114,6 +126,14 @@ impl Meter {
         several(0, 1)?;
         let one = (several(1, 2)? / 2.0).max(1e-6);
         let n = ((BURST.as_secs_f64() / one) as usize).clamp(1, 256);
+        let share = || self.clock.as_ref().map(|clock| clock.share(&self.device)).transpose();
+        let (mut before, started) = (None, Instant::now());
+        while self.clock.is_some()
+            && (started.elapsed() < WARM || before.is_some_and(|s| s < LOW) && started.elapsed() < WARM_AT_MOST)
+        {
+            several(0, n)?;
+            before = share()?;
+        }
         let mut bursts = Vec::with_capacity(BURSTS);
         // A driver that runs on the processor does not cool down, and takes its time.
         let (bursts_wanted, sustained) =
@@ -128,7 +148,8 @@ impl Meter {
             spent += several(runs, n)?;
             runs += n;
         }
-        Ok(Timing { seconds: bursts[bursts.len() / 2], sustained: (runs > 0).then(|| spent / runs as f64) })
+        let clock = before.zip(share()?).map(|(before, after)| before.min(after));
+        Ok(Timing { seconds: bursts[bursts.len() / 2], sustained: (runs > 0).then(|| spent / runs as f64), clock })
     }
 
     /// Times work of the host.
@@ -162,24 +183,36 @@ impl Meter {
             threads: (info.kind == DeviceKind::Cpu).then(|| self.threads()).transpose()?,
             ms: timing.seconds * 1e3,
             ms_sustained: timing.sustained.map(|s| s * 1e3),
+            clock_share: timing.clock,
             bytes,
             gb_per_s: speed / 1e9,
             share_of_bandwidth: speed / bandwidth,
             max_rel_error: error,
         };
+        let low = timing.clock.filter(|&share| share < LOW);
+        if let Some(share) = low {
+            eprintln!(
+                "warning: the GPU's clock is at {:.0} % of what it was: {} {} takes that much longer. A process beside this one that \
+                 holds a CUDA context keeps an NVIDIA GPU's clock up.",
+                share * 100.0,
+                row.op,
+                row.codec
+            );
+        }
         if self.json {
             return output::print_json(&row);
         }
         let sustained = row.ms_sustained.map_or(String::new(), |ms| format!(" ({ms:.4} sustained)"));
         output::print(&format!(
-            "{:<14} {:<26} {:<6} {:>9.4} ms{sustained} {:>7.1} GB/s {:>5.1} %   error {:.1e}\n",
+            "{:<14} {:<26} {:<6} {:>9.4} ms{sustained} {:>7.1} GB/s {:>5.1} %   error {:.1e}{}\n",
             row.op,
             row.shape,
             row.codec,
             row.ms,
             row.gb_per_s,
             row.share_of_bandwidth * 100.0,
-            row.max_rel_error
+            row.max_rel_error,
+            low.map_or(String::new(), |share| format!("   LOW CLOCK: {:.0} %", share * 100.0))
         ))
     }
 }
@@ -193,5 +226,5 @@ fn median(run: &mut dyn FnMut(usize) -> Result<f64>) -> Result<Timing> {
         times.push(run(times.len() + 1)?);
     }
     times.sort_by(f64::total_cmp);
-    Ok(Timing { seconds: times[times.len() / 2], sustained: None })
+    Ok(Timing { seconds: times[times.len() / 2], sustained: None, clock: None })
 }

@@ -2,6 +2,7 @@
 
 mod bandwidth;
 mod check;
+mod clock;
 mod meter;
 mod operations;
 mod shape;

@@ -70,8 +70,15 @@ impl Meter {
         Ok((x, buffers))
     }
 
+    /// From what models hand over, and from f32.
     pub fn quantize(&self, codec: CodecPair, positions: usize) -> Result<()> {
-        let (x, inputs) = self.inputs(positions, self.input_dtype())?;
+        let mut dtypes = vec![self.input_dtype(), DType::F32];
+        dtypes.dedup();
+        dtypes.into_iter().try_for_each(|dtype| self.quantize_from(dtype, codec, positions))
+    }
+
+    fn quantize_from(&self, dtype: DType, codec: CodecPair, positions: usize) -> Result<()> {
+        let (x, inputs) = self.inputs(positions, dtype)?;
         let pools = |codec| -> Result<Vec<PagePool>> {
             let row = RowFormat::new(codec, HEAD_DIM)?;
             (0..inputs.len()).map(|_| Ok(PagePool::new(&self.device, row, KV_HEADS, positions, 1)?)).collect()

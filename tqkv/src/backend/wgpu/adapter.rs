@@ -79,7 +79,10 @@ pub(crate) fn list() -> Vec<Result<DeviceInfo>> {
 }
 
 fn wanted(adapter: &wgpu::Adapter) -> wgpu::Features {
-    let features = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | super::recorder::CLOCK;
+    let features = wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::SUBGROUP_BARRIER
+        | super::recorder::CLOCK;
     match adapter.get_info().device_type {
         wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu => features | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
         _ => features,
@@ -97,7 +100,8 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
         native_f16: false,
         subgroup: if subgroups { adapter.subgroup_min_size as usize } else { 0 },
         shuffles_wrap: false,
-        busy: if software { 16 } else { 512 },
+        team: 0,
+        busy: if software { 16 } else { 528 },
         query_rows: if software { 4 } else { 16 },
         held: if software { 8192 } else { 1024 },
         ahead: if software { 2 } else { 8 },
@@ -112,10 +116,10 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
     }
     context.check()?;
     let context = Arc::new(context);
-    let (native_f16, shuffles_wrap) = (converts_exactly(&context)?, shuffles_wrap(&context)?);
+    let (native_f16, shuffles_wrap, team) = (converts_exactly(&context)?, shuffles_wrap(&context)?, team(&context)?);
     // Nobody else holds it yet.
     let mut context = Arc::try_unwrap(context).map_err(|c| c.failed("its first kernel is still running"))?;
-    (context.caps.native_f16, context.caps.shuffles_wrap) = (native_f16, shuffles_wrap);
+    (context.caps.native_f16, context.caps.shuffles_wrap, context.caps.team) = (native_f16, shuffles_wrap, team);
     Ok(Wgpu(Arc::new(context)))
 }
 
@@ -150,6 +154,28 @@ fn shuffles_wrap(context: &Arc<Context>) -> Result<bool> {
     let words: Vec<u32> = (0..64 * super::wgsl::THREADS as u32).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
     let got = probe(context, include_str!("wraps.wgsl"), &words, words.len())?;
     Ok(words.iter().zip(&got).all(|(w, &g)| g == w & (lanes - 1)))
+}
+
+/// The threads of a subgroup that can work by itself: its size is known, and its barrier orders what it does in the workgroup's
+/// memory, as hardware's do and no standard says. 0: none can.
+fn team(context: &Arc<Context>) -> Result<usize> {
+    let adapter = context.device.adapter_info();
+    let lanes = context.caps.subgroup;
+    let known = lanes > 0 && adapter.subgroup_min_size == adapter.subgroup_max_size;
+    if !known || lanes > super::wgsl::THREADS || !context.device.features().contains(wgpu::Features::SUBGROUP_BARRIER) {
+        return Ok(0);
+    }
+    let mut words: Vec<u32> = (0..64 * super::wgsl::THREADS as u32).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
+    let got = probe(context, include_str!("team.wgsl"), &words, words.len())?;
+    for team in words.chunks_mut(lanes) {
+        for k in 0..16 {
+            let held = team.to_vec();
+            for (lane, v) in team.iter_mut().enumerate() {
+                *v = v.wrapping_mul(3).wrapping_add(held[(lane + k) % lanes]);
+            }
+        }
+    }
+    Ok(if got == words { lanes } else { 0 })
 }
 
 /// What a kernel makes of some words, which it calls `x` and `y`.

@@ -3,12 +3,14 @@
 //! A workgroup takes the query heads of one KV head (for several queries, some of them) and a run of positions. For each
 //! tile of positions: a thread decodes the keys of some positions and scores them against all its queries; a softmax step
 //! with a running maximum; then each thread decodes its elements of the values. So each row is decoded once for all queries.
+//! Tiles are a subgroup's own where its size is known, and no thread waits for another subgroup before the end.
 //!
 //! Codes, scales and page tables are loaded a step before they are used, across tiles too. What lies past the workgroup's
 //! positions is loaded from its last row, and weighs nothing.
 //!
 //! Scores are sums of two floats (Knuth's two-sum): in the hundreds, one f32 steps by 3e-5, and what is subtracted before
-//! exp must be finer.
+//! exp must be finer. Where a query's and a key's norm make it possible that a score is huge, its products are kept as two
+//! floats too.
 
 use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Rows, Source, THREADS, Tensor, Transform, line};
@@ -33,6 +35,10 @@ pub(super) struct Spec {
     pub causal: bool,
     pub window: bool,
     pub softcap: bool,
+    /// Whether positions may lie beyond the slots, which are a ring then.
+    pub ring: bool,
+    /// The logarithm of the page size, where that is a power of two.
+    pub page_bits: Option<u32>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,7 +55,7 @@ impl Spec {
         self.heads * self.queries
     }
 
-    /// Positions of a tile.
+    /// Positions of all teams' tiles.
     fn tile(&self) -> usize {
         self.positions * THREADS
     }
@@ -73,6 +79,12 @@ pub(super) fn most_positions(rows: usize, caps: &Caps) -> usize {
 
 /// The most floats of queries that a workgroup holds, so that everything fits 32 KiB.
 pub(super) const QUERY_FLOATS: usize = 2048;
+/// A subgroup's running maximum may be exceeded by so much: weights are up to exp(8) then, and none the less exact.
+const LAG: f32 = 8.0;
+
+/// Scores are computed again where |q| |k| scale may be larger: at a quarter of it, as it is rather, f32 errs by some 1e-5.
+const HUGE: f32 = 1024.0;
+
 const FIELDS: [&str; 19] = [
     "q_off",
     "k_codes_off",
@@ -85,7 +97,7 @@ const FIELDS: [&str; 19] = [
     "group",
     "parts",
     "splits",
-    "per_split",
+    "tiles",
     "page_size",
     "slots",
     "scale",
@@ -102,8 +114,13 @@ const MOST_SPLITS: usize = 1024;
 /// of what its queries see.
 const TASK: usize = 8;
 
-/// How a workgroup's threads share its values: a thread adds up `chunk` elements of every lanes-th position.
+/// How a workgroup's threads share its work. A team has tiles for itself: of their values a thread adds up `chunk` elements of
+/// every lanes-th position.
 struct Layout {
+    /// Threads of a team: a subgroup's, or all.
+    team: usize,
+    /// Positions of a team's tile.
+    tile: usize,
     chunk: usize,
     chunks: usize,
     lanes: usize,
@@ -117,24 +134,34 @@ impl Layout {
     fn new(spec: &Spec, caps: &Caps) -> Self {
         let chunk = spec.chunk(caps);
         let chunks = spec.key.format().head_dim() / chunk;
-        let lanes = THREADS / chunks;
-        let depth = caps.ahead.min(spec.tile().div_ceil(lanes));
-        Layout { chunk, chunks, lanes, depth, fours: spec.rows().div_ceil(4) }
+        let team = if caps.team > 0 && caps.team.is_multiple_of(chunks) { caps.team } else { THREADS };
+        let (lanes, tile) = (team / chunks, spec.positions * team);
+        let depth = caps.ahead.min(tile.div_ceil(lanes));
+        Layout { team, tile, chunk, chunks, lanes, depth, fours: spec.rows().div_ceil(4) }
     }
 
     /// Whether all lanes have values all the time.
-    fn even(&self, tile: usize) -> bool {
-        self.lanes * self.chunks == THREADS && tile.is_multiple_of(self.lanes * self.depth)
+    fn even(&self) -> bool {
+        self.lanes * self.chunks == self.team && self.tile.is_multiple_of(self.lanes * self.depth)
+    }
+
+    fn teams(&self) -> usize {
+        THREADS / self.team
+    }
+
+    /// Waits for the team.
+    fn barrier(&self) -> &'static str {
+        if self.teams() > 1 { "subgroupBarrier();" } else { "workgroupBarrier();" }
     }
 }
 
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let (key, value) = (spec.key.format(), spec.value.format());
     let d = key.head_dim();
-    let (vectors, rows, tile) = (d / 4, spec.rows(), spec.tile());
+    let (vectors, rows, tiles) = (d / 4, spec.rows(), spec.tile());
     let scales = value.scales_per_row().max(1);
     let layout = Layout::new(spec, caps);
-    let Layout { chunk, chunks, lanes, fours, .. } = layout;
+    let Layout { team, tile, chunk, chunks, fours, .. } = layout;
 
     let mut b = Builder::new(caps);
     b.storage("q", spec.q.element(), false);
@@ -169,20 +196,26 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     line!(b, "var<workgroup> query: array<vec4<f32>, {}>;", rows * vectors);
     // Rows of two tiles in turn.
-    line!(b, "var<workgroup> row_of: array<u32, {}>;", 2 * tile);
-    // Weights of a tile, four rows a vector; in the end some rows' sums of half the lanes.
-    let weights = tile * scales * fours;
-    let half = lanes.next_power_of_two() / 2;
-    let at_once = (weights / (half * vectors).max(1)).clamp(1, rows);
-    line!(b, "var<workgroup> held: array<vec4<f32>, {}>;", weights.max(at_once * half * vectors));
+    line!(b, "var<workgroup> row_of: array<u32, {}>;", 2 * tiles);
+    // Weights of the tiles, four rows a vector; in the end sums.
+    let weights = tiles * scales * fours;
+    line!(b, "var<workgroup> held: array<vec4<f32>, {weights}>;");
     reducer(&mut b, caps, rows);
     b.push("fn query_load(token0: u32, queries: u32, kv_head: u32, head0: u32, r: u32, e: u32) -> Eight {");
     line!(b, "  let j = r / {0}u;\n  let h = head0 + r % {0}u;", spec.heads);
     b.push("  if (j >= queries || h >= a.group) { return Eight(vec4(0.0), vec4(0.0)); }");
     line!(b, "  return q_load(((token0 + j) * a.heads + kv_head * a.group + h) * {d}u + e);\n}}");
-    b.push("fn row_at(table_base: u32, kv_head: u32, position: u32) -> u32 {\n  let slot = position % a.slots;");
-    b.push("  let page = table[a.table_off + table_base + slot / a.page_size];");
-    b.push("  return (page * a.kv_heads + kv_head) * a.page_size + slot % a.page_size;\n}");
+    let slot = if spec.ring { "position % a.slots" } else { "position" };
+    let (page, place) = match spec.page_bits {
+        Some(bits) => (format!("slot >> {bits}u"), format!("slot & {}u", (1u32 << bits) - 1)),
+        None => ("slot / a.page_size".to_owned(), "slot % a.page_size".to_owned()),
+    };
+    line!(b, "fn row_at(table_base: u32, kv_head: u32, position: u32) -> u32 {{\n  let slot = {slot};");
+    line!(b, "  let page = table[a.table_off + table_base + ({page})];");
+    line!(b, "  return (page * a.kv_heads + kv_head) * a.page_size + ({place});\n}}");
+    if checked(spec) {
+        exact_score(&mut b, spec, key_fetch);
+    }
     b.push("const NONE = -3e38;");
     if spec.softcap {
         b.push(include_str!("capped.wgsl"));
@@ -197,10 +230,20 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     {
         line!(b, "  let {name} = tasks[task + {i}u];");
     }
-    b.push("  let from_pos = start + split * a.per_split;\n  let to_pos = min(stop, from_pos + a.per_split);");
+    // Runs of whole tiles of a team, as even as they can be.
+    b.push("  let each = a.tiles / a.splits;\n  let more = a.tiles % a.splits;");
+    line!(b, "  let from_pos = start + (split * each + min(split, more)) * {tile}u;");
+    line!(b, "  let to_pos = min(stop, from_pos + (each + u32(split < more)) * {tile}u);");
+    b.push(if layout.teams() > 1 {
+        "  let team = sid;\n  let me = lane_id;"
+    } else {
+        "  let team = 0u;\n  let me = tid;"
+    });
+    line!(b, "  let weights = team * {}u;\n  let places = team * {}u;", tile * scales * fours, 2 * tile);
     for p in 0..spec.positions {
-        line!(b, "  var next_{p} = row_at(table_base, kv_head, min(from_pos + {}u + tid, to_pos - 1u));", p * THREADS);
-        line!(b, "  row_of[{}u + tid] = v_place(next_{p});", p * THREADS);
+        let position = format!("from_pos + team * {tile}u + {}u + me", p * team);
+        line!(b, "  var next_{p} = row_at(table_base, kv_head, min({position}, to_pos - 1u));");
+        line!(b, "  row_of[places + {}u + me] = v_place(next_{p});", p * team);
         for i in 0..together(spec, key_fetch) {
             line!(b, "  var w{i}_{p} = k_fetch(k_place(next_{p}), {i}u);");
         }
@@ -208,6 +251,11 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     }
     line!(b, "  {}\n  {}", spec.key.fill("k"), spec.value.fill("v"));
     queries(&mut b, spec, &transform);
+    b.push("  let scale = bitcast<f32>(a.scale);");
+    if checked(spec) {
+        // |q| is at most √D of its largest element, and levels have a norm near √D.
+        line!(b, "  let limit = {} / bitcast<f32>(atomicLoad(&largest));", wgsl::float(HUGE / d as f32));
+    }
     for (p, rows) in [("k", &spec.key), ("v", &spec.value)] {
         line!(b, "  {}", rows.level(p));
     }
@@ -228,12 +276,12 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
             line!(b, "  var o{r}_{x} = vec4(0.0);");
         }
     }
-    line!(b, "  let c = tid % {chunks}u;\n  let lane_v = tid / {chunks}u;\n  var base = 0u;");
-    fetch_values(&mut b, spec, &layout, value_fetch, "  var v", "0u", "0u");
-    line!(b, "  for (var tile = from_pos; tile < to_pos; tile += {tile}u) {{");
+    line!(b, "  let c = me % {chunks}u;\n  let lane_v = me / {chunks}u;\n  var base = 0u;");
+    fetch_values(&mut b, &layout, value_fetch, "  var v", "0u", "0u");
+    line!(b, "  for (var tile = from_pos + team * {tile}u; tile < to_pos; tile += {tiles}u) {{");
     for p in 0..spec.positions {
-        line!(b, "    let pos_{p} = tile + {}u + tid;\n    let row_{p} = next_{p};", p * THREADS);
-        line!(b, "    next_{p} = row_at(table_base, kv_head, min(pos_{p} + {tile}u, to_pos - 1u));");
+        line!(b, "    let pos_{p} = tile + {}u + me;\n    let row_{p} = next_{p};", p * team);
+        line!(b, "    next_{p} = row_at(table_base, kv_head, min(pos_{p} + {tiles}u, to_pos - 1u));");
         line!(b, "    let kf_{p} = kw_{p};\n    let vf_{p} = vw_{p};");
     }
     scores(&mut b, spec, key_fetch);
@@ -241,62 +289,92 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     values(&mut b, spec, &layout, value_fetch);
     line!(b, "    base = {tile}u - base;\n  }}");
 
-    sums(&mut b, spec, &layout, at_once, half);
+    sums(&mut b, spec, &layout, weights / THREADS);
     b.push("}");
     b.finish()
 }
 
-/// The threads' sums into one, half of the lanes at a time into the other half, and out.
-fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize, half: usize) {
+/// The threads' sums into one, and out: vectors of all threads at a time, as many as there is room for.
+fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize) {
     let (rows, vectors) = (spec.rows(), spec.key.format().head_dim() / 4);
-    let Layout { chunk, chunks, lanes, .. } = *layout;
+    let Layout { chunk, chunks, .. } = *layout;
+    let (lanes, per) = (THREADS / chunks, chunk / 4);
+    line!(b, "  let lane = team * {}u + lane_v;", layout.lanes);
+    if layout.teams() > 1 {
+        common_maximum(b, rows, chunk);
+    }
     for r in 0..rows {
         line!(b, "  offer({r}u, l{r}, tid, true);");
     }
     b.push("  settle(tid, true);");
     for r in 0..rows {
-        line!(b, "  l{r} = taken({r}u, true);");
+        line!(b, "  l{r} = taken({r}u, true);\n  if (tid == {r}u && {}) {{", seen(spec, &format!("{r}u")));
+        line!(
+            b,
+            "    parts[a.rows * a.splits * {vectors}u + {} * a.splits + split] = vec4(m{r}, l{r}, 0.0, 0.0);\n  }}",
+            row_out(spec, &format!("{r}u"))
+        );
     }
-    for first in (0..rows).step_by(at_once) {
-        let mut h = half;
-        while h > 0 {
-            let each = |b: &mut Builder, text: &dyn Fn(&str, &str) -> String| {
-                for (n, r) in (first..rows.min(first + at_once)).enumerate() {
-                    for x in 0..chunk / 4 {
-                        line!(b, "    {}", text(&format!("o{r}_{x}"), &format!("{}u + c", n * vectors + x * chunks)));
-                    }
-                }
-            };
-            let (end, stride) = (lanes.min(2 * h), at_once * vectors);
-            line!(b, "  if (lane_v >= {h}u && lane_v < {end}u) {{");
-            each(b, &|sum, at| format!("held[(lane_v - {h}u) * {stride}u + {at}] = {sum};"));
-            line!(b, "  }}\n  workgroupBarrier();\n  if (lane_v + {h}u < {end}u) {{");
-            each(b, &|sum, at| format!("{sum} += held[lane_v * {stride}u + {at}];"));
-            b.push("  }\n  workgroupBarrier();");
-            h /= 2;
+    for first in (0..rows * per).step_by(at_once) {
+        let here = first..(rows * per).min(first + at_once);
+        line!(b, "  if (lane < {lanes}u) {{");
+        for (n, u) in here.clone().enumerate() {
+            line!(b, "    held[{}u + lane * {chunks}u + c] = o{}_{};", n * THREADS, u / per, u % per);
         }
-    }
-    for r in 0..rows {
-        let (j, h) = (r / spec.heads, r % spec.heads);
-        line!(b, "  if (lane_v == 0u && {j}u < queries && head0 + {h}u < a.group) {{");
-        line!(b, "    let row = (token0 - a.token_base + {j}u) * a.heads + kv_head * a.group + head0 + {h}u;");
-        for x in 0..chunk / 4 {
-            line!(b, "    parts[(row * a.splits + split) * {vectors}u + c * {}u + {x}u] = o{r}_{x};", chunk / 4);
-        }
-        line!(b, "    let sums = a.rows * a.splits * {vectors}u + row * a.splits + split;");
-        line!(b, "    if (c == 0u) {{ parts[sums] = vec4(m{r}, l{r}, 0.0, 0.0); }}\n  }}");
+        line!(b, "  }}\n  workgroupBarrier();\n  for (var t = tid; t < {}u; t += WG) {{", here.len() * chunks);
+        line!(b, "    let u = {first}u + t / {chunks}u;\n    let r = u / {per}u;");
+        line!(b, "    let at = t / {chunks}u * WG + t % {chunks}u;\n    var sum = held[at];");
+        line!(b, "    for (var k = 1u; k < {lanes}u; k++) {{ sum += held[at + k * {chunks}u]; }}");
+        line!(b, "    if ({}) {{", seen(spec, "r"));
+        line!(
+            b,
+            "      parts[({} * a.splits + split) * {vectors}u + t % {chunks}u * {per}u + u % {per}u] = sum;",
+            row_out(spec, "r")
+        );
+        b.push("    }\n  }\n  workgroupBarrier();");
     }
 }
 
-/// Fetches of keys that are loaded together: 32 bytes a position at most, so that memory's sectors are used whole.
+/// Whether the workgroup's row `r` is one of its queries and heads.
+fn seen(spec: &Spec, r: &str) -> String {
+    format!("{r} / {0}u < queries && head0 + {r} % {0}u < a.group", spec.heads)
+}
+
+/// Where its results go.
+fn row_out(spec: &Spec, r: &str) -> String {
+    format!("((token0 - a.token_base + {r} / {0}u) * a.heads + kv_head * a.group + head0 + {r} % {0}u)", spec.heads)
+}
+
+/// Gives all teams' sums the largest of their maxima.
+fn common_maximum(b: &mut Builder, rows: usize, chunk: usize) {
+    for r in 0..rows {
+        line!(b, "  offer({r}u, m{r}, tid, false);");
+    }
+    b.push("  settle(tid, false);");
+    for r in 0..rows {
+        line!(b, "  let n{r} = taken({r}u, false);");
+        shrink(b, r, chunk);
+    }
+    b.push("  workgroupBarrier();");
+}
+
+/// Row r's maximum becomes `n{r}`.
+fn shrink(b: &mut Builder, r: usize, chunk: usize) {
+    line!(b, "  let shrink{r} = exp(m{r} - n{r});\n  m{r} = n{r};\n  l{r} *= shrink{r};");
+    for x in 0..chunk / 4 {
+        line!(b, "  o{r}_{x} *= shrink{r};");
+    }
+}
+
+/// Fetches of keys that are loaded together: of dense rows 32 bytes, memory's sectors; of codes, which take more registers, one.
 fn together(spec: &Spec, fetch: usize) -> usize {
-    (group(spec) / fetch).min(2)
+    if spec.key.format().is_rotated() { 1 } else { (group(spec) / fetch).min(2) }
 }
 
 /// Elements between two exact additions.
 fn group(spec: &Spec) -> usize {
     let d = spec.key.format().head_dim();
-    if d.is_multiple_of(64) { 64 } else { if d.is_multiple_of(32) { 32 } else { 16 } }
+    [128, 64, 32].into_iter().find(|n| d.is_multiple_of(*n)).unwrap_or(16)
 }
 
 /// Words of the scales of the position's next row, where it has one.
@@ -309,17 +387,49 @@ fn scale_words(b: &mut Builder, spec: &Spec, p: usize, before: &str) {
     }
 }
 
-/// The workgroup's rows of queries into `query`, rotated and scaled.
+/// Whether huge scores are computed again. Dense keys have no scale to tell them by.
+fn checked(spec: &Spec) -> bool {
+    spec.key.format().is_rotated()
+}
+
+/// `fn exact_score(row, r) -> vec2<f32>`: the score of query row r at a row of the keys, as a sum of two floats.
+fn exact_score(b: &mut Builder, spec: &Spec, fetch: usize) {
+    let row = spec.key.format();
+    let (d, scales) = (row.head_dim(), row.scales_per_row());
+    b.push("var<workgroup> largest: atomic<u32>;");
+    b.push(include_str!("two_floats.wgsl"));
+    spec.key.level_at(b, "k");
+    b.push("fn exact_score(row: u32, r: u32) -> vec2<f32> {\n  var score = vec2(0.0);");
+    line!(b, "  for (var s = 0u; s < {scales}u; s++) {{\n    var sum = vec2(0.0);");
+    let fetches = d / fetch / scales;
+    line!(b, "    for (var c = s * {fetches}u; c < (s + 1u) * {fetches}u; c++) {{");
+    line!(b, "      let w = k_fetch(k_place(row), c);\n      for (var j = 0u; j < {fetch}u; j++) {{");
+    line!(b, "        let q = query[r * {}u + c * {}u + (j >> 2u)][j & 3u];", d / 4, fetch / 4);
+    b.push("        sum = plus(sum, times(vec2(k_level_at(w, j), 0.0), q));\n      }\n    }");
+    b.push("    score = plus(score, times(times(sum, k_factor(k_scale(row, s), row)), bitcast<f32>(a.scale)));");
+    b.push("  }\n  return score;\n}");
+}
+
+/// The workgroup's rows of queries into `query`, rotated, and the largest element's size into `largest`.
 fn queries(b: &mut Builder, spec: &Spec, transform: &Transform) {
     let d = spec.key.format().head_dim();
     let rows = spec.rows();
     let load = |r: &str, e: &str| format!("query_load(token0, queries, kv_head, head0, {r}, {e})");
+    if checked(spec) {
+        b.push("  var most = 0.0;\n  if (tid == 0u) { atomicStore(&largest, 0u); }");
+    }
+    let end = if checked(spec) { "  atomicMax(&largest, bitcast<u32>(most));\n" } else { "" };
     if !spec.rotate {
+        if checked(spec) {
+            b.push("  workgroupBarrier();");
+        }
         line!(b, "  for (var e = 8u * tid; e < {}u; e += 8u * WG) {{", rows * d);
         line!(b, "    let v = {};", load(&format!("e / {d}u"), &format!("e % {d}u")));
-        b.push("    query[e >> 2u] = v.a * bitcast<f32>(a.scale);");
-        b.push("    query[(e >> 2u) + 1u] = v.b * bitcast<f32>(a.scale);\n  }\n  workgroupBarrier();");
-        return;
+        b.push("    query[e >> 2u] = v.a;\n    query[(e >> 2u) + 1u] = v.b;");
+        if checked(spec) {
+            b.push("    let x = max(abs(v.a), abs(v.b));\n    most = max(most, max(max(x.x, x.y), max(x.z, x.w)));");
+        }
+        return line!(b, "  }}\n{end}  workgroupBarrier();");
     }
     let columns = transform.columns;
     b.push("  {");
@@ -327,9 +437,12 @@ fn queries(b: &mut Builder, spec: &Spec, transform: &Transform) {
     line!(b, "  if (i < {rows}u) {{");
     for k in 0..transform.per {
         let at = format!("query[i * {}u + {}u + (c >> 2u)][c & 3u]", d / 4, k * columns / 4);
-        line!(b, "    {at} = y{k} * bitcast<f32>(a.scale);");
+        line!(b, "    {at} = y{k};");
+        if checked(spec) {
+            line!(b, "    most = max(most, abs(y{k}));");
+        }
     }
-    b.push("  }\n  }\n  workgroupBarrier();");
+    line!(b, "  }}\n  }}\n{end}  workgroupBarrier();");
 }
 
 /// As [`Builder::main`], with the subgroup's numbers where they are used.
@@ -399,7 +512,7 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     for p in 0..positions {
         scale_words(b, spec, p, "    ");
         if row.scales_per_row() <= 1 && row.is_rotated() {
-            line!(b, "    let f_{p} = k_factor(kf_{p}, row_{p});");
+            line!(b, "    let f_{p} = k_factor(kf_{p}, row_{p}) * scale;");
         }
         for r in 0..rows {
             line!(b, "    var h{r}_{p}: f32;\n    var e{r}_{p} = 0.0;");
@@ -413,6 +526,9 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
         score_group(b, spec, fetch, "g", false);
         b.push("    }");
     }
+    for p in (0..positions).filter(|_| checked(spec)) {
+        score_again(b, spec, p);
+    }
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         let j = r / spec.heads;
         if spec.softcap {
@@ -422,6 +538,21 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
     }
 }
 
+/// Huge scores of the thread's position p.
+fn score_again(b: &mut Builder, spec: &Spec, p: usize) {
+    let factor = |s| format!("abs(k_factor(k_scale(row_{p}, {s}u), row_{p}) * scale)");
+    let largest = match spec.key.format().scales_per_row() {
+        1 => format!("abs(f_{p})"),
+        n => (1..n).fold(factor(0), |most, s| format!("max({most}, {})", factor(s))),
+    };
+    line!(b, "    if ({largest} > limit) {{\n      for (var r = 0u; r < {}u; r++) {{", spec.rows());
+    line!(b, "        let s = exact_score(row_{p}, r);");
+    for r in 0..spec.rows() {
+        line!(b, "        if (r == {r}u) {{ h{r}_{p} = s.x; e{r}_{p} = s.y; }}");
+    }
+    b.push("      }\n    }");
+}
+
 /// Adds group number `g` of elements to the scores.
 fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool) {
     let row = spec.key.format();
@@ -429,7 +560,8 @@ fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool)
     let (group, together) = (group(spec), together(spec, fetch));
     let each = || (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p)));
     for p in (0..positions).filter(|_| row.scales_per_row() > 1) {
-        line!(b, "      let f_{p} = k_factor(k_scale(row_{p}, {}), row_{p});", spec.key.scale_of(g, group));
+        let word = format!("k_scale(row_{p}, {})", spec.key.scale_of(g, group));
+        line!(b, "      let f_{p} = k_factor({word}, row_{p}) * scale;");
     }
     for (r, p) in each() {
         line!(b, "      var t{r}_{p} = 0.0;");
@@ -465,7 +597,7 @@ fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool)
     }
     b.push("      }");
     for (r, p) in each() {
-        let factor = if row.is_rotated() { format!(" * f_{p}") } else { String::new() };
+        let factor = if row.is_rotated() { format!(" * f_{p}") } else { " * scale".to_owned() };
         if first {
             line!(b, "      h{r}_{p} = t{r}_{p}{factor};");
             continue;
@@ -482,23 +614,33 @@ fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool)
 /// The running maximum, and the weight of the thread's positions for every row: zero where one is not seen. The factor of
 /// the value is in the weight, so that what an unseen row holds, NaN too, is never added.
 fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
-    let (rows, positions, fours, tile) = (spec.rows(), spec.positions, layout.fours, spec.tile());
-    for r in 0..rows {
-        let largest = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
-        line!(b, "    offer({r}u, {}, tid, false);", (0..positions).fold("NONE".to_owned(), largest));
-    }
-    b.push("    settle(tid, false);");
-    for r in 0..rows {
-        line!(b, "    let n{r} = max(m{r}, taken({r}u, false));");
-    }
+    let (rows, positions) = (spec.rows(), spec.positions);
+    let Layout { fours, tile, team, .. } = *layout;
+    let largest = |r: usize| {
+        let larger = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
+        (0..positions).fold("NONE".to_owned(), larger)
+    };
     // In most tiles none grows.
-    let grown: Vec<_> = (0..rows).map(|r| format!("n{r} > m{r}")).collect();
-    line!(b, "    if ({}) {{", grown.join(" || "));
-    for r in 0..rows {
-        line!(b, "      let shrink{r} = exp(m{r} - n{r});\n      m{r} = n{r};\n      l{r} *= shrink{r};");
-        for x in 0..layout.chunk / 4 {
-            line!(b, "      o{r}_{x} *= shrink{r};");
+    if layout.teams() > 1 {
+        let above = |(r, p): (usize, usize)| format!("(ok{r}_{p} && h{r}_{p} - m{r} > {LAG:?})");
+        let above: Vec<_> = (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))).map(above).collect();
+        line!(b, "    if (subgroupAny({})) {{", above.join(" || "));
+        for r in 0..rows {
+            line!(b, "    let n{r} = max(m{r}, subgroupMax({}));", largest(r));
         }
+    } else {
+        for r in 0..rows {
+            line!(b, "    offer({r}u, {}, tid, false);", largest(r));
+        }
+        b.push("    settle(tid, false);");
+        for r in 0..rows {
+            line!(b, "    let n{r} = max(m{r}, taken({r}u, false));");
+        }
+        let grown: Vec<_> = (0..rows).map(|r| format!("n{r} > m{r}")).collect();
+        line!(b, "    if ({}) {{", grown.join(" || "));
+    }
+    for r in 0..rows {
+        shrink(b, r, layout.chunk);
     }
     b.push("    }");
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
@@ -507,9 +649,13 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
             "    let p{r}_{p} = select(0.0, exp((h{r}_{p} - m{r}) + e{r}_{p}), ok{r}_{p});\n    l{r} += p{r}_{p};"
         );
     }
+    if layout.teams() > 1 {
+        // All threads have read the last tile's weights.
+        line!(b, "    {}", layout.barrier());
+    }
     let rotated = spec.value.format().is_rotated();
     for p in 0..positions {
-        line!(b, "    row_of[{tile}u - base + {}u + tid] = v_place(next_{p});", p * THREADS);
+        line!(b, "    row_of[places + {tile}u - base + {}u + me] = v_place(next_{p});", p * team);
         for s in 0..scales {
             if rotated {
                 let word = if scales > 1 { format!("v_scale(row_{p}, {s}u)") } else { format!("vf_{p}") };
@@ -522,37 +668,37 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
                     false => format!("p{r}_{p}"),
                 };
                 let four_weights: Vec<_> = (4 * four..4 * four + 4).map(weight).collect();
-                let at = format!("({}u + tid) * {fours}u + {four}u", s * tile + p * THREADS);
+                let at = format!("weights + ({}u + me) * {fours}u + {four}u", s * tile + p * team);
                 line!(b, "    held[{at}] = vec4({});", four_weights.join(", "));
             }
         }
     }
-    b.push("    workgroupBarrier();");
+    line!(b, "    {}", layout.barrier());
 }
 
 /// Loads `depth` positions' values of the thread, from `base` in `row_of` on, turn number `turn`.
-fn fetch_values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize, to: &str, base: &str, turn: &str) {
-    let (tile, lanes, depth) = (spec.tile(), layout.lanes, layout.depth);
+fn fetch_values(b: &mut Builder, layout: &Layout, fetch: usize, to: &str, base: &str, turn: &str) {
+    let Layout { tile, lanes, depth, .. } = *layout;
     let fetches = layout.chunk / fetch;
     for k in 0..depth {
         let at = format!("{turn} * {}u + {}u + lane_v", depth * lanes, k * lanes);
-        let at = if layout.even(tile) { at } else { format!("min({at}, {}u)", tile - 1) };
+        let at = if layout.even() { at } else { format!("min({at}, {}u)", tile - 1) };
         for f in 0..fetches {
-            line!(b, "{to}{k}_{f} = v_fetch(row_of[{base} + {at}], c * {fetches}u + {f}u);");
+            line!(b, "{to}{k}_{f} = v_fetch(row_of[places + {base} + {at}], c * {fetches}u + {f}u);");
         }
     }
 }
 
 /// Adds the tile's weighted values to `o{r}_{x}`; each turn's values have been loaded a turn before.
 fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
-    let (rows, tile) = (spec.rows(), spec.tile());
-    let Layout { chunk, lanes, depth, fours, .. } = *layout;
+    let rows = spec.rows();
+    let Layout { tile, chunk, lanes, depth, fours, .. } = *layout;
     let turns = tile.div_ceil(lanes * depth);
     let fetches = chunk / fetch;
     line!(b, "    for (var turn = 0u; turn < {turns}u; turn++) {{");
     line!(b, "      let over = turn == {}u;", turns - 1);
     line!(b, "      let begin = select(base, {tile}u - base, over);\n      let after = select(turn + 1u, 0u, over);");
-    fetch_values(b, spec, layout, fetch, "      let u", "begin", "after");
+    fetch_values(b, layout, fetch, "      let u", "begin", "after");
     for k in 0..depth {
         b.push("      {");
         for x in 0..chunk / 4 {
@@ -564,8 +710,8 @@ fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
         line!(b, "        let i = {i};");
         let scale = spec.value.scale_of("c", chunk);
         for four in 0..fours {
-            let at = |i: &str| format!("held[(({scale}) * {tile}u + {i}) * {fours}u + {four}u]");
-            match layout.even(tile) {
+            let at = |i: &str| format!("held[weights + (({scale}) * {tile}u + {i}) * {fours}u + {four}u]");
+            match layout.even() {
                 true => line!(b, "        let p{four} = {};", at("i")),
                 false => line!(
                     b,
@@ -692,7 +838,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     let lse = op.lse.as_ref().map(|l| Slot::new(&context, "lse", l)).transpose()?;
 
     let (d, heads, kv_heads) = (op.key.row().head_dim(), op.heads, op.key.kv_heads());
-    let (group, spans) = (heads / kv_heads, op.batch.spans());
+    let (group, spans, page_size) = (heads / kv_heads, op.batch.spans(), op.key.page_size());
     let most = context.caps.query_rows.min(QUERY_FLOATS / d);
     let parts = group.div_ceil(most);
     let heads_at_once = group.div_ceil(parts);
@@ -717,6 +863,8 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         causal: op.params.causal,
         window: op.params.window.is_some(),
         softcap: op.params.softcap.is_some(),
+        ring: spans.iter().any(|s| s.len as usize > op.batch.width() * page_size),
+        page_bits: page_size.is_power_of_two().then(|| page_size.ilog2()),
     };
     spec.value = spec.value.fetched_by(spec.chunk(&context.caps));
     let join = JoinSpec {
@@ -729,7 +877,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     // A split's results take memory for every query, so that very many queries go in turns.
     let row_bytes = (d + 4) * 4;
     let room = context.limits.max_storage_buffer_binding_size.min(256 << 20) as usize / (row_bytes * heads);
-    let tile = spec.tile();
+    let tile = Layout::new(&spec, &context.caps).tile;
     let mut next = 0;
     while next < tasks.len() {
         let mut end = next;
@@ -741,10 +889,9 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         let turn = &tasks[next..end];
         next = end;
         let blocks = turn.len() * kv_heads * parts;
-        let tiles = turn.iter().map(|t| t.seen).max().unwrap_or(0).div_ceil(tile).max(1);
-        let splits = context.caps.busy.div_ceil(blocks).clamp(1, tiles.min(MOST_SPLITS)).min((room / tokens).max(1));
-        let per_split = tiles.div_ceil(splits);
-        let splits = tiles.div_ceil(per_split);
+        let seen = turn.iter().map(|t| t.seen).max().unwrap_or(0);
+        let most = seen.div_ceil(spec.tile()).clamp(1, MOST_SPLITS).min((room / tokens).max(1));
+        let splits = ((context.caps.busy + blocks / 2) / blocks).clamp(1, most);
         let rows = tokens * heads;
         let token_base = turn[0].words[1];
         let fields = [
@@ -759,9 +906,9 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
             group as u32,
             parts as u32,
             splits as u32,
-            (per_split * tile) as u32,
-            op.key.page_size() as u32,
-            (op.batch.width() * op.key.page_size()) as u32,
+            seen.div_ceil(tile) as u32,
+            page_size as u32,
+            (op.batch.width() * page_size) as u32,
             op.params.scale.to_bits(),
             op.params.softcap.unwrap_or(1.0).to_bits(),
             op.params.window.map_or(0, |w| w.min(u32::MAX as usize) as u32),

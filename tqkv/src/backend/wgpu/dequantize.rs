@@ -87,26 +87,41 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         line!(b, "    factor_of[i * {scales}u + {s}u] = p_factor(p_scale(row, {s}u), row);");
     }
     b.push("  }\n  workgroupBarrier();");
-    let unit = spec.out.unit();
+    let decoded = |i: &str, e: &str| {
+        let fetches = (0..unit / n).map(|k| format!(", p_fetch(p_place(row_of[{i}]), {e} / {n}u + {k}u)"));
+        format!("decoded({i}, {e}{})", fetches.collect::<String>())
+    };
     if spec.restore {
-        transform.columns(&mut b, "n", |i, e| format!("decoded({i}, {e})"));
+        transform.columns(&mut b, "n", decoded);
+        let unit = spec.out.unit();
         let store = format!("out_store(first_row * {d}u + e, flip{unit}(e % {d}u, v));");
         transform.rows(&mut b, "n", unit, &store);
         b.push("}");
         return b.finish();
     }
-    line!(b, "  for (var e = {unit}u * tid; e < n * {d}u; e += {unit}u * WG) {{");
-    line!(b, "    out_store(first_row * {d}u + e, decoded(e / {d}u, e % {d}u));\n  }}\n}}");
+    let step = unit * wgsl::THREADS;
+    let ahead = if unit == 8 { caps.ahead } else { 1 };
+    line!(b, "  for (var first = 0u; first < n * {d}u; first += {}u) {{", ahead * step);
+    for k in 0..ahead {
+        line!(b, "    let e{k} = first + {}u + {unit}u * tid;\n    let i{k} = min(e{k} / {d}u, n - 1u);", k * step);
+        for f in 0..unit / n {
+            line!(b, "    let w{k}_{f} = p_fetch(p_place(row_of[i{k}]), e{k} % {d}u / {n}u + {f}u);");
+        }
+    }
+    for k in 0..ahead {
+        let words: String = (0..unit / n).map(|f| format!(", w{k}_{f}")).collect();
+        let v = format!("decoded(i{k}, e{k} % {d}u{words})");
+        line!(b, "    if (e{k} < n * {d}u) {{ out_store(first_row * {d}u + e{k}, {v}); }}");
+    }
+    b.push("  }\n}");
     b.finish()
 }
 
-/// `fn decoded(i, e)`: 4 or 8 (`unit`) elements from element e of the workgroup's row i on, by fetches of n.
+/// `fn decoded(i, e, w0, …)`: 4 or 8 (`unit`) elements from element e of the workgroup's row i on, of fetches of n.
 fn decode(b: &mut Builder, spec: &Spec, unit: usize, n: usize) {
     let ty = if unit == 4 { "vec4<f32>" } else { "Eight" };
-    line!(b, "fn decoded(i: u32, e: u32) -> {ty} {{");
-    for k in 0..unit / n {
-        line!(b, "  let w{k} = p_fetch(p_place(row_of[i]), e / {n}u + {k}u);");
-    }
+    let words: String = (0..unit / n).map(|k| format!(", w{k}: vec4<u32>")).collect();
+    line!(b, "fn decoded(i: u32, e: u32{words}) -> {ty} {{");
     let four = |j: usize| spec.pool.value("p", &format!("w{}", 4 * j / n), j % (n / 4));
     let v = if unit == 4 { four(0) } else { format!("Eight({}, {})", four(0), four(1)) };
     match spec.pool.format().scales_per_row() {

@@ -33,6 +33,8 @@ pub(crate) struct Caps {
     subgroup: usize,
     /// A shuffle takes only the low bits of a lane's number.
     shuffles_wrap: bool,
+    /// Threads of every subgroup, where one can work by itself; else 0.
+    team: usize,
     /// Workgroups that keep the device busy.
     busy: usize,
     /// The most query rows of a workgroup of attention. Few in software, where each makes kernels slower to compile.

@@ -8,6 +8,12 @@ fn keep4(x: vec4<f32>) -> vec4<f32> { return bitcast<vec4<f32>>(bitcast<vec4<u32
 fn times4(v: vec4<f32>, f: f32) -> vec4<f32> { return v * f; }
 fn times8(v: Eight, f: f32) -> Eight { return Eight(v.a * f, v.b * f); }
 
+fn with_signs(v: Eight, signs: Eight) -> Eight {
+  let a = bitcast<vec4<u32>>(v.a) ^ bitcast<vec4<u32>>(signs.a);
+  let b = bitcast<vec4<u32>>(v.b) ^ bitcast<vec4<u32>>(signs.b);
+  return Eight(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b));
+}
+
 fn is_finite(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u; }
 
 // x·y - p exactly, for p = x·y rounded: Dekker's product (Numerische Mathematik 18, 1971) over halves of 12 bits.

@@ -71,8 +71,11 @@ fn unit(d: usize) -> usize {
 /// Parts that go into one dispatch, as far as bindings allow.
 const PARTS: usize = 2;
 
-/// Workgroups that a dispatch has when there is work for more: each does several rounds of rows, for one copy of tables.
-const MOST_GROUPS: usize = 4096;
+/// Workgroups that a dispatch has for a part when there is work for more: each does several rounds of rows, for one copy of
+/// tables. Large ones take longer.
+fn most_groups(row: &RowFormat) -> usize {
+    if vectors(row) > 16 { 1024 } else { 2048 }
+}
 
 pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let mut b = Builder::new(caps);
@@ -106,7 +109,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     // All parts have the rows' shape in common, and take turns in the workgroup's memory.
     let row = spec.parts[0].pool.format();
     let transform = Transform::new(&row, caps);
-    line!(b, "var<workgroup> row_of: array<u32, {}>;", transform.rows);
+    b.push("var<workgroup> row_of: array<u32, WG>;");
     b.push(include_str!("locate.wgsl"));
     let formats: Vec<_> = spec.parts.iter().map(|p| p.pool.format()).collect();
     let most = |f: &dyn Fn(&RowFormat) -> usize| formats.iter().filter(|f| f.is_rotated()).map(f).max().unwrap_or(0);
@@ -167,7 +170,13 @@ fn rounds(b: &mut Builder, transform: &Transform) {
     line!(b, "  for (var round = 0u; round < a.rounds; round++) {{");
     line!(b, "    let first = (wg * a.rounds + round) * {rows}u;");
     line!(b, "    let n = select(0u, min({rows}u, a.rows - first), first < a.rows);");
-    b.push("    for (var t = tid; t < n; t += WG) { row_of[t] = locate(first + t); }");
+    places(b, transform);
+}
+
+/// Where the round's rows are in `row_of`, which all threads fill for several rounds at once: divisions are slow.
+fn places(b: &mut Builder, transform: &Transform) {
+    line!(b, "    let row0 = (round % {}u) * {}u;", transform.columns, transform.rows);
+    b.push("    if (row0 == 0u && first + tid < a.rows) { row_of[tid] = locate(first + tid); }");
 }
 
 /// Dense floats are stored as they are.
@@ -179,7 +188,7 @@ fn dense(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     line!(b, "fn part{i}(wg: u32, tid: u32) {{");
     rounds(b, transform);
     line!(b, "    workgroupBarrier();\n    for (var e = 8u * tid; e < n * {d}u; e += 8u * WG) {{");
-    line!(b, "      let v = x{i}_load(first * {d}u + e);\n      let to = row_of[e / {d}u] * {d}u + e % {d}u;");
+    line!(b, "      let v = x{i}_load(first * {d}u + e);\n      let to = row_of[row0 + e / {d}u] * {d}u + e % {d}u;");
     line!(
         b,
         "      {}\n    }}\n    workgroupBarrier();\n  }}\n}}",
@@ -217,24 +226,26 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
     );
     line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = a.{p}_cells[t >> 2u][t & 3u];");
     line!(b, "    cells[t] = vec2(bitcast<f32>(code), a.{p}_bounds[code >> 2u][code & 3u]);\n  }}");
-    let flip = |v: &str, e: &str| format!("{p}_flip8({e}, {v})");
     let load = |row: &str, e: &str| format!("x{i}_load((first + {row}) * {d}u + {e})");
     if transform.loads_ahead() {
         let rows = transform.rows;
         transform.places(b);
         line!(b, "  var first = wg * a.rounds * {rows}u;");
-        line!(b, "  var next = select(0u, min({rows}u, a.rows - first), first < a.rows);\n  var place = 0u;");
+        line!(b, "  var next = select(0u, min({rows}u, a.rows - first), first < a.rows);");
         transform.load(b, "next", load);
-        b.push("  if (tid < next) { place = locate(first + tid); }");
-        b.push("  for (var round = 0u; round < a.rounds; round++) {\n    if (tid < next) { row_of[tid] = place; }");
-        transform.exchange(b, |v, e| flip(&v, &e));
+        // A thread's chunks have the same signs all the time.
+        for x in 0..transform.columns / 8 {
+            line!(b, "  let signs{x} = {p}_flip8(chunk + {}u, Eight(vec4(0.0), vec4(0.0)));", 8 * x);
+        }
+        b.push("  for (var round = 0u; round < a.rounds; round++) {");
+        places(b, transform);
+        transform.exchange(b, |v, x| format!("with_signs({v}, signs{x})"));
         line!(b, "    let n = next;\n    first += {rows}u;");
         line!(b, "    next = select(0u, min({rows}u, a.rows - first), first < a.rows && round + 1u < a.rounds);");
         transform.load_again(b, "next", load);
-        b.push("    if (tid < next) { place = locate(first + tid); }");
     } else {
         rounds(b, transform);
-        transform.columns(b, "n", |row, e| flip(&load(row, e), e));
+        transform.columns(b, "n", |row, e| format!("{p}_flip8({e}, {})", load(row, e)));
     }
     squares(b, transform, &row, "y", |k| format!("keep(y{k} * y{k})"));
     let block_rms = row.scaling() == Scaling::BlockRms;
@@ -248,7 +259,7 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
         b.push("      let stored = select(0x7fc00000u, bitcast<u32>(norm), is_finite(norm));");
         line!(
             b,
-            "      {p}_scales[(a.{p}_scales_off >> 2u) + row_of[t / {scales}u] * {scales}u + t % {scales}u] = stored;"
+            "      {p}_scales[(a.{p}_scales_off >> 2u) + row_of[row0 + t / {scales}u] * {scales}u + t % {scales}u] = stored;"
         );
     }
     b.push("    }\n    workgroupBarrier();");
@@ -258,7 +269,7 @@ fn encode(b: &mut Builder, part: &Part, i: usize, transform: &Transform) {
         // By the last threads, since the first pack codes.
         b.push("    let t = WG - 1u - tid;\n    if (t < n) {\n      let norm = norm_of[t];");
         b.push("      let scale = f16_bits(exact_div(norm, exact_sqrt(folded(t))));");
-        line!(b, "      {p}_put_scale(row_of[t], select(0x7e00u, scale, is_finite(norm)));\n    }}");
+        line!(b, "      {p}_put_scale(row_of[row0 + t], select(0x7e00u, scale, is_finite(norm)));\n    }}");
     } else {
         b.push("    workgroupBarrier();");
     }
@@ -337,14 +348,13 @@ fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
     let (per_row, field) = (d / unit, if planes { 4 } else { row.row_bytes() * 8 / d });
     let words = (unit * field).div_ceil(32);
     line!(b, "    for (var u = tid; u < n * {per_row}u; u += WG) {{");
-    line!(b, "      let i = u / {per_row}u;\n      let c = u % {per_row}u;");
+    line!(b, "      let i = u / {per_row}u;\n      let c = u % {per_row}u;\n      let row = row_of[row0 + i];");
     // All codes are one value for a zero vector and for one that is not finite.
     line!(b, "      let norm = norm_of[i * {scales}u + {}];", part.pool.scale_of("c", unit));
     for c in 0..columns {
         line!(b, "      let c{c} = buf[u * {}u + {c}u];", columns + 1);
     }
-    let mut packed = vec![vec![]; words];
-    let mut filled = vec![0; words];
+    let (mut packed, mut filled) = (vec![vec![]; words], vec![0; words]);
     let zero = row.codebook().map_or(0, |book| book.zero_code() as u32);
     for e in 0..unit {
         let (bit, from) = (e * field, 8 * (e / columns));
@@ -357,9 +367,13 @@ fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
             filled[k + 1] |= zero >> (32 - shift);
         }
     }
+    let mut packed: Vec<String> = packed.iter().map(|codes| codes.join(" | ")).collect();
+    if (field, columns, unit) == (4, 8, 32) {
+        packed = nibbles(b);
+    }
     line!(b, "      let filled = !is_finite(norm) || norm <= {};", float(ZERO_NORM));
     for (k, (packed, filled)) in packed.iter().zip(filled).enumerate() {
-        line!(b, "      let w{k} = select({}, select(0u, {filled:#x}u, is_finite(norm)), filled);", packed.join(" | "));
+        line!(b, "      let w{k} = select({packed}, select(0u, {filled:#x}u, is_finite(norm)), filled);");
     }
     let row_bytes = row.row_bytes();
     if planes {
@@ -368,13 +382,13 @@ fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
     }
     match part.pool.align {
         Align::Byte => {
-            line!(b, "      let byte = a.{p}_codes_off + row_of[i] * {row_bytes}u + c * {}u;", unit * field / 8);
+            line!(b, "      let byte = a.{p}_codes_off + row * {row_bytes}u + c * {}u;", unit * field / 8);
             for k in 0..words {
                 line!(b, "      {p}_put(byte + {}u, w{k}, {}u);", 4 * k, (unit * field - 32 * k).min(32));
             }
         }
         align => {
-            line!(b, "      let word = (a.{p}_codes_off >> 2u) + row_of[i] * {}u + c * {words}u;", row_bytes / 4);
+            line!(b, "      let word = (a.{p}_codes_off >> 2u) + row * {}u + c * {words}u;", row_bytes / 4);
             if align == Align::Vector && words.is_multiple_of(4) {
                 for k in (0..words).step_by(4) {
                     let vector = format!("vec4(w{}, w{}, w{}, w{})", k, k + 1, k + 2, k + 3);
@@ -394,6 +408,20 @@ fn pack(b: &mut Builder, part: &Part, p: &str, transform: &Transform) {
     b.push("    }");
 }
 
+/// Four words of nibbles from eight columns of four bytes: pairs of columns share bytes, and bytes change places.
+fn nibbles(b: &mut Builder) -> Vec<String> {
+    for k in 0..4 {
+        line!(b, "      let d{k} = c{} | (c{} << 4u);", 2 * k, 2 * k + 1);
+    }
+    for (k, next) in [(0, 1), (2, 3)] {
+        line!(b, "      let even{k} = (d{k} & 0xff00ffu) | ((d{next} & 0xff00ffu) << 8u);");
+        line!(b, "      let odd{k} = ((d{k} >> 8u) & 0xff00ffu) | (d{next} & 0xff00ff00u);");
+    }
+    let low = |x| format!("({x}0 & 0xffffu) | ({x}2 << 16u)");
+    let high = |x| format!("({x}0 >> 16u) | ({x}2 & 0xffff0000u)");
+    vec![low("even"), low("odd"), high("even"), high("odd")]
+}
+
 /// Stores nibbles in the words w0, w1, …, eight elements each, as three planes.
 fn store_planes(b: &mut Builder, part: &Part, p: &str, words: usize) {
     let d = part.pool.format().head_dim();
@@ -403,12 +431,7 @@ fn store_planes(b: &mut Builder, part: &Part, p: &str, words: usize) {
         };
         let bytes: Vec<String> = (0..words).map(byte).collect();
         line!(b, "      let plane{plane} = {};", bytes.join(" | "));
-        line!(
-            b,
-            "      let byte{plane} = a.{p}_codes_off + row_of[i] * {}u + {}u + c * {words}u;",
-            3 * d / 8,
-            plane * d / 8
-        );
+        line!(b, "      let byte{plane} = a.{p}_codes_off + row * {}u + {}u + c * {words}u;", 3 * d / 8, plane * d / 8);
         match part.pool.align {
             Align::Byte => line!(b, "      {p}_put(byte{plane}, plane{plane}, {}u);", 8 * words),
             Align::Word => line!(b, "      {p}_codes[byte{plane} >> 2u] = plane{plane};"),
@@ -430,7 +453,8 @@ fn record_parts(recorder: &mut WgpuRecorder, op: &Quantize, parts: &[(Buffer, Pa
     let pool = &parts[0].1;
     let (count, width) = (op.batch.tokens() * pool.kv_heads(), op.batch.width());
     let rounds_of_rows = count.div_ceil(Transform::new(pool.row(), &context.caps).rows);
-    let rounds = rounds_of_rows.div_ceil(MOST_GROUPS);
+    let most = parts.iter().map(|(_, pool)| most_groups(pool.row())).min().unwrap_or(1);
+    let rounds = rounds_of_rows.div_ceil(most);
     let groups = rounds_of_rows.div_ceil(rounds);
     let mut fields = vec![
         count as u32,

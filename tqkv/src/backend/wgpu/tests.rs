@@ -72,8 +72,16 @@ const SHAPES: [(Codec, usize); 14] = [
 #[test]
 fn kernels_translate_to_metal() {
     for (native_f16, subgroup) in [(true, 32), (true, 8), (false, 0)] {
-        let caps =
-            Caps { native_f16, subgroup, shuffles_wrap: subgroup == 8, busy: 64, query_rows: 16, held: 1024, ahead: 8 };
+        let caps = Caps {
+            native_f16,
+            subgroup,
+            shuffles_wrap: subgroup == 8,
+            team: if subgroup == 32 { 32 } else { 0 },
+            busy: 64,
+            query_rows: 16,
+            held: 1024,
+            ahead: 8,
+        };
         let mut kernels = 0;
         let mut check = |name: String, source: Source| {
             check_for_metal(&name, &source);
@@ -129,6 +137,8 @@ fn kernels_translate_to_metal() {
                         causal: heads > 1,
                         window: heads > 1,
                         softcap: queries > 1,
+                        ring: queries > 1,
+                        page_bits: (heads > 1).then_some(6),
                     };
                     check(
                         format!("attention {codec} D={d} {align:?} {heads}x{queries}"),

@@ -383,6 +383,17 @@ impl Rows {
         }
     }
 
+    /// `fn {p}_level_at(w, j) -> f32`: the level of element j, which only run time knows, of what a fetch brought.
+    pub fn level_at(&self, b: &mut Builder, p: &str) {
+        let (field, bits) = (self.field(), self.format().bits());
+        line!(b, "fn {p}_level_at(w: vec4<u32>, j: u32) -> f32 {{\n  let s = (j * {field}u) & 31u;");
+        line!(b, "  var code = w[(j * {field}u) >> 5u] >> s;");
+        if !32usize.is_multiple_of(field) {
+            line!(b, "  if (s > {}u) {{ code |= w[((j * {field}u) >> 5u) + 1u] << (32u - s); }}", 32 - bits);
+        }
+        line!(b, "  return {p}_book[code & {}u];\n}}", (1 << bits) - 1);
+    }
+
     /// `fn {p}_scale(row, s) -> u32`, which uses the parameter `{p}_scales_off`: the word that holds scale s of a row; and
     /// `fn {p}_factor(word, row) -> f32`, what [`RowFormat::factor`] makes of it.
     pub fn factor(&self, b: &mut Builder, p: &str) {
@@ -535,8 +546,8 @@ impl Transform {
         (0..2).for_each(|j| self.load_chunk(b, j, &format!("{}u", j * self.pass), n, &eight));
     }
 
-    /// The two chunks, as `change(v, e)` makes them of an Eight and its element's number, into columns.
-    pub fn exchange(&self, b: &mut Builder, change: impl Fn(String, String) -> String) {
+    /// The two chunks, as `change(v, x)` makes them of the Eight v, which is number x of its chunk, into columns.
+    pub fn exchange(&self, b: &mut Builder, change: impl Fn(String, usize) -> String) {
         self.declare_columns(b);
         (0..2).for_each(|j| self.exchange_chunk(b, j, &format!("{j}u"), &change));
         self.mix(b);
@@ -558,8 +569,8 @@ impl Transform {
         b.push("  }");
     }
 
-    fn exchange_chunk(&self, b: &mut Builder, j: usize, number: &str, change: &impl Fn(String, String) -> String) {
-        let eight = |x: usize| change(format!("v{j}_{x}"), format!("(chunk + {}u)", 8 * x));
+    fn exchange_chunk(&self, b: &mut Builder, j: usize, number: &str, change: &impl Fn(String, usize) -> String) {
+        let eight = |x: usize| change(format!("v{j}_{x}"), x);
         let values: Vec<_> = (0..self.columns / 8).map(eight).collect();
         line!(b, "  if (chunk_row < {}u) {{ spread(tid * {}u, {}); }}", self.pass, self.columns, values.join(", "));
         b.push("  workgroupBarrier();");
