@@ -81,24 +81,32 @@ pub fn attention_error(
 
 /// How far a stored vector is from what the oracle stores for `x`, both decoded.
 pub fn quantize_error(row: &RowFormat, x: &[f32], got: &[f32]) -> f64 {
-    let expected = match row.codec() {
-        Codec::F32 => x.to_vec(),
-        Codec::F16 => x.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+    match row.codec() {
+        Codec::F32 => relative(got, x.iter().map(|&v| f64::from(v))),
+        Codec::F16 => relative(got, x.iter().map(|&v| f16::from_f32(v).to_f64())),
         _ => {
             let encoded = reference::quantize(row, x);
             let mut packed = vec![0; row.row_bytes()];
             row.pack(&encoded.codes, &mut packed);
-            let mut decoded = reference::dequantize(row, &packed, &encoded.scales);
-            // Where an element is as good as on a boundary, either code is right.
-            for ((decoded, got), margin) in decoded.iter_mut().zip(got).zip(&encoded.margins) {
-                if *margin < 1e-5 {
-                    *decoded = *got;
+            let error = |scales: &[f32]| {
+                let mut decoded = reference::dequantize(row, &packed, scales);
+                // Where an element is as good as on a boundary, either code is right.
+                for ((decoded, got), margin) in decoded.iter_mut().zip(got).zip(&encoded.margins) {
+                    if *margin < 1e-5 {
+                        *decoded = *got;
+                    }
                 }
+                relative(got, decoded.into_iter().map(f64::from))
+            };
+            if row.scale_dtype() != DType::F16 {
+                return error(&encoded.scales);
             }
-            decoded
+            // So is either neighbour of a scale that is as good as between two.
+            let bits = f16::from_f32(encoded.scales[0]).to_bits();
+            let near = [bits, bits + 1, bits.saturating_sub(1)].map(|b| error(&[f16::from_bits(b).to_f32()]));
+            near.into_iter().fold(f64::NAN, f64::min)
         }
-    };
-    relative(got, expected.into_iter().map(f64::from))
+    }
 }
 
 /// Norm of the difference divided by the expected vector's.
@@ -132,4 +140,27 @@ fn host(buffer: &Buffer) -> Result<Vec<u8>> {
 
 fn views(rows: &[Vec<f32>]) -> Vec<&[f32]> {
     rows.iter().map(|row| &row[..]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_may_be_rounded_either_way_and_no_further() {
+        let row = RowFormat::new(Codec::tq(8), 128).unwrap();
+        let x: Vec<f32> = (0..128).map(|i| ((i * 37 % 101) as f32 - 50.0) / 30.0).collect();
+        let encoded = reference::quantize(&row, &x);
+        let mut packed = vec![0; row.row_bytes()];
+        row.pack(&encoded.codes, &mut packed);
+        let bits = f16::from_f32(encoded.scales[0]).to_bits();
+        let error = |bits: u16, packed: &[u8]| {
+            quantize_error(&row, &x, &reference::dequantize(&row, packed, &[f16::from_bits(bits).to_f32()]))
+        };
+        assert!([bits - 1, bits, bits + 1].into_iter().all(|b| error(b, &packed) < 1e-6));
+        assert!([bits - 2, bits + 2].into_iter().all(|b| error(b, &packed) > 1e-4));
+        packed[7] ^= 1;
+        assert!(error(bits, &packed) > 1e-4);
+        assert!(quantize_error(&row, &x, &[f32::NAN; 128]).is_nan());
+    }
 }

@@ -21,7 +21,7 @@ use tqkv::format::CodecPair;
 ///
 /// Bytes are those of stored vectors, inputs and outputs that an operation must move; their share is of the bandwidth
 /// that plain reading (attention) or copying (all else) reaches on the device in the same process. On a GPU times are by its own clock:
-/// the median of bursts of many operations, and beside it the mean of 0.3 seconds without a pause. f16 is the cache that is not
+/// the median of bursts of many operations (on CUDA each burst is a graph), and beside it the mean of 0.3 seconds without a pause. f16 is the cache that is not
 /// compressed.
 #[derive(clap::Args)]
 pub struct Bench {
