@@ -631,7 +631,7 @@ def cmd_plain(names):
             case = shape_case(gpu, shape, v, 2)
             side = lambda x, bits: [f"-D{x}_HEAD_DIM={v.d}", f"-D{x}_BITS={bits}", f"-D{x}_PACKING={4 if bits == 3 else 0}", f"-D{x}_SCALING=1", f"-D{x}_CODE_ALIGN=16"]
             group = shape[1] // shape[2]  # rows of a block
-            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232", f"-DROWS={group}"]
+            options = side("K", v.k.bits) + side("V", v.v.bits) + [f"-DHEAD_DIM={v.d}", "-DQ_TYPE=0", "-DOUT_TYPE=0", "-DPARAMS_BYTES=232", f"-DROWS={group}", "-DHELD=3"]
             cubin, _ = nvrtc_compile(("plain.cu", options, arch_of(gpu)))
             module, fn = ctypes.c_void_p(), ctypes.c_void_p()
             gpu.call("cuModuleLoadData", ctypes.byref(module), cubin)

@@ -406,6 +406,11 @@ pub(super) fn plain_rows(head_dim: usize, wanted: usize) -> usize {
     wanted.next_power_of_two().min(1 << most.ilog2())
 }
 
+/// Blocks of plain.cu that a multiprocessor holds at once: registers are the limit.
+fn plain_held(head_dim: usize, rows: usize) -> usize {
+    if rows <= 4 && head_dim <= 128 { 3 } else { 2 }
+}
+
 /// `alignments`: of rows of keys' and values' codes.
 pub(super) fn plain_source(
     [key, value]: [&RowFormat; 2],
@@ -422,6 +427,7 @@ pub(super) fn plain_source(
         format!("-DQ_TYPE={}", type_number(q)),
         format!("-DOUT_TYPE={}", type_number(out)),
         format!("-DROWS={rows}"),
+        format!("-DHELD={}", plain_held(key.head_dim(), rows)),
         format!("-DPARAMS_BYTES={}", size_of::<PlainParams>()),
     ];
     Source {
@@ -448,10 +454,9 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
     let query_rows = || op.batch.spans().iter().map(|s| s.new as usize * (op.heads / kv_heads));
     let rows = plain_rows(d, query_rows().max().unwrap_or(1));
     let tiles = kv_heads * query_rows().map(|n| n.div_ceil(rows)).sum::<usize>();
-    // As many blocks as run at once (by the kernel's `__launch_bounds__`), of 128 positions at least.
+    // As many blocks as run at once, of 128 positions at least.
     let longest = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).max().unwrap_or(0);
-    let held = if rows <= 4 && d <= 128 { 3 } else { 2 };
-    let held = held * gpu.stream.context.limits.multiprocessors as usize;
+    let held = plain_held(d, rows) * gpu.stream.context.limits.multiprocessors as usize;
     let splits = (held / tiles.max(1)).min(longest.div_ceil(128)).max(1);
     let parts = tiles * rows * splits;
     let sums = parts * d * 4;

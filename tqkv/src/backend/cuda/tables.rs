@@ -40,7 +40,7 @@ fn near(row: &RowFormat) -> f32 {
     (roundings * (row.head_dim() as f32).sqrt() + 40.0) / 16_777_216.0
 }
 
-/// With more bits too many rows are doubtful: of 6 bits one in twelve, of 8 bits every second one.
+/// With more bits too many rows are doubtful: at D = 128 of 6 bits one in thirteen, and twice as many with each bit more.
 const MOST_BITS: usize = 6;
 
 /// What tiles look codes up in: `Grid` of quantize.cu.

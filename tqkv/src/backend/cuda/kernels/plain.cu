@@ -3,7 +3,7 @@
 // that read one KV head, and a split of the positions, which it goes through in tiles. Each tile's keys, then its values, are
 // decoded to shared memory once for all rows. The block that finishes last joins the splits.
 // -D: HEAD_DIM; for K and V: BITS, PACKING, SCALING, CODE_ALIGN (bytes); Q_TYPE, OUT_TYPE; ROWS (up to 8, ROWS * HEAD_DIM up to
-// 2048 or one row).
+// 2048 or one row); HELD (blocks that a multiprocessor shall hold at once).
 #include "row.cuh"
 #include "rotate.cuh"
 
@@ -86,7 +86,7 @@ DEVICE void add_product(float4& sum, float a, const float4& b) {
     sum.x = __fmaf_rn(a, b.x, sum.x), sum.y = __fmaf_rn(a, b.y, sum.y), sum.z = __fmaf_rn(a, b.z, sum.z), sum.w = __fmaf_rn(a, b.w, sum.w);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 4 && D <= 128 ? 3 : 2) plain(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_constant__ Params p) {
     __shared__ float4 tile[TILE * STRIDE], rows4[ROWS * QUADS];  // queries, then outputs
     __shared__ double dots[WARPS][ROWS][TILE];
     __shared__ u64 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
