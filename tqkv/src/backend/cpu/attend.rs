@@ -16,7 +16,7 @@
 
 use super::memory::{Line, Rows};
 use super::rows::RowCoder;
-use super::simd::Simd;
+use super::simd::{Job, Simd};
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
 use crate::ops::Batch;
@@ -92,23 +92,21 @@ pub(super) unsafe fn attend<S: Simd>(task: &mut Task) {
         value_factors: [0.0; MAX_TILE],
         key_norms: [0.0; MAX_TILE],
     };
-    // SAFETY: as many rows.
+    // SAFETY: the caller's.
     unsafe {
-        match task.seen.len() {
-            1 => few::<S, 1>(task, &mut t),
-            2 => few::<S, 2>(task, &mut t),
-            3 => few::<S, 3>(task, &mut t),
-            4 => few::<S, 4>(task, &mut t),
-            _ => many::<S>(task, &mut t),
+        if task.seen.len() <= ROWS {
+            few::<S>(task, &mut t);
+        } else {
+            many::<S>(task, &mut t);
         }
     }
 }
 
-/// M rows, in long tiles, so that it is rare to wait for a tile's weights. What must be decoded before it is used is decoded
-/// in stretches.
+/// Up to four rows, in long tiles, so that it is rare to wait for a tile's weights. What must be decoded before it is used is
+/// decoded in stretches.
 #[inline(always)]
-unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
-    let d = task.key.coder.row.head_dim();
+unsafe fn few<S: Simd>(task: &mut Task, t: &mut Tile) {
+    let (m, d) = (task.seen.len(), task.key.coder.row.head_dim());
     let (key_bits, value_bits) = (bits::<S>(&task.key), bits::<S>(&task.value));
     let form = |bits: usize| match bits {
         0 => Form::Levels,
@@ -125,8 +123,8 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     };
     let (mut keys, mut values) = (held(key_form), held(value_form));
     let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
-    let mut q = lines(M * d);
-    let q = &mut bytemuck::cast_slice_mut(&mut q)[..M * d];
+    let mut q = lines(m * d);
+    let q = &mut bytemuck::cast_slice_mut(&mut q)[..m * d];
     q.copy_from_slice(task.q);
     if (2..=4).contains(&key_bits) {
         q.chunks_exact_mut(RUN * S::LANES).for_each(|run| transpose(run, RUN));
@@ -134,7 +132,8 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
     let q = q.as_ptr();
     for start in (task.start..task.end).step_by(MAX_TILE) {
         let count = MAX_TILE.min(task.end - start);
-        let seen = seen::<M>(task, 0, start, count);
+        let seen = seen(task, 0, start, count);
+        let within = |from: usize, to: usize| seen.map(|(a, b)| (a.max(from), b.min(to)));
         find_factors(task, t, start, count);
         look_ahead(task, &task.value, start, start + count, &mut t.ahead);
         // SAFETY: pointers to D floats a row within q and out; what is seen is within the tile.
@@ -148,21 +147,11 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
                 if key_bits != HALF {
                     norms::<S>(task, t, (at, end));
                 }
-                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
-                match key_bits {
-                    2 => score::<S, M, 2>(task, t, q, 0, &seen),
-                    3 | 4 => score::<S, M, 4>(task, t, q, 0, &seen),
-                    5 => score::<S, M, 5>(task, t, q, 0, &seen),
-                    6 => score::<S, M, 6>(task, t, q, 0, &seen),
-                    7 => score::<S, M, 7>(task, t, q, 0, &seen),
-                    8 => score::<S, M, 8>(task, t, q, 0, &seen),
-                    HALF => score::<S, M, HALF>(task, t, q, 0, &seen),
-                    _ => score::<S, M, 0>(task, t, q, 0, &seen),
-                }
+                score::<S>(task, t, key_bits, q, 0, &within(at, end)[..m]);
             }
-            soften::<S, M>(task, t, 0, &seen);
+            soften::<S>(task, t, 0, &seen[..m]);
             // Also of the task after this one, which the same thread is likely to do.
-            let end = task.seen[M - 1].1;
+            let end = task.seen[m - 1].1;
             look_ahead(task, &task.key, start + count, end.min(start + count + MAX_TILE), &mut t.ahead);
             for at in (0..count).step_by(value_stretch) {
                 let end = count.min(at + value_stretch);
@@ -170,17 +159,7 @@ unsafe fn few<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile) {
                 if value_form == Form::Levels {
                     ask::<S>(&t.ahead[at..end], task.key.coder.row.row_bytes());
                 }
-                let seen = seen.map(|(from, to)| (from.max(at), to.min(end)));
-                match value_bits {
-                    2 => add_values::<S, M, 2>(task, t, 0, &seen),
-                    3 | 4 => add_values::<S, M, 4>(task, t, 0, &seen),
-                    5 => add_values::<S, M, 5>(task, t, 0, &seen),
-                    6 => add_values::<S, M, 6>(task, t, 0, &seen),
-                    7 => add_values::<S, M, 7>(task, t, 0, &seen),
-                    8 => add_values::<S, M, 8>(task, t, 0, &seen),
-                    HALF => add_values::<S, M, HALF>(task, t, 0, &seen),
-                    _ => add_values::<S, M, 0>(task, t, 0, &seen),
-                }
+                add_values::<S>(task, t, value_bits, 0, &within(at, end)[..m]);
             }
         }
     }
@@ -205,49 +184,57 @@ unsafe fn many<S: Simd>(task: &mut Task, t: &mut Tile) {
         prefetch::<S>(task, &task.key, start + count, tile.min(task.end - start - count));
         find::<S>(task, &task.value, Form::Levels, start, (0, count), values, &mut t.values);
         prefetch::<S>(task, &task.value, start + count, tile.min(task.end - start - count));
-        // SAFETY: rows r..r + 4 or up to n exist; the tile holds `count` positions.
+        // SAFETY: rows r..r + m exist; the tile holds `count` positions.
         unsafe {
             norms::<S>(task, t, (0, count));
             for r in (0..n).step_by(ROWS) {
-                match n - r {
-                    1 => rows::<S, 1>(task, t, q, r, start, count),
-                    2 => rows::<S, 2>(task, t, q, r, start, count),
-                    3 => rows::<S, 3>(task, t, q, r, start, count),
-                    _ => rows::<S, 4>(task, t, q, r, start, count),
-                }
+                let seen = &seen(task, r, start, count)[..ROWS.min(n - r)];
+                score::<S>(task, t, 0, q.add(r * d), r, seen);
+                soften::<S>(task, t, r, seen);
+                add_values::<S>(task, t, 0, r, seen);
             }
         }
     }
 }
 
-/// M rows from `r` on over one decoded tile.
-///
-/// # Safety
-/// See `attend`.
+/// What up to four rows from `r` on see of a tile.
+fn seen(task: &Task, r: usize, start: usize, count: usize) -> [(usize, usize); ROWS] {
+    let mut seen = [(0, 0); ROWS];
+    for (seen, &(from, to)) in seen.iter_mut().zip(&task.seen[r..]) {
+        *seen = (from.max(start) - start, to.min(start + count).saturating_sub(start));
+    }
+    seen
+}
+
+/// Runs a job for `rows` rows and codes of `bits`, one of those that `bits` gives.
 #[inline(always)]
-unsafe fn rows<S: Simd, const M: usize>(
-    task: &mut Task,
-    t: &mut Tile,
-    q: *const f32,
-    r: usize,
-    start: usize,
-    count: usize,
-) {
-    let seen = seen::<M>(task, r, start, count);
+unsafe fn run<S: Simd, J: Job>(rows: usize, bits: usize, job: J) {
     // SAFETY: the caller's.
     unsafe {
-        score::<S, M, 0>(task, t, q.add(r * task.key.coder.row.head_dim()), r, &seen);
-        soften::<S, M>(task, t, r, &seen);
-        add_values::<S, M, 0>(task, t, r, &seen);
+        match rows {
+            1 => run_width::<S, J, 1>(bits, job),
+            2 => run_width::<S, J, 2>(bits, job),
+            3 => run_width::<S, J, 3>(bits, job),
+            _ => run_width::<S, J, 4>(bits, job),
+        }
     }
 }
 
-/// What M rows from `r` on see of a tile.
-fn seen<const M: usize>(task: &Task, r: usize, start: usize, count: usize) -> [(usize, usize); M] {
-    std::array::from_fn(|i| {
-        let (from, to) = task.seen[r + i];
-        (from.max(start) - start, to.min(start + count).saturating_sub(start))
-    })
+#[inline(always)]
+unsafe fn run_width<S: Simd, J: Job, const M: usize>(bits: usize, job: J) {
+    // SAFETY: the caller's.
+    unsafe {
+        match bits {
+            2 if S::NIBBLES >= 2 => S::call::<J, M, 2>(job),
+            3 | 4 if S::NIBBLES >= 3 => S::call::<J, M, 4>(job),
+            5 if S::LANES == 16 => S::call::<J, M, 5>(job),
+            6 if S::LANES == 16 => S::call::<J, M, 6>(job),
+            7 if S::LANES == 16 => S::call::<J, M, 7>(job),
+            8 if S::LANES == 16 => S::call::<J, M, 8>(job),
+            HALF if S::LANES == 16 => S::call::<J, M, HALF>(job),
+            _ => S::call::<J, M, 0>(job),
+        }
+    }
 }
 
 /// Positions whose decoded keys, and as many values, stay in the first-level cache.
@@ -458,41 +445,52 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, (from, to): (usize, usize)) 
     }
 }
 
-/// Scores of M queries, rows from `r` on, with the keys that they see.
+/// Scores of the queries of rows from `r` on with the keys that they see.
 #[inline(always)]
-unsafe fn score<S: Simd, const M: usize, const BITS: usize>(
-    task: &Task,
-    t: &mut Tile,
-    q: *const f32,
-    r: usize,
-    seen: &[(usize, usize); M],
-) {
-    let (mut low, mut high) = (MAX_TILE, 0);
-    for &(from, to) in seen.iter().filter(|(from, to)| from < to) {
-        (low, high) = (low.min(from), high.max(to));
+unsafe fn score<S: Simd>(task: &Task, t: &mut Tile, bits: usize, q: *const f32, r: usize, seen: &[(usize, usize)]) {
+    let (mut from, mut to) = (MAX_TILE, 0);
+    for &(a, b) in seen.iter().filter(|(a, b)| a < b) {
+        (from, to) = (from.min(a), to.max(b));
     }
     let d = task.key.coder.row.head_dim();
     // SAFETY: the caller's.
     unsafe {
-        let levels = &S::levels::<BITS>(task.key.coder.table());
-        let ahead = if BITS > 0 { task.value.coder.row.row_bytes() } else { 0 };
-        match M {
+        run::<S, _>(seen.len(), bits, Dots { task, tile: t, q, from, to });
+        for (i, &seen) in seen.iter().enumerate().filter(|(_, (a, b))| a < b) {
+            scale::<S>(task, t, bits, q.add(i * d), i, r + i, seen);
+        }
+    }
+}
+
+/// Dot products of M queries with keys `from..to`, and some around them.
+struct Dots<'a> {
+    task: &'a Task<'a>,
+    tile: &'a mut Tile,
+    q: *const f32,
+    from: usize,
+    to: usize,
+}
+
+impl Job for Dots<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const M: usize, const BITS: usize>(self) {
+        let Dots { task, tile: t, q, from, to } = self;
+        // SAFETY: the caller's.
+        unsafe {
+            let levels = &S::levels::<BITS>(task.key.coder.table());
+            let ahead = if BITS > 0 { task.value.coder.row.row_bytes() } else { 0 };
             // Sixteen sums fill half of 32 registers, eight half of 16.
-            _ if S::LANES == 16 || M <= 2 => {
-                for i in (low / 4 * 4..high).step_by(4) {
+            if S::LANES == 16 || M <= 2 {
+                for i in (from / 4 * 4..to).step_by(4) {
                     ask::<S>(&t.ahead[i..i + 4], ahead);
                     dots::<S, M, 4, BITS>(task, q, t, levels, i);
                 }
-            }
-            _ => {
-                for i in (low / 2 * 2..high).step_by(2) {
+            } else {
+                for i in (from / 2 * 2..to).step_by(2) {
                     ask::<S>(&t.ahead[i..i + 2], ahead);
                     dots::<S, M, 2, BITS>(task, q, t, levels, i);
                 }
             }
-        }
-        for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
-            scale::<S, BITS>(task, t, q.add(i * d), i, r + i, seen[i]);
         }
     }
 }
@@ -629,9 +627,10 @@ unsafe fn add_products<S: Simd, const M: usize, const K: usize, const BITS: usiz
 
 /// Dot products of row `row` (row `i` of the tile) into scores.
 #[inline(always)]
-unsafe fn scale<S: Simd, const BITS: usize>(
+unsafe fn scale<S: Simd>(
     task: &Task,
     t: &mut Tile,
+    bits: usize,
     q: *const f32,
     i: usize,
     row: usize,
@@ -648,7 +647,8 @@ unsafe fn scale<S: Simd, const BITS: usize>(
         for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
             if norm > limit {
                 // SAFETY: the caller's.
-                *s = unsafe { exact_dot::<S, BITS>(task, q, key) } * factor;
+                unsafe { run::<S, _>(1, bits, ExactDot { task, q, key, to: s }) }
+                *s *= factor;
             }
         }
     }
@@ -658,42 +658,52 @@ unsafe fn scale<S: Simd, const BITS: usize>(
 }
 
 /// The dot product in f64.
-#[inline(always)]
-unsafe fn exact_dot<S: Simd, const BITS: usize>(task: &Task, q: *const f32, key: *const u8) -> f64 {
-    let d = task.key.coder.row.head_dim();
-    let (mut lanes, mut x) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
-    // SAFETY: D floats and a row of as many elements.
-    let q = unsafe {
-        let levels = &S::levels::<BITS>(task.key.coder.table());
-        let n = if BITS >= 5 { 4 } else { 1 };
-        for j in (0..d).step_by(n * S::LANES) {
-            let run = if BITS >= 2 && BITS <= 4 { RUN * S::LANES } else { n * S::LANES };
-            let (first, to) = (j / run * run, x.as_mut_ptr().add(j));
-            if n == 4 {
-                let four = vectors::<S, 4, BITS>(key, first, 0, levels);
-                for i in 0..4 {
-                    S::store(to.add(i * S::LANES), four[i]);
-                }
-            } else {
-                S::store(to, vectors::<S, 1, BITS>(key, first, (j - first) / S::LANES, levels)[0]);
-            }
-        }
-        std::slice::from_raw_parts(q, d)
-    };
-    for (a, b) in q.chunks_exact(16).zip(x.chunks_exact(16)) {
-        for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *l += a as f64 * b as f64;
-        }
-    }
-    lanes.iter().sum()
+struct ExactDot<'a> {
+    task: &'a Task<'a>,
+    q: *const f32,
+    key: *const u8,
+    to: &'a mut f64,
 }
 
-/// Weights of M rows from `r` on.
+impl Job for ExactDot<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const M: usize, const BITS: usize>(self) {
+        let ExactDot { task, q, key, to } = self;
+        let d = task.key.coder.row.head_dim();
+        let (mut lanes, mut x) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
+        // SAFETY: D floats and a row of as many elements.
+        let q = unsafe {
+            let levels = &S::levels::<BITS>(task.key.coder.table());
+            let n = if BITS >= 5 { 4 } else { 1 };
+            for j in (0..d).step_by(n * S::LANES) {
+                let run = if BITS >= 2 && BITS <= 4 { RUN * S::LANES } else { n * S::LANES };
+                let (first, x) = (j / run * run, x.as_mut_ptr().add(j));
+                if n == 4 {
+                    let four = vectors::<S, 4, BITS>(key, first, 0, levels);
+                    for i in 0..4 {
+                        S::store(x.add(i * S::LANES), four[i]);
+                    }
+                } else {
+                    S::store(x, vectors::<S, 1, BITS>(key, first, (j - first) / S::LANES, levels)[0]);
+                }
+            }
+            std::slice::from_raw_parts(q, d)
+        };
+        for (a, b) in q.chunks_exact(16).zip(x.chunks_exact(16)) {
+            for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+                *l += a as f64 * b as f64;
+            }
+        }
+        *to = lanes.iter().sum();
+    }
+}
+
+/// Weights of rows from `r` on.
 #[inline(always)]
-unsafe fn soften<S: Simd, const M: usize>(task: &mut Task, t: &mut Tile, r: usize, seen: &[(usize, usize); M]) {
-    for i in (0..M).filter(|&i| seen[i].0 < seen[i].1) {
+unsafe fn soften<S: Simd>(task: &mut Task, t: &mut Tile, r: usize, seen: &[(usize, usize)]) {
+    for (i, &seen) in seen.iter().enumerate().filter(|(_, (a, b))| a < b) {
         // SAFETY: the caller's.
-        unsafe { soften_row::<S>(task, t, i, r + i, seen[i]) }
+        unsafe { soften_row::<S>(task, t, i, r + i, seen) }
     }
 }
 
@@ -746,71 +756,71 @@ unsafe fn soften_row<S: Simd>(task: &mut Task, t: &mut Tile, i: usize, row: usiz
     }
 }
 
-/// out += Σ weight · value for M rows from `r` on.
+/// out += Σ weight · value for rows from `r` on.
 #[inline(always)]
-unsafe fn add_values<S: Simd, const M: usize, const BITS: usize>(
-    task: &mut Task,
-    t: &Tile,
-    r: usize,
-    seen: &[(usize, usize); M],
-) {
+unsafe fn add_values<S: Simd>(task: &mut Task, t: &Tile, bits: usize, r: usize, seen: &[(usize, usize)]) {
     let d = task.key.coder.row.head_dim();
     // SAFETY: the caller's.
     unsafe {
         let out = task.out.as_mut_ptr().add(r * d);
         if seen.iter().all(|s| *s == seen[0]) {
-            add_same::<S, M, BITS>(task, t, 0, seen[0], out);
+            run::<S, _>(seen.len(), bits, Sums { task, tile: t, row: 0, seen: seen[0], out });
         } else {
-            for i in 0..M {
-                add_same::<S, 1, BITS>(task, t, i, seen[i], out.add(i * d));
+            for (i, &seen) in seen.iter().enumerate() {
+                run::<S, _>(1, bits, Sums { task, tile: t, row: i, seen, out: out.add(i * d) });
             }
         }
     }
 }
 
-/// The same for rows that see the same.
-#[inline(always)]
-unsafe fn add_same<S: Simd, const M: usize, const BITS: usize>(
-    task: &Task,
-    t: &Tile,
-    i: usize,
+/// The same for M rows of the tile, from `row` on, that see the same.
+struct Sums<'a> {
+    task: &'a Task<'a>,
+    tile: &'a Tile,
+    row: usize,
     seen: (usize, usize),
     out: *mut f32,
-) {
-    let d = task.key.coder.row.head_dim();
-    let mut j = 0;
-    // Four rows of as many vectors as leave half of the registers free.
-    // SAFETY: the caller's.
-    unsafe {
-        let levels = &S::levels::<BITS>(task.value.coder.table());
-        let ahead = task.key.coder.row.row_bytes();
-        if (2..=4).contains(&BITS) {
-            while j < d {
+}
+
+impl Job for Sums<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, const M: usize, const BITS: usize>(self) {
+        let Sums { task, tile: t, row: i, seen, out } = self;
+        let d = task.key.coder.row.head_dim();
+        let mut j = 0;
+        // Four rows of as many vectors as leave half of the registers free.
+        // SAFETY: the caller's.
+        unsafe {
+            let levels = &S::levels::<BITS>(task.value.coder.table());
+            let ahead = task.key.coder.row.row_bytes();
+            if (2..=4).contains(&BITS) {
+                while j < d {
+                    if S::LANES == 16 {
+                        add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                        add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
+                    } else {
+                        add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
+                        add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, ahead, out);
+                        add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
+                        add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, ahead, out);
+                    }
+                    j += RUN * S::LANES;
+                }
+                return;
+            }
+            let wide = if S::LANES == 16 { 4 } else { 2 };
+            while j + wide * S::LANES <= d {
                 if S::LANES == 16 {
                     add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
-                    add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
                 } else {
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 2, levels, ahead, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 4, levels, ahead, out);
-                    add_columns::<S, M, 2, BITS>(t, i, seen, d, j, 6, levels, ahead, out);
+                    add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, ahead, out);
                 }
-                j += RUN * S::LANES;
+                j += wide * S::LANES;
             }
-            return;
-        }
-        let wide = if S::LANES == 16 { 4 } else { 2 };
-        while j + wide * S::LANES <= d {
-            if S::LANES == 16 {
-                add_columns::<S, M, 4, BITS>(t, i, seen, d, j, 0, levels, ahead, out);
-            } else {
-                add_columns::<S, M, 2, 0>(t, i, seen, d, j, 0, levels, ahead, out);
+            while BITS == 0 && j < d {
+                add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, ahead, out);
+                j += S::LANES;
             }
-            j += wide * S::LANES;
-        }
-        while BITS == 0 && j < d {
-            add_columns::<S, M, 1, 0>(t, i, seen, d, j, 0, levels, ahead, out);
-            j += S::LANES;
         }
     }
 }

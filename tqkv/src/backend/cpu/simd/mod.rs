@@ -54,12 +54,29 @@ impl Table {
     }
 }
 
+/// A part of a kernel for M rows and codes of BITS bits. As a function of its own for each it compiles much faster than all
+/// of them in one.
+pub(super) trait Job {
+    /// # Safety
+    /// Needs the instruction set.
+    unsafe fn run<S: Simd, const M: usize, const BITS: usize>(self);
+}
+
+/// Functions for an instruction set, which `kernels!` makes.
+pub(super) trait Call: Sized {
+    /// Runs a job with these instructions enabled.
+    ///
+    /// # Safety
+    /// Needs them, and what the job needs.
+    unsafe fn call<J: Job, const M: usize, const BITS: usize>(job: J);
+}
+
 /// A vector of f32 lanes and what is done with it.
 ///
 /// # Safety
 /// Every method needs the instruction set that the type stands for; pointers must be valid for the lanes read or written,
 /// and need no more alignment than their element. Code pointers must be readable for 16 bytes, whatever a row holds.
-pub(super) trait Simd: Copy + 'static {
+pub(super) trait Simd: Call + Copy + 'static {
     /// Lanes of a vector: 8 or 16, so that a vector's codes are whole bytes at every width.
     const LANES: usize;
     type F: Copy;
@@ -184,6 +201,15 @@ pub(crate) struct Kernels {
 /// Defines `KERNELS` for one instruction set.
 macro_rules! kernels {
     ($isa:ty, $name:literal, $available:expr $(, $features:literal)?) => {
+        impl $crate::backend::cpu::simd::Call for $isa {
+            // Inlined, they would be one function again.
+            #[inline(never)]
+            $(#[target_feature(enable = $features)])?
+            unsafe fn call<J: $crate::backend::cpu::simd::Job, const M: usize, const BITS: usize>(job: J) {
+                unsafe { job.run::<Self, M, BITS>() }
+            }
+        }
+
         pub(super) static KERNELS: $crate::backend::cpu::simd::Kernels = {
             use $crate::backend::cpu::{attend, rows, simd::Kernels};
             use $crate::ops::Direction;
