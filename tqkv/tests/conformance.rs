@@ -429,9 +429,9 @@ const BASE: Case = Case {
     octaves: 0,
 };
 
-fn attention_cases() -> Vec<Case> {
+fn attention_of_every_codec(device: &Device) {
     let mut cases = vec![BASE];
-    // Every codec with itself at every head_dim, small.
+    // With itself at every head_dim, small.
     for head_dim in HEAD_DIMS {
         for codec in codecs(head_dim) {
             cases.push(Case { key: codec, value: codec, head_dim, group: 2, lens: &[(37, 1)], ..BASE });
@@ -449,6 +449,18 @@ fn attention_cases() -> Vec<Case> {
     ] {
         cases.push(Case { key, value, ..BASE });
     }
+    // Values of every size that a scale can tell: the largest is near f16's.
+    for value in [Codec::tq(4), Codec::tq(3), Codec::tq(8), Codec::seed(4), Codec::seed(5)] {
+        for (octaves, q) in [(3, DType::F16), (15, DType::F16), (15, DType::BF16), (15, DType::F32)] {
+            let lens = &[(700, 1), (20, 4), (300, 1)];
+            cases.push(Case { value, octaves, q, lens, sinks: octaves == 3, ..BASE });
+        }
+    }
+    attention_is_close_to_float64(device, cases);
+}
+
+fn attention_of_every_shape(device: &Device) {
+    let mut cases = vec![];
     // Groups of query heads.
     for group in [1, 2, 3, 5, 7, 8, 12, 16, 20] {
         cases.push(Case { group, ..BASE });
@@ -473,7 +485,27 @@ fn attention_cases() -> Vec<Case> {
         cases.push(Case { lens, key: Codec::tq(5), value: Codec::tq(4), head_dim: 80, group: 3, ..BASE });
         cases.push(Case { lens, key: Codec::F16, value: Codec::F16, ..BASE });
     }
-    // Windows, softcap, sinks, no mask, rotated domain, types; each over several lengths and queries.
+    // Rings, contiguous, of sizes that align with nothing.
+    for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1)] {
+        for window in [None, Some(7)] {
+            cases.push(Case { ring: Some(ring), window, ..BASE });
+            cases.push(Case { ring: Some(ring), window, key: Codec::seed(5), value: Codec::seed(6), ..BASE });
+            cases.push(Case {
+                ring: Some(ring),
+                window,
+                key: Codec::tq(3),
+                value: Codec::tq(7),
+                head_dim: 112,
+                ..BASE
+            });
+        }
+    }
+    attention_is_close_to_float64(device, cases);
+}
+
+fn attention_with_every_option(device: &Device) {
+    let mut cases = vec![];
+    // Windows, softcap, sinks, no mask, rotated domain, types; over several lengths and queries.
     let lens: &[_] = &[(90, 3), (30, 1), (200, 18)];
     for key in [Codec::tq(4), Codec::seed(5), Codec::F16, Codec::tq(3)] {
         let base = Case { key, value: key, lens, ..BASE };
@@ -492,29 +524,7 @@ fn attention_cases() -> Vec<Case> {
             }
         }
     }
-    // Values of every size that a scale can tell: the largest is near f16's.
-    for value in [Codec::tq(4), Codec::tq(3), Codec::tq(8), Codec::seed(4), Codec::seed(5)] {
-        for (octaves, q) in [(3, DType::F16), (15, DType::F16), (15, DType::BF16), (15, DType::F32)] {
-            let lens = &[(700, 1), (20, 4), (300, 1)];
-            cases.push(Case { value, octaves, q, lens, sinks: octaves == 3, ..BASE });
-        }
-    }
-    // Rings, contiguous, of sizes that align with nothing.
-    for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1)] {
-        for window in [None, Some(7)] {
-            cases.push(Case { ring: Some(ring), window, ..BASE });
-            cases.push(Case { ring: Some(ring), window, key: Codec::seed(5), value: Codec::seed(6), ..BASE });
-            cases.push(Case {
-                ring: Some(ring),
-                window,
-                key: Codec::tq(3),
-                value: Codec::tq(7),
-                head_dim: 112,
-                ..BASE
-            });
-        }
-    }
-    cases
+    attention_is_close_to_float64(device, cases);
 }
 
 impl std::fmt::Display for Case {
@@ -544,10 +554,10 @@ impl std::fmt::Display for Case {
     }
 }
 
-fn attention_is_close_to_float64(device: &Device) {
+fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
     let mut rng = Rng(5);
     let mut worst: (f64, String) = (0.0, String::new());
-    for case in attention_cases() {
+    for case in cases {
         let (d, kv_heads, heads) = (case.head_dim, case.kv_heads, case.kv_heads * case.group);
         let layout = match case.ring {
             Some((capacity, first, len, new)) => Layout::ring(capacity, first, len, new),
@@ -843,7 +853,8 @@ macro_rules! suite {
     ($($device:ident),*) => { $(
         mod $device {
             suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
-                vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_is_close_to_float64,
+                vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_of_every_codec,
+                attention_of_every_shape, attention_with_every_option,
                 what_is_not_a_number_stays_so, merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
                 nothing_is_no_error);
         }
