@@ -1,4 +1,5 @@
-//! AVX2 with FMA and F16C: eight lanes. Codes of up to four bits are looked up in registers, wider ones in memory.
+//! AVX2 with FMA and F16C: eight lanes. Levels of up to three bits are looked up in a register, those of four to seven bits
+//! byte by byte in several, those of eight in memory.
 
 use super::{Simd, Table};
 use std::arch::x86_64::*;
@@ -62,13 +63,93 @@ const fn pairs() -> [u8; 32] {
     out
 }
 
+/// How 32 codes of 5 to 7 bits become bytes in that order: where the bytes of each four codes are, among the first 16 and among
+/// those from `LAST` on, and the bit where they start.
+const fn spread<const BITS: usize>() -> ([u8; 32], [u8; 32], [u32; 8]) {
+    let (mut first, mut last, mut shifts, mut p) = ([0x80; 32], [0x80; 32], [0; 8], 0);
+    while p < 32 {
+        let (lane, vector, i) = (p / 16, p % 16 / 4, p % 4);
+        let start = (8 * vector + 4 * lane) * BITS;
+        let byte = start / 8 + i;
+        if byte < 16 {
+            first[p] = byte as u8;
+        } else {
+            last[p] = (byte - LAST) as u8;
+        }
+        shifts[p / 4] = (start % 8) as u32;
+        p += 1;
+    }
+    (first, last, shifts)
+}
+
+/// 28 bytes are 32 codes of 7 bits.
+const LAST: usize = 12;
+
+/// The levels of eight bytes, loaded one by one: a gather takes almost twice as long.
+#[inline(always)]
+unsafe fn bytewise(codes: *const u8, levels: &Levels) -> __m256 {
+    unsafe {
+        let (codes, from) = (codes.cast::<u64>().read_unaligned(), (*levels.table).levels.as_ptr());
+        let mut x = [_mm_setzero_ps(); 8];
+        let mut i = 0;
+        while i < 8 {
+            x[i] = _mm_load_ss(from.add((codes >> (8 * i)) as u8 as usize));
+            i += 1;
+        }
+        let low = _mm_movelh_ps(_mm_unpacklo_ps(x[0], x[1]), _mm_unpacklo_ps(x[2], x[3]));
+        let high = _mm_movelh_ps(_mm_unpacklo_ps(x[4], x[5]), _mm_unpacklo_ps(x[6], x[7]));
+        _mm256_set_m128(high, low)
+    }
+}
+
+/// The bytes of four vectors' elements, put together.
+#[inline(always)]
+unsafe fn interleave(b: [__m256i; 4]) -> [__m256; 4] {
+    unsafe {
+        let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
+        let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
+        [
+            _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
+            _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
+            _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
+            _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
+        ]
+    }
+}
+
+/// The levels of 32 codes of 5 to 7 bits, one a byte: of a codebook's upper half, as the lower one mirrors it.
+#[inline(always)]
+unsafe fn mirrored<const BITS: usize>(codes: __m256i, levels: &Levels) -> [__m256; 4] {
+    unsafe {
+        let half = 1 << (BITS - 1);
+        let negative = _mm256_cmpgt_epi8(_mm256_set1_epi8(half as i8), codes);
+        let index = _mm256_and_si256(_mm256_xor_si256(codes, negative), _mm256_set1_epi8((half - 1) as i8));
+        let mut b = [_mm256_setzero_si256(); 4];
+        let mut table = 0;
+        while table < half {
+            // A shuffle gives zero where the top bit is set: for indices of other tables.
+            let within = match half {
+                16 => index,
+                _ => _mm256_add_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(table as i8)), _mm256_set1_epi8(0x70)),
+            };
+            for (b, bytes) in b.iter_mut().zip(&(*levels.table).planes) {
+                let levels = _mm_load_si128(bytes.as_ptr().add(half + table).cast());
+                *b = _mm256_or_si256(*b, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), within));
+            }
+            table += 16;
+        }
+        b[3] = _mm256_or_si256(b[3], _mm256_and_si256(negative, _mm256_set1_epi8(-128)));
+        interleave(b)
+    }
+}
+
 #[derive(Clone, Copy)]
 pub(super) struct Levels {
     /// The first eight levels.
     low: __m256,
     /// Byte b of the first sixteen, twice each.
     planes: [__m256i; 4],
-    all: *const f32,
+    table: *const Table,
 }
 
 // SAFETY of the whole: intrinsics of the instruction set that the trait's contract demands, on pointers that it describes.
@@ -226,13 +307,16 @@ impl Simd for Avx2 {
             for (plane, bytes) in planes.iter_mut().zip(&table.planes) {
                 *plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
             }
-            Levels { low: _mm256_loadu_ps(table.levels.as_ptr()), planes, all: table.levels.as_ptr() }
+            Levels { low: _mm256_loadu_ps(table.levels.as_ptr()), planes, table }
         }
     }
     #[inline(always)]
     unsafe fn decode<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Levels) -> __m256 {
         unsafe {
-            let code = if BYTE || BITS == 8 {
+            if BITS == 8 {
+                return bytewise(codes, levels);
+            }
+            let code = if BYTE {
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.cast()))
             } else {
                 let row = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.cast()));
@@ -244,14 +328,14 @@ impl Simd for Avx2 {
                 return _mm256_permutevar8x32_ps(levels.low, code);
             }
             let code = _mm256_and_si256(code, _mm256_set1_epi32((1 << BITS) - 1));
-            _mm256_i32gather_ps::<4>(levels.all, code)
+            _mm256_i32gather_ps::<4>((*levels.table).levels.as_ptr(), code)
         }
     }
-    /// Of four bits, levels are looked up byte by byte, 32 elements at a time.
+    /// Levels of four to seven bits are looked up byte by byte, 32 elements at a time.
     #[inline(always)]
     unsafe fn decode4<const BITS: usize, const BYTE: bool>(codes: *const u8, levels: &Levels) -> [__m256; 4] {
         unsafe {
-            if BITS != 4 || BYTE {
+            if BITS <= 3 || BITS == 8 {
                 let step = if BYTE { 8 } else { BITS };
                 return [
                     Self::decode::<BITS, BYTE>(codes, levels),
@@ -260,23 +344,37 @@ impl Simd for Avx2 {
                     Self::decode::<BITS, BYTE>(codes.add(3 * step), levels),
                 ];
             }
-            // Each byte as a pair of bytes.
-            let row = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.cast()));
-            let row = _mm256_shuffle_epi8(row, _mm256_loadu_si256(const { &pairs() }.as_ptr().cast()));
-            let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
-            let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
-            let mut b = [code; 4];
-            for (b, &plane) in b.iter_mut().zip(&levels.planes) {
-                *b = _mm256_shuffle_epi8(plane, *b);
+            if BYTE {
+                let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+                return mirrored::<BITS>(_mm256_permutevar8x32_epi32(_mm256_loadu_si256(codes.cast()), order), levels);
             }
-            let (low, high) = (_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1]));
-            let (low2, high2) = (_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3]));
-            [
-                _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
-                _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
-                _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
-                _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
-            ]
+            let row = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.cast()));
+            if BITS == 4 {
+                // Each byte as a pair of bytes.
+                let row = _mm256_shuffle_epi8(row, _mm256_loadu_si256(const { &pairs() }.as_ptr().cast()));
+                let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
+                let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
+                let mut b = [code; 4];
+                for (b, &plane) in b.iter_mut().zip(&levels.planes) {
+                    *b = _mm256_shuffle_epi8(plane, *b);
+                }
+                return interleave(b);
+            }
+            let (first, last, shifts) = const { &spread::<BITS>() };
+            let rest = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.add(LAST).cast()));
+            let fours = _mm256_or_si256(
+                _mm256_shuffle_epi8(row, _mm256_loadu_si256(first.as_ptr().cast())),
+                _mm256_shuffle_epi8(rest, _mm256_loadu_si256(last.as_ptr().cast())),
+            );
+            // Four codes in 32 bits, then two in 16, then one in 8.
+            let fours = _mm256_srlv_epi32(fours, _mm256_loadu_si256(shifts.as_ptr().cast()));
+            let upper = _mm256_sllv_epi32(fours, _mm256_set1_epi32(16 - 2 * BITS as i32));
+            let twos = _mm256_blend_epi16::<0b1010_1010>(fours, upper);
+            let upper = _mm256_sllv_epi32(twos, _mm256_set1_epi32(8 - BITS as i32));
+            let mask = _mm256_set1_epi16((1 << BITS) - 1);
+            let code =
+                _mm256_or_si256(_mm256_and_si256(twos, mask), _mm256_and_si256(upper, _mm256_slli_epi16::<8>(mask)));
+            mirrored::<BITS>(code, levels)
         }
     }
     #[inline(always)]

@@ -27,7 +27,8 @@ const INTEGERS: i32 = 0x4b40_0000;
 pub(crate) struct Table {
     /// With fewer than 8 bits they repeat, so that bits above the code do not matter.
     pub levels: [f32; 256],
-    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one.
+    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one. With fewer bits level i is
+    /// at \[b\]\[i\].
     pub planes: [[u8; 128]; 4],
     /// Decision boundaries; infinite after the last.
     pub bounds: [f32; 256],
