@@ -134,6 +134,7 @@ fn book(codec: Codec) -> &'static Codebook {
     RowFormat::new(codec, 128).unwrap().codebook().unwrap()
 }
 
+/// Kernels that look up half a codebook take it for granted.
 #[test]
 fn codebooks_are_sorted_and_symmetric() {
     for row in codecs(128) {

@@ -171,15 +171,6 @@ fn large_outputs_are_the_same() {
     }
 }
 
-/// What kernels take for granted where they look up half a codebook.
-#[test]
-fn codebooks_of_eight_bits_mirror_themselves() {
-    for codec in [Codec::tq(8), Codec::seed(8)] {
-        let levels = &RowFormat::new(codec, 64).unwrap().codebook().unwrap().levels;
-        (0..128).for_each(|i| assert_eq!(levels[i], -levels[255 - i]));
-    }
-}
-
 struct Shape {
     kv_heads: usize,
     group: usize,
