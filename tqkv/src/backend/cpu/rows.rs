@@ -227,7 +227,8 @@ const RMS_BLOCK: usize = 256;
 pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
     let (d, row) = (coder.d, &coder.row);
     let root = (d as f32).sqrt();
-    let mut code = [0u8; MAX_HEAD_DIM];
+    // Decoding may read 64 bytes past.
+    let mut code = [0u8; MAX_HEAD_DIM + 64];
     // SAFETY: v holds one row of D floats.
     unsafe {
         rotate::<S>(coder, Direction::Forward, v);
@@ -249,6 +250,7 @@ pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mu
             Scaling::Corrected => {
                 let norm = sum_of_squares::<S>(v, coder.block).sqrt();
                 assign::<S>(coder, v, root, norm, &mut code);
+                levels_of::<S>(coder, &code, v);
                 let scale = norm / sum_of_squares::<S>(v, coder.block).sqrt();
                 let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
                 scales.copy_from_slice(&scale.to_le_bytes());
@@ -263,22 +265,19 @@ pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mu
     }
 }
 
-/// Codes of `v` scaled by `unit` / `norm`, and their levels in its place. A zero vector gets the zero code, one that is
-/// not finite code 0.
+/// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.
 #[inline(always)]
-unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32, codes: &mut [u8]) {
+unsafe fn assign<S: Simd>(coder: &RowCoder, v: &[f32], unit: f32, norm: f32, codes: &mut [u8]) {
     let Some(book) = coder.row.codebook() else { unreachable!("codes have a codebook") };
     if !norm.is_finite() || norm <= ZERO_NORM {
-        let code = if norm.is_finite() { book.zero_code() } else { 0 };
-        codes[..v.len()].fill(code);
-        return v.fill(book.levels[code as usize]);
+        return codes[..v.len()].fill(if norm.is_finite() { book.zero_code() } else { 0 });
     }
     let table = &coder.table;
-    let (bits, bounds, levels) = (coder.row.bits(), table.bounds.as_ptr(), table.levels.as_ptr());
+    let (bits, bounds) = (coder.row.bits(), table.bounds.as_ptr());
     assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << bits);
     let splat = |x: f32| unsafe { S::splat(x) };
     let gain = splat(1.0 / norm * unit);
-    let (cells, below) = table.cells();
+    let (cells, entries) = table.cells();
     let (limit, per_unit, first) = (splat(cells.limit), splat(cells.per_unit), splat(cells.first));
     // SAFETY: whole vectors; n stays below the number of levels, and cells have numbers within their table.
     unsafe {
@@ -287,21 +286,37 @@ unsafe fn assign<S: Simd>(coder: &RowCoder, v: &mut [f32], unit: f32, norm: f32,
             // The number of boundaries below.
             let mut n = S::zeros();
             if bits <= 4 {
-                // By bisection: boundaries and levels are in registers.
+                // By bisection: boundaries are in registers.
                 let mut step = 1 << (bits - 1);
                 while step > 0 {
                     n = S::count(x, S::gather16(bounds.add(step - 1), n), n, step as i32);
                     step /= 2;
                 }
-                S::store(v.as_mut_ptr().add(i), S::gather16(levels, n));
             } else {
-                // Those below the cell, and one more if the next is.
+                // Those below the cell, and one more if the cell's own is.
                 let cell = S::integer(S::fma(S::clamp(x, limit), per_unit, first));
-                n = S::bits(S::gather(below.as_ptr(), cell));
-                n = S::count(x, S::gather(bounds, n), n, 1);
-                S::store(v.as_mut_ptr().add(i), S::gather(levels, n));
+                let [bound, below] = S::pairs(entries.as_ptr(), cell);
+                n = S::count(x, bound, S::bits(below), 1);
             }
             S::store_bytes(codes.as_mut_ptr().add(i), n);
+        }
+    }
+}
+
+/// The levels of one row's codes, which are readable for 64 bytes past the last.
+#[inline(always)]
+unsafe fn levels_of<S: Simd>(coder: &RowCoder, codes: &[u8], out: &mut [f32]) {
+    let codes = codes.as_ptr();
+    // SAFETY: the caller's promise.
+    unsafe {
+        match coder.row.bits() {
+            2 => levels::<S, 2, true>(coder, codes, None, out),
+            3 => levels::<S, 3, true>(coder, codes, None, out),
+            4 => levels::<S, 4, true>(coder, codes, None, out),
+            5 => levels::<S, 5, true>(coder, codes, None, out),
+            6 => levels::<S, 6, true>(coder, codes, None, out),
+            7 => levels::<S, 7, true>(coder, codes, None, out),
+            _ => levels::<S, 8, true>(coder, codes, None, out),
         }
     }
 }

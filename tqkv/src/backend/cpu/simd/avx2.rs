@@ -117,7 +117,7 @@ unsafe fn interleave(b: [__m256i; 4]) -> [__m256; 4] {
     }
 }
 
-/// The levels of 32 codes of 5 to 7 bits, one a byte: of a codebook's upper half, as the lower one mirrors it.
+/// The levels of 32 codes of 4 to 7 bits, one a byte: of a codebook's upper half, as the lower one mirrors it.
 #[inline(always)]
 unsafe fn mirrored<const BITS: usize>(codes: __m256i, levels: &Levels) -> [__m256; 4] {
     unsafe {
@@ -129,7 +129,7 @@ unsafe fn mirrored<const BITS: usize>(codes: __m256i, levels: &Levels) -> [__m25
         while table < half {
             // A shuffle gives zero where the top bit is set: for indices of other tables.
             let within = match half {
-                16 => index,
+                8 | 16 => index,
                 _ => _mm256_add_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(table as i8)), _mm256_set1_epi8(0x70)),
             };
             for (b, bytes) in b.iter_mut().zip(&(*levels.table).planes) {
@@ -258,8 +258,22 @@ impl Simd for Avx2 {
         unsafe { _mm256_setzero_si256() }
     }
     #[inline(always)]
-    unsafe fn gather(from: *const f32, n: __m256i) -> __m256 {
-        unsafe { _mm256_i32gather_ps::<4>(from, n) }
+    unsafe fn pairs(from: *const [f32; 2], n: __m256i) -> [__m256; 2] {
+        unsafe {
+            // Eight loads: a gather takes longer.
+            let (mut at, from) = ([0i32; 8], from.cast::<f64>());
+            _mm256_storeu_si256(at.as_mut_ptr().cast(), n);
+            let mut x = [_mm_setzero_pd(); 4];
+            let mut i = 0;
+            while i < 4 {
+                let first = _mm_load_sd(from.add(at[2 * i] as usize));
+                x[i] = _mm_loadh_pd(first, from.add(at[2 * i + 1] as usize));
+                i += 1;
+            }
+            let (a, b) = (_mm256_set_m128d(x[2], x[0]), _mm256_set_m128d(x[3], x[1]));
+            let (a, b) = (_mm256_castpd_ps(a), _mm256_castpd_ps(b));
+            [_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b)]
+        }
     }
     #[inline(always)]
     unsafe fn gather16(from: *const f32, n: __m256i) -> __m256 {

@@ -214,8 +214,9 @@ impl Simd for Avx512 {
         unsafe { _mm512_setzero_si512() }
     }
     #[inline(always)]
-    unsafe fn gather(from: *const f32, n: __m512i) -> __m512 {
-        unsafe { _mm512_i32gather_ps::<4>(n, from) }
+    unsafe fn pairs(from: *const [f32; 2], n: __m512i) -> [__m512; 2] {
+        let from = from.cast::<f32>();
+        unsafe { [_mm512_i32gather_ps::<8>(n, from), _mm512_i32gather_ps::<8>(n, from.add(1))] }
     }
     #[inline(always)]
     unsafe fn gather16(from: *const f32, n: __m512i) -> __m512 {

@@ -33,7 +33,7 @@ pub(crate) struct Table {
     /// Decision boundaries; infinite after the last.
     pub bounds: [f32; 256],
     boundaries: &'static [f32],
-    cells: OnceLock<(Cells, Vec<f32>)>,
+    cells: OnceLock<(Cells, Vec<[f32; 2]>)>,
 }
 
 impl Table {
@@ -45,12 +45,12 @@ impl Table {
         Table { levels, planes, bounds, boundaries, cells: OnceLock::new() }
     }
 
-    /// Cells, and how many boundaries lie below each: integers as the bits of floats. Only encoding needs them.
-    pub fn cells(&self) -> &(Cells, Vec<f32>) {
+    /// Cells, and their entries with integers as the bits of floats. Only encoding needs them.
+    pub fn cells(&self) -> &(Cells, Vec<[f32; 2]>) {
         self.cells.get_or_init(|| {
             let cells = Cells::new(self.boundaries);
-            let below = cells.entries.iter().map(|(_, n)| f32::from_bits(*n)).collect();
-            (cells, below)
+            let entries = cells.entries.iter().map(|&(bound, below)| [bound, f32::from_bits(below)]).collect();
+            (cells, entries)
         })
     }
 }
@@ -123,9 +123,9 @@ pub(super) trait Simd: Call + Copy + 'static {
     /// Adds `step` to the lanes of `n` where x > bound.
     unsafe fn count(x: Self::F, bound: Self::F, n: Self::I, step: i32) -> Self::I;
     unsafe fn zeros() -> Self::I;
-    /// `from[n]`, lane by lane.
-    unsafe fn gather(from: *const f32, n: Self::I) -> Self::F;
-    /// The same from 16 entries, all of which can be read.
+    /// Both of `from[n]`, lane by lane.
+    unsafe fn pairs(from: *const [f32; 2], n: Self::I) -> [Self::F; 2];
+    /// `from[n]` of 16 entries, all of which can be read.
     unsafe fn gather16(from: *const f32, n: Self::I) -> Self::F;
     /// The integer n of x = 1.5 · 2^23 + n.
     unsafe fn integer(x: Self::F) -> Self::I;

@@ -1,5 +1,6 @@
 //! NEON: eight lanes, as two vectors of four. Codes of four bits are looked up in registers, others in memory.
 
+use super::portable::Portable;
 use super::{Simd, Table};
 use std::arch::aarch64::*;
 
@@ -7,6 +8,16 @@ use std::arch::aarch64::*;
 pub(super) struct Neon;
 
 type F = float32x4x2_t;
+
+#[inline(always)]
+unsafe fn lanes(n: int32x4x2_t) -> [i32; 8] {
+    let mut out = [0; 8];
+    unsafe {
+        vst1q_s32(out.as_mut_ptr(), n.0);
+        vst1q_s32(out.as_mut_ptr().add(4), n.1);
+    }
+    out
+}
 
 // SAFETY of the whole: intrinsics of the instruction set that the trait's contract demands, on pointers that it describes.
 impl Simd for Neon {
@@ -96,17 +107,15 @@ impl Simd for Neon {
         unsafe { int32x4x2_t(vdupq_n_s32(0), vdupq_n_s32(0)) }
     }
     #[inline(always)]
-    unsafe fn gather(from: *const f32, n: int32x4x2_t) -> F {
-        let mut index = [0; 8];
+    unsafe fn pairs(from: *const [f32; 2], n: int32x4x2_t) -> [F; 2] {
         unsafe {
-            vst1q_s32(index.as_mut_ptr(), n.0);
-            vst1q_s32(index.as_mut_ptr().add(4), n.1);
-            Self::load(super::portable::Portable::gather(from, index).as_ptr())
+            let [first, second] = Portable::pairs(from, lanes(n));
+            [Self::load(first.as_ptr()), Self::load(second.as_ptr())]
         }
     }
     #[inline(always)]
     unsafe fn gather16(from: *const f32, n: int32x4x2_t) -> F {
-        unsafe { Self::gather(from, n) }
+        unsafe { Self::load(Portable::gather16(from, lanes(n)).as_ptr()) }
     }
     #[inline(always)]
     unsafe fn integer(x: F) -> int32x4x2_t {

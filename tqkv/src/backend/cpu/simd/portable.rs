@@ -93,14 +93,14 @@ impl Simd for Portable {
         [0; 8]
     }
     #[inline(always)]
-    unsafe fn gather(from: *const f32, n: [i32; 8]) -> F {
+    unsafe fn pairs(from: *const [f32; 2], n: [i32; 8]) -> [F; 2] {
         // SAFETY: indices within the table by contract.
-        n.map(|n| unsafe { *from.add(n as usize) })
+        [0, 1].map(|i| n.map(|n| unsafe { (*from.add(n as usize))[i] }))
     }
     #[inline(always)]
     unsafe fn gather16(from: *const f32, n: [i32; 8]) -> F {
-        // SAFETY: the caller's.
-        unsafe { Self::gather(from, n) }
+        // SAFETY: indices within the table by contract.
+        n.map(|n| unsafe { *from.add(n as usize) })
     }
     #[inline(always)]
     unsafe fn integer(x: F) -> [i32; 8] {
