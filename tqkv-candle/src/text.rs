@@ -34,8 +34,11 @@ impl Vocabulary {
         let path = dir.join("tokenizer.json");
         if path.exists() {
             let bytes = crate::config::read(&path)?;
-            let tokenizer = HfTokenizer::from_bytes(bytes)
+            let mut tokenizer = HfTokenizer::from_bytes(bytes)
                 .map_err(|e| Error::Tokenizer { message: format!("{}: {e}", path.display()) })?;
+            // Some files say how training cut and filled up its texts. As in transformers, that is no part of the vocabulary.
+            tokenizer.with_padding(None);
+            tokenizer.with_truncation(None).map_err(tokenizer_error)?;
             Ok(Self::Tokenizer(Box::new(tokenizer)))
         } else if config.vocab_size == 256 {
             Ok(Self::Bytes)

@@ -177,3 +177,22 @@ fn without_a_tokenizer_only_bytes_are_a_vocabulary() {
     std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     assert!(matches!(Vocabulary::load(dir.path(), &parse(&config)), Err(Error::Tokenizer { .. })));
 }
+
+#[test]
+fn a_tokenizer_neither_cuts_texts_nor_fills_them_up() {
+    let dir = tempdir().unwrap();
+    let config = LlamaConfig::parse(TinyModel::new().config.to_string().as_bytes(), Path::new("")).unwrap();
+    // As it was left by training on batches of texts of four tokens.
+    let tokenizer = json!({
+        "version": "1.0", "normalizer": null, "decoder": null, "post_processor": null, "added_tokens": [],
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                    "pad_type_id": 0, "pad_token": "?"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {"?": 0, "red": 1, "fox": 2}, "unk_token": "?"},
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let vocabulary = Vocabulary::load(dir.path(), &config).unwrap();
+    assert_eq!(vocabulary.encode_prompt("red fox red fox red fox").unwrap(), [1, 2, 1, 2, 1, 2]);
+    assert_eq!(vocabulary.encode(b"red fox").unwrap().tokens, [1, 2]);
+}

@@ -257,6 +257,19 @@ fn bench_refuses_what_it_cannot_run() {
     fails(&["bench", "--device", "gpu"], &["\"gpu\""]);
     fails(&["bench", "--shape", "1x3/2x64x9"], &["heads to be a multiple of kv_heads"]);
     fails(&["bench", "--positions", "0"], &["--positions is 0"]);
+    for shape in ["1x1/1x128x18446744073709551615", "18446744073709551615x1/1x128x1", "4294967296x1/1x128x1"] {
+        fails(&["bench", "--shape", shape], &["at most 4294967295"]);
+    }
+    // After what reading and copying take, which need none of them.
+    let huge = [
+        (["--op", "rotate", "--positions", "1099511627776"], "no room"),
+        (["--op", "attention", "--shape", "1x18446744073709551615/1x128x1"], "overflows"),
+    ];
+    for (arguments, word) in huge {
+        let output = run(&[&["bench", "--codec", "k4v4"], &arguments[..]].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && error.contains(word), "{arguments:?}: {error}");
+    }
 }
 
 #[test]

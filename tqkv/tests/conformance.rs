@@ -485,8 +485,10 @@ fn attention_of_every_shape(device: &Device) {
         cases.push(Case { lens, key: Codec::tq(5), value: Codec::tq(4), head_dim: 80, group: 3, ..BASE });
         cases.push(Case { lens, key: Codec::F16, value: Codec::F16, ..BASE });
     }
-    // Rings, contiguous, of sizes that align with nothing.
-    for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1)] {
+    // Rings, contiguous, of sizes that align with nothing; the last one at the last positions that there are.
+    let end = (1 << 31) - (1 << 16);
+    let last = (77, end - 77, end, 70);
+    for ring in [(12, 4, 16, 1), (12, 0, 9, 1), (50, 31, 81, 3), (77, 700, 770, 70), (64, 64, 128, 1), last] {
         for window in [None, Some(7)] {
             cases.push(Case { ring: Some(ring), window, ..BASE });
             cases.push(Case { ring: Some(ring), window, key: Codec::seed(5), value: Codec::seed(6), ..BASE });
@@ -499,6 +501,7 @@ fn attention_of_every_shape(device: &Device) {
                 ..BASE
             });
         }
+        cases.push(Case { ring: Some(ring), q: DType::F16, ..BASE });
     }
     attention_is_close_to_float64(device, cases);
 }

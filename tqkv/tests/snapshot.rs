@@ -424,6 +424,32 @@ fn garbage_neither_panics_nor_asks_for_much() {
     assert!(LARGEST.load(Ordering::Relaxed) < 20 << 20, "{} bytes at once", LARGEST.load(Ordering::Relaxed));
 }
 
+#[test]
+fn too_many_layers_are_refused_before_they_are_looked_at() {
+    let (cache, sequence) = filled(&Device::cpu(), tiny(), &[11]);
+    let saved = bytes(&cache, &[sequence]);
+    // All in groups of their own: 12 MB that took minutes.
+    let layers = 300_000u32;
+    let mut bytes = saved[..80].to_vec();
+    for window in 1..=layers {
+        bytes.extend(&saved[80..84]);
+        bytes.extend([1, 0, 0, 0]);
+        bytes.extend(u64::from(window).to_le_bytes());
+        bytes.extend(&saved[96..120]);
+    }
+    bytes.resize((bytes.len() + 8).next_multiple_of(4096) - 8, 0);
+    let header = bytes.len() as u64 + 8;
+    bytes[24..32].copy_from_slice(&header.to_le_bytes());
+    bytes[32..36].copy_from_slice(&layers.to_le_bytes());
+    let checksum = xxhash_rust::xxh3::xxh3_64(&bytes);
+    bytes.extend(checksum.to_le_bytes());
+    let mut other = KvCache::new(&Device::cpu(), tiny()).unwrap();
+    let started = std::time::Instant::now();
+    let want = Error::Absurd { what: "layers", got: u64::from(layers), expected: "at most 4096".to_owned() };
+    assert_eq!(other.read_snapshot(&bytes[..], MODEL), Err(want));
+    assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
+}
+
 const CHILD: &str = "TQKV_SNAPSHOT_CHILD";
 
 /// About 3 MiB a snapshot.

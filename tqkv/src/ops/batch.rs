@@ -9,6 +9,9 @@ use std::sync::Arc;
 /// An entry of a page table that stands for no page.
 pub const NO_PAGE: u32 = u32::MAX;
 
+/// The most positions of a sequence. Kernels count them in 32 bits, some with a sign, to the end of what they take at once.
+const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
+
 /// One sequence as a batch sees it.
 ///
 /// Positions are absolute. Position p lies in slot `p mod (pages.len() · page_size)`: page `pages[slot / page_size]`,
@@ -59,8 +62,8 @@ impl Batch {
     /// Checks the sequences and puts them on the device.
     ///
     /// # Errors
-    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::TooLarge`] if more positions are new than held, or
-    /// the first is past the last; [`Error::Positions`] if more are held than the pages have slots for, or a table that is
+    /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::TooLarge`] if more positions are new than held,
+    /// the first is past the last, or that is past 2^31 - 2^16; [`Error::Positions`] if more are held than the pages have slots for, or a table that is
     /// shorter than the batch's widest would have to wrap; [`Error::Page`] if a held position lies in no page;
     /// [`Error::SizeOverflow`].
     pub fn new(device: &Device, page_size: usize, spans: &[Span]) -> Result<Self> {
@@ -92,9 +95,13 @@ impl Batch {
                     len: first.saturating_add(slots),
                 });
             }
+            if span.len > MOST_POSITIONS {
+                let (got, expected) = (span.len, MOST_POSITIONS);
+                return Err(Error::TooLarge { what: "length of a sequence", got, expected });
+            }
             infos.push(SpanInfo {
-                first: to_u32("position", span.first)?,
-                len: to_u32("position", span.len)?,
+                first: span.first as u32,
+                len: span.len as u32,
                 start: to_u32("tokens of a batch", tokens)?,
                 new: span.new as u32,
             });

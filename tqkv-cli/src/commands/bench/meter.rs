@@ -191,13 +191,13 @@ impl Meter {
         };
         let low = timing.clock.filter(|&share| share < LOW);
         if let Some(share) = low {
-            eprintln!(
+            output::note(&format!(
                 "warning: the GPU's clock is at {:.0} % of what it was: {} {} takes that much longer. A process beside this one that \
                  holds a CUDA context keeps an NVIDIA GPU's clock up.",
                 share * 100.0,
                 row.op,
                 row.codec
-            );
+            ));
         }
         if self.json {
             return output::print_json(&row);

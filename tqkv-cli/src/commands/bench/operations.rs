@@ -48,12 +48,14 @@ impl Meter {
 
     /// Random vectors on the device, and what was rounded to its type.
     fn vectors(&self, seed: u64, shape: &[usize], dtype: DType) -> Result<(Vec<f32>, Buffer)> {
-        let mut x = gaussian(seed, shape.iter().product());
-        let buffer = match dtype {
-            DType::BF16 => self.device.upload(&rounded(&mut x, bf16::from_f32, bf16::to_f32), shape)?,
-            DType::F16 => self.device.upload(&rounded(&mut x, f16::from_f32, f16::to_f32), shape)?,
-            _ => self.device.upload(&x, shape)?,
-        };
+        // First, as it says what is too much.
+        let buffer = self.device.zeros(dtype, shape)?;
+        let mut x = gaussian(seed, buffer.len());
+        match dtype {
+            DType::BF16 => buffer.write(&rounded(&mut x, bf16::from_f32, bf16::to_f32))?,
+            DType::F16 => buffer.write(&rounded(&mut x, f16::from_f32, f16::to_f32))?,
+            _ => buffer.write(&x)?,
+        }
         Ok((x, buffer))
     }
 

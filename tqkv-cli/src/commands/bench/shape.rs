@@ -43,6 +43,9 @@ impl FromStr for Shape {
         ensure!(batch > 0 && heads > 0 && kv_heads > 0 && from > 0, "{s:?}: expected no zeros");
         ensure!(heads.is_multiple_of(kv_heads), "{s:?}: expected heads to be a multiple of kv_heads");
         ensure!(from <= to, "{s:?}: expected the shorter context first");
+        // As many as a pool may have.
+        let rows = batch.checked_mul(kv_heads).and_then(|n| n.checked_mul(to)).filter(|&n| n <= u32::MAX as usize);
+        ensure!(rows.is_some(), "{s:?}: expected batch times KV heads times context to be at most {}", u32::MAX);
         Ok(shape)
     }
 }

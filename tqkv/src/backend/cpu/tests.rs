@@ -140,6 +140,27 @@ fn encoding_is_the_definition_to_the_bit() {
 }
 
 /// Streaming or not, in whatever order and type: the same values.
+/// Elements that are infinite after the gain, and zeros, which are then not a number.
+#[test]
+fn gains_may_overflow() {
+    let d = 512;
+    for bits in [2, 3, 4, 5, 6, 8] {
+        let row = RowFormat::new(Codec::seed(bits), d).unwrap().with_scale_factor_d512(f32::MAX).unwrap();
+        let mut x = vec![0.0; d];
+        x[3] = 0.1;
+        Coder::new(&row).restore(&mut x);
+        for v in [x, random(d, 1).iter().map(|x| x * 1e-3).collect()] {
+            let (mut want, mut scales) = (vec![0; row.row_bytes()], [0; 8]);
+            Coder::new(&row).encode(&mut v.clone(), &mut want, &mut scales);
+            for kernels in available() {
+                let (mut got, mut got_scales) = (vec![0; row.row_bytes()], [0; 8]);
+                RowCoder::new(&row, kernels).encode(&mut v.clone(), &mut got, &mut got_scales);
+                assert_eq!((got, got_scales), (want.clone(), scales), "{} {bits}", kernels.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn large_outputs_are_the_same() {
     for kernels in available() {

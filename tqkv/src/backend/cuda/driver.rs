@@ -293,9 +293,25 @@ impl Stream {
         Ok(stream)
     }
 
+    /// Fails while the caller captures the stream in a graph: memory would be the graph's, and each launch would copy once more
+    /// from the host's, which may be gone.
+    fn expect_no_capture(&self, what: &str) -> Result<()> {
+        // SAFETY: the stream is alive.
+        let status = unsafe { result::stream::is_capturing(self.raw) };
+        match status {
+            Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE) => {
+                let what = format!("{what} while its stream is captured in a graph");
+                Err(Error::Unsupported { device: self.context.id.clone(), what })
+            }
+            // The legacy stream cannot be captured, and does not say so while others are.
+            _ => Ok(()),
+        }
+    }
+
     /// Memory in the order of the stream, not cleared.
     pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
         self.context.enter()?;
+        self.expect_no_capture("take memory")?;
         let size = bytes.max(1);
         // SAFETY: the pool and the stream are alive.
         let address = unsafe {
@@ -531,6 +547,7 @@ impl Memory {
         if data.is_empty() {
             return Ok(());
         }
+        self.stream.expect_no_capture("copy from the host")?;
         debug_assert!(offset + data.len() <= self.bytes);
         // SAFETY: within the allocation by the buffer's shape; from pageable memory the driver copies before it returns.
         unsafe { result::memcpy_htod_async(self.address + offset as u64, data, self.stream.raw) }

@@ -4,7 +4,10 @@ use super::driver::Context;
 use crate::compute::{Buffer, DType, Device, KernelSource};
 use crate::error::{Error, Result};
 use crate::format::{Codec, RowFormat};
-use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize, rotate};
+use crate::ops::{
+    AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder, Span, attention, dequantize, merge,
+    quantize, rotate,
+};
 use cudarc::driver::{result, sys};
 use std::process::Command;
 use std::sync::Arc;
@@ -111,6 +114,45 @@ fn a_step_is_captured_in_a_graph_on_the_callers_stream() {
         result::graph::destroy(graph).unwrap();
     }
     drop((step, device));
+    // SAFETY: nothing uses it any more.
+    unsafe { result::stream::destroy(stream) }.unwrap();
+}
+
+/// A graph would copy from the host's memory at each launch, when nothing of it is left.
+#[test]
+fn what_a_graph_cannot_repeat_is_refused() {
+    let Some(_context) = gpu() else { return };
+    let _own = Device::open("cuda").unwrap();
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    // SAFETY: the stream is of the primary context, which `_own` has entered, and is destroyed last.
+    let device = unsafe { Device::cuda_on_stream(0, stream.cast()) }.unwrap();
+    let step = Step::new(&device).unwrap();
+    step.submit().unwrap();
+    let expected = step.result().unwrap();
+    let lse = device.zeros(DType::F32, &[2, 8]).unwrap();
+    let (part, decoded) = (device.zeros(DType::F16, &[2, 8, 128]), device.zeros(DType::F32, &[2, 2, 128]));
+    let (part, decoded) = (part.unwrap(), decoded.unwrap());
+    let refused = |result: Result<()>| assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+    let mut encoder = device.encoder().unwrap();
+    // SAFETY: the calls go by the driver's documentation.
+    unsafe {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        result::stream::begin_capture(stream, mode).unwrap();
+        let list = Positions::List(vec![3, 1]);
+        let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+        refused(merge(&mut encoder, &[(&part, &lse)], &step.out, None));
+        refused(dequantize(&mut encoder, &step.key, &step.batch, 0, list, domain, order, &decoded));
+        refused(step.x.write(&numbers(2 * 2 * 128)));
+        refused(device.zeros(DType::U8, &[16]).map(drop));
+        // All else goes on.
+        step.submit().unwrap();
+        let graph = result::stream::end_capture(stream).unwrap();
+        result::graph::destroy(graph).unwrap();
+    }
+    drop(encoder);
+    assert_eq!(step.result().unwrap(), expected);
+    step.x.write(&numbers(2 * 2 * 128)).unwrap();
+    drop((step, lse, part, decoded, device));
     // SAFETY: nothing uses it any more.
     unsafe { result::stream::destroy(stream) }.unwrap();
 }

@@ -282,6 +282,8 @@ impl Snapshot {
         let [layers, kv_heads, head_dim, page_size, fingerprint, sequences, pages, note] = counts;
         at_most("bytes of the fingerprint", fingerprint as u64, MAX_FINGERPRINT as u64)?;
         at_most("bytes of the note", note as u64, MAX_NOTE as u64)?;
+        // Grouping them takes a time that grows with the square of their number.
+        at_most("layers", layers as u64, MAX_LAYERS as u64)?;
         let mut text = |n: usize| Ok(&fields.bytes(n.next_multiple_of(8))?[..n]);
         let label = Label { model: text(fingerprint)?, note: text(note)? };
         // Each count is held against the bytes that are left before anything of its size is made.

@@ -128,9 +128,9 @@ fn decode(
     encoder.record(op, device, |encoder| {
         let cache = cache()?;
         let (start, n) = (at.0 as usize, at.1 as usize);
-        let batch = Batch::contiguous(device.device(), cache.capacity, 0, cache.capacity, 0)?;
         let dst = dst.view("dst", dtype, &[cache.kv_heads, n, cache.row.head_dim()])?;
         let pool = cache.pool(packed, norms)?;
+        let batch = Batch::contiguous(device.device(), cache.capacity, 0, cache.capacity, 0)?;
         dequantize(encoder, &pool, &batch, 0, start..start + n, Domain::Rotated, RowOrder::HeadMajor, &dst)
     })
 }

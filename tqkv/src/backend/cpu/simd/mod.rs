@@ -131,7 +131,7 @@ pub(super) trait Simd: Call + Copy + 'static {
     unsafe fn integer(x: Self::F) -> Self::I;
     /// Bits as integers.
     unsafe fn bits(x: Self::F) -> Self::I;
-    /// The nearer of x and the ends of -limit to limit.
+    /// The nearer of x and the ends of -limit to limit; one of these ends if x is NaN.
     unsafe fn clamp(x: Self::F, limit: Self::F) -> Self::F;
     /// Lanes of 0..=255 as bytes.
     unsafe fn store_bytes(to: *mut u8, n: Self::I);

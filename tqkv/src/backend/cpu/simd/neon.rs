@@ -131,7 +131,8 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn clamp(x: F, limit: F) -> F {
         unsafe {
-            let one = |x, limit| vminq_f32(vmaxq_f32(x, vnegq_f32(limit)), limit);
+            // Those of IEEE 754-2008: of a NaN and a number they give the number, so that what comes out is within the limits.
+            let one = |x, limit| vminnmq_f32(vmaxnmq_f32(x, vnegq_f32(limit)), limit);
             float32x4x2_t(one(x.0, limit.0), one(x.1, limit.1))
         }
     }
