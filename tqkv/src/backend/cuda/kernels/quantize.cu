@@ -220,8 +220,7 @@ template <int CELLS> struct Grid {
 template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
     static constexpr int ROWS = 8, RUNS = R::N / 8, STRIDE = (R::BYTES + 15) / 16 * 16 + 16;
     static constexpr int LISTED = 32;  // vectors that wait, at most, a warp
-    typedef Row<R::D, R::BITS, R::PACKING, R::SCALING, R::ALIGN, min_of(R::BLOCK / 8, 32)> Wide;
-    typedef Encoder<Wide, CELLS, 1> Exact;
+    typedef Encoder<R, CELLS, 1> Exact;
     // In shared memory, after the grid.
     static constexpr int SIGNS = Grid<GRID>::BYTES, CODES = SIGNS + RUNS * 64, LIST = CODES + THREADS / 4 * STRIDE;
     static constexpr int TABLES = LIST + THREADS / 32 * LISTED * 8, BYTES = TABLES + Exact::BYTES;
@@ -322,14 +321,12 @@ template <typename R, int CELLS, int GRID, int TYPE> struct Tile {
     // The warp's list: a vector and its place.
     static DEVICE uint2* list() { return (uint2*)(shared_memory + LIST) + threadIdx.x / 32 * LISTED; }
     DEVICE void again(u32 listed) const {
-        const int lane = threadIdx.x % Wide::GROUP;
-        for (u32 first = 0; first < listed; first += 32 / Wide::GROUP) {
-            const u32 own = first + threadIdx.x % 32 / Wide::GROUP;
-            const uint2 entry = list()[min(own, listed - 1)];
-            float x[Wide::N];
+        for (u32 first = 0; first < listed; first += ROWS) {
+            const uint2 entry = list()[min(first + g, listed - 1)];
+            float x[R::N];
 #pragma unroll
-            for (int r = 0; r < Wide::N / 8; r++) load8<TYPE, true>(s.x, (u64)entry.x * R::D + Wide::element(r, lane), x + r * 8);
-            Exact::run(s, shared_memory + TABLES, x, entry.y, lane, own < listed);
+            for (int r = 0; r < RUNS; r++) load8<TYPE, true>(s.x, (u64)entry.x * R::D + R::element(r, t), x + r * 8);
+            Exact::run(s, shared_memory + TABLES, x, entry.y, t, first + g < listed);
         }
     }
 
