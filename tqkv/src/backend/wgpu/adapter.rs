@@ -102,6 +102,7 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
         shuffles_wrap: false,
         team: 0,
         busy: if software { 16 } else { 528 },
+        threads: super::wgsl::THREADS,
         query_rows: if software { 4 } else { 16 },
         held: if software { 8192 } else { 1024 },
         ahead: if software { 2 } else { 8 },
@@ -119,7 +120,13 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
     let (native_f16, shuffles_wrap, team) = (converts_exactly(&context)?, shuffles_wrap(&context)?, team(&context)?);
     // Nobody else holds it yet.
     let mut context = Arc::try_unwrap(context).map_err(|c| c.failed("its first kernel is still running"))?;
-    (context.caps.native_f16, context.caps.shuffles_wrap, context.caps.team) = (native_f16, shuffles_wrap, team);
+    let caps = &mut context.caps;
+    (caps.native_f16, caps.shuffles_wrap, caps.team) = (native_f16, shuffles_wrap, team);
+    // On Metal kernels that take many registers have a limit of their own, which wgpu does not tell.
+    if team > 0 && !software && adapter.backend != wgpu::Backend::Metal {
+        let most = context.limits.max_compute_invocations_per_workgroup as usize;
+        context.caps.threads = most.clamp(super::wgsl::THREADS, 512) / super::wgsl::THREADS * super::wgsl::THREADS;
+    }
     Ok(Wgpu(Arc::new(context)))
 }
 

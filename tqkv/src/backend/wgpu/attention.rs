@@ -6,12 +6,13 @@
 //! Tiles are a subgroup's own where its size is known, and no thread waits for another subgroup before the end.
 //!
 //! Codes, scales and page tables are loaded a step before they are used, across tiles too. What lies past the workgroup's
-//! positions is loaded from its last row, and weighs nothing.
+//! positions is loaded from its last row or page, and weighs nothing.
 //!
 //! Scores are sums of two floats (Knuth's two-sum): in the hundreds, one f32 steps by 3e-5, and what is subtracted before
 //! exp must be finer. Where a query's and a key's norm make it possible that a score is huge, its products are kept as two
 //! floats too.
 
+use super::context::Context;
 use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Rows, Source, THREADS, Tensor, Transform, line};
 use super::{Caps, Slot};
@@ -39,6 +40,10 @@ pub(super) struct Spec {
     pub ring: bool,
     /// The logarithm of the page size, where that is a power of two.
     pub page_bits: Option<u32>,
+    /// Whether no page ends within a tile, whose rows lie one after the other then.
+    pub whole: bool,
+    /// Threads of a workgroup.
+    pub threads: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,9 +60,20 @@ impl Spec {
         self.heads * self.queries
     }
 
+    /// Vectors of four weights that a workgroup holds.
+    pub fn weights(&self) -> usize {
+        self.tile() * self.value.format().scales_per_row().max(1) * self.rows().div_ceil(4)
+    }
+
+    /// Whether a workgroup of so many threads works in teams, and its memory holds what they need.
+    fn fits(&self, context: &Context) -> bool {
+        let teams = Layout::new(self, &context.caps).teams() > 1;
+        teams && 16 * self.weights() + REST <= context.limits.max_compute_workgroup_storage_size as usize
+    }
+
     /// Positions of all teams' tiles.
     fn tile(&self) -> usize {
-        self.positions * THREADS
+        self.positions * self.threads
     }
 
     /// Elements of a value that a thread sums up, for all rows.
@@ -84,6 +100,9 @@ const LAG: f32 = 8.0;
 
 /// Scores are computed again where |q| |k| scale may be larger: at a quarter of it, as it is rather, f32 errs by some 1e-5.
 const HUGE: f32 = 1024.0;
+
+/// Bytes that a workgroup holds beside its weights, at most.
+const REST: usize = 16 << 10;
 
 const FIELDS: [&str; 19] = [
     "q_off",
@@ -117,6 +136,8 @@ const TASK: usize = 8;
 /// How a workgroup's threads share its work. A team has tiles for itself: of their values a thread adds up `chunk` elements of
 /// every lanes-th position.
 struct Layout {
+    /// Threads of a workgroup.
+    threads: usize,
     /// Threads of a team: a subgroup's, or all.
     team: usize,
     /// Positions of a team's tile.
@@ -134,10 +155,10 @@ impl Layout {
     fn new(spec: &Spec, caps: &Caps) -> Self {
         let chunk = spec.chunk(caps);
         let chunks = spec.key.format().head_dim() / chunk;
-        let team = if caps.team > 0 && caps.team.is_multiple_of(chunks) { caps.team } else { THREADS };
+        let team = if caps.team > 0 && caps.team.is_multiple_of(chunks) { caps.team } else { spec.threads };
         let (lanes, tile) = (team / chunks, spec.positions * team);
         let depth = caps.ahead.min(tile.div_ceil(lanes));
-        Layout { team, tile, chunk, chunks, lanes, depth, fours: spec.rows().div_ceil(4) }
+        Layout { threads: spec.threads, team, tile, chunk, chunks, lanes, depth, fours: spec.rows().div_ceil(4) }
     }
 
     /// Whether all lanes have values all the time.
@@ -146,7 +167,7 @@ impl Layout {
     }
 
     fn teams(&self) -> usize {
-        THREADS / self.team
+        self.threads / self.team
     }
 
     /// Waits for the team.
@@ -163,7 +184,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     let layout = Layout::new(spec, caps);
     let Layout { team, tile, chunk, chunks, fours, .. } = layout;
 
-    let mut b = Builder::new(caps);
+    let mut b = Builder::with_threads(caps, spec.threads);
     b.storage("q", spec.q.element(), false);
     spec.key.bind(&mut b, "k");
     spec.value.bind(&mut b, "v");
@@ -195,12 +216,14 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         wgsl::flip(&mut b);
     }
     line!(b, "var<workgroup> query: array<vec4<f32>, {}>;", rows * vectors);
-    // Rows of two tiles in turn.
-    line!(b, "var<workgroup> row_of: array<u32, {}>;", 2 * tiles);
+    if !spec.whole {
+        // Rows of two tiles in turn.
+        line!(b, "var<workgroup> row_of: array<u32, {}>;", 2 * tiles);
+    }
     // Weights of the tiles, four rows a vector; in the end sums.
-    let weights = tiles * scales * fours;
+    let weights = spec.weights();
     line!(b, "var<workgroup> held: array<vec4<f32>, {weights}>;");
-    reducer(&mut b, caps, rows);
+    reducer(&mut b, caps, rows, spec.threads);
     b.push("fn query_load(token0: u32, queries: u32, kv_head: u32, head0: u32, r: u32, e: u32) -> Eight {");
     line!(b, "  let j = r / {0}u;\n  let h = head0 + r % {0}u;", spec.heads);
     b.push("  if (j >= queries || h >= a.group) { return Eight(vec4(0.0), vec4(0.0)); }");
@@ -216,7 +239,8 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     if checked(spec) {
         exact_score(&mut b, spec, key_fetch);
     }
-    b.push("const NONE = -3e38;");
+    // Less than the maximum of no positions, so that its weight is 0.
+    b.push("const NONE = -3e38;\nconst UNSEEN = -3.4e38;");
     if spec.softcap {
         b.push(include_str!("capped.wgsl"));
     }
@@ -239,11 +263,13 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     } else {
         "  let team = 0u;\n  let me = tid;"
     });
-    line!(b, "  let weights = team * {}u;\n  let places = team * {}u;", tile * scales * fours, 2 * tile);
+    line!(b, "  let weights = team * {}u;", tile * scales * fours);
+    next_rows(&mut b, spec, &layout, "  var ", &format!("from_pos + team * {tile}u"));
+    if !spec.whole {
+        line!(b, "  let places = team * {}u;\n  var base = 0u;", 2 * tile);
+        store_places(&mut b, spec, &layout, "base");
+    }
     for p in 0..spec.positions {
-        let position = format!("from_pos + team * {tile}u + {}u + me", p * team);
-        line!(b, "  var next_{p} = row_at(table_base, kv_head, min({position}, to_pos - 1u));");
-        line!(b, "  row_of[places + {}u + me] = v_place(next_{p});", p * team);
         for i in 0..together(spec, key_fetch) {
             line!(b, "  var w{i}_{p} = k_fetch(k_place(next_{p}), {i}u);");
         }
@@ -276,20 +302,29 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
             line!(b, "  var o{r}_{x} = vec4(0.0);");
         }
     }
-    line!(b, "  let c = me % {chunks}u;\n  let lane_v = me / {chunks}u;\n  var base = 0u;");
-    fetch_values(&mut b, &layout, value_fetch, "  var v", "0u", "0u");
+    line!(b, "  let c = me % {chunks}u;\n  let lane_v = me / {chunks}u;");
+    let first = if spec.whole { "next" } else { "base" };
+    fetch_values(&mut b, spec, &layout, value_fetch, "  var v", first, "0u");
     line!(b, "  for (var tile = from_pos + team * {tile}u; tile < to_pos; tile += {tiles}u) {{");
+    if spec.whole {
+        b.push("    let here = next;");
+    }
     for p in 0..spec.positions {
-        line!(b, "    let pos_{p} = tile + {}u + me;\n    let row_{p} = next_{p};", p * team);
-        line!(b, "    next_{p} = row_at(table_base, kv_head, min(pos_{p} + {tiles}u, to_pos - 1u));");
-        line!(b, "    let kf_{p} = kw_{p};\n    let vf_{p} = vw_{p};");
+        line!(b, "    let row_{p} = next_{p};");
+    }
+    next_rows(&mut b, spec, &layout, "    ", &format!("tile + {tiles}u"));
+    for p in 0..spec.positions {
+        line!(b, "    let pos_{p} = tile + {}u + me;\n    let kf_{p} = kw_{p};\n    let vf_{p} = vw_{p};", p * team);
     }
     scores(&mut b, spec, key_fetch);
     softmax(&mut b, spec, &layout, scales);
     values(&mut b, spec, &layout, value_fetch);
-    line!(b, "    base = {tile}u - base;\n  }}");
+    if !spec.whole {
+        line!(b, "    base = {tile}u - base;");
+    }
+    b.push("  }");
 
-    sums(&mut b, spec, &layout, weights / THREADS);
+    sums(&mut b, spec, &layout, weights / spec.threads);
     b.push("}");
     b.finish()
 }
@@ -298,7 +333,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
 fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize) {
     let (rows, vectors) = (spec.rows(), spec.key.format().head_dim() / 4);
     let Layout { chunk, chunks, .. } = *layout;
-    let (lanes, per) = (THREADS / chunks, chunk / 4);
+    let (lanes, per) = (layout.threads / chunks, chunk / 4);
     line!(b, "  let lane = team * {}u + lane_v;", layout.lanes);
     if layout.teams() > 1 {
         common_maximum(b, rows, chunk);
@@ -319,7 +354,7 @@ fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize) {
         let here = first..(rows * per).min(first + at_once);
         line!(b, "  if (lane < {lanes}u) {{");
         for (n, u) in here.clone().enumerate() {
-            line!(b, "    held[{}u + lane * {chunks}u + c] = o{}_{};", n * THREADS, u / per, u % per);
+            line!(b, "    held[{}u + lane * {chunks}u + c] = o{}_{};", n * layout.threads, u / per, u % per);
         }
         line!(b, "  }}\n  workgroupBarrier();\n  for (var t = tid; t < {}u; t += WG) {{", here.len() * chunks);
         line!(b, "    let u = {first}u + t / {chunks}u;\n    let r = u / {per}u;");
@@ -363,6 +398,30 @@ fn shrink(b: &mut Builder, r: usize, chunk: usize) {
     line!(b, "  let shrink{r} = exp(m{r} - n{r});\n  m{r} = n{r};\n  l{r} *= shrink{r};");
     for x in 0..chunk / 4 {
         line!(b, "  o{r}_{x} *= shrink{r};");
+    }
+}
+
+/// `next_{p}`: the rows of the thread's positions of the tile at `tile`. Where a tile's rows lie one after the other, `next` is the
+/// first.
+fn next_rows(b: &mut Builder, spec: &Spec, layout: &Layout, before: &str, tile: &str) {
+    if spec.whole {
+        let last = format!("(to_pos - 1u) / {0}u * {0}u", layout.tile);
+        line!(b, "{before}next = row_at(table_base, kv_head, min({tile}, {last}));");
+    }
+    for p in 0..spec.positions {
+        let i = p * layout.team;
+        let row = match spec.whole {
+            true => format!("next + {i}u + me"),
+            false => format!("row_at(table_base, kv_head, min({tile} + {i}u + me, to_pos - 1u))"),
+        };
+        line!(b, "{before}next_{p} = {row};");
+    }
+}
+
+/// Where the values of the thread's next positions are, into `row_of`, from `base` on.
+fn store_places(b: &mut Builder, spec: &Spec, layout: &Layout, base: &str) {
+    for p in 0..spec.positions {
+        line!(b, "    row_of[places + {base} + {}u + me] = v_place(next_{p});", p * layout.team);
     }
 }
 
@@ -462,10 +521,12 @@ fn main(b: &mut Builder, caps: &Caps) {
 }
 
 /// Maximum or sum over a workgroup, for every row: all threads `offer`, then `settle`, then all find it by `taken`.
-fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
-    if let Some(most) = THREADS.checked_div(caps.subgroup) {
+fn reducer(b: &mut Builder, caps: &Caps, rows: usize, threads: usize) {
+    if let Some(most) = threads.checked_div(caps.subgroup) {
         b.push("var<private> sid: u32;\nvar<private> lane_id: u32;\nvar<private> sgs: u32;");
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * most);
+        // A loop whose length is known loads all ahead.
+        let subgroups = if caps.team > 0 { format!("{most}u") } else { "sgs".to_owned() };
         line!(
             b,
             "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{\n\
@@ -475,22 +536,22 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize) {
              fn settle(tid: u32, sum: bool) {{ workgroupBarrier(); }}\n\
              fn taken(r: u32, sum: bool) -> f32 {{\n\
              \x20 var y = reduced[r * {most}u];\n\
-             \x20 for (var k = 1u; k < sgs; k++) {{\n\
+             \x20 for (var k = 1u; k < {subgroups}; k++) {{\n\
              \x20   let x = reduced[r * {most}u + k];\n\
              \x20   y = select(max(y, x), y + x, sum);\n  }}\n  return y;\n}}"
         );
     } else {
-        line!(b, "var<workgroup> offered: array<f32, {}>;", rows * THREADS);
+        line!(b, "var<workgroup> offered: array<f32, {}>;", rows * threads);
         line!(b, "var<workgroup> reduced: array<f32, {}>;", rows * 8);
         line!(
             b,
-            "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{ offered[r * {THREADS}u + tid] = x; }}\n\
+            "fn offer(r: u32, x: f32, tid: u32, sum: bool) {{ offered[r * {threads}u + tid] = x; }}\n\
              fn settle(tid: u32, sum: bool) {{\n\
              \x20 workgroupBarrier();\n\
              \x20 for (var u = tid; u < {}u; u += WG) {{\n\
-             \x20   let base = (u >> 3u) * {THREADS}u + (u & 7u);\n\
+             \x20   let base = (u >> 3u) * {threads}u + (u & 7u);\n\
              \x20   var y = offered[base];\n\
-             \x20   for (var k = 8u; k < {THREADS}u; k += 8u) {{\n\
+             \x20   for (var k = 8u; k < {threads}u; k += 8u) {{\n\
              \x20     let x = offered[base + k];\n\
              \x20     y = select(max(y, x), y + x, sum);\n    }}\n\
              \x20   reduced[u] = y;\n  }}\n  workgroupBarrier();\n}}\n\
@@ -526,29 +587,38 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
         score_group(b, spec, fetch, "g", false);
         b.push("    }");
     }
-    for p in (0..positions).filter(|_| checked(spec)) {
-        score_again(b, spec, p);
+    if checked(spec) {
+        score_again(b, spec);
+    }
+    for (j, p) in (0..spec.queries).flat_map(|j| (0..positions).map(move |p| (j, p))) {
+        line!(b, "    let ok{j}_{p} = pos_{p} < to_pos && pos_{p} >= low{j} && pos_{p} < high{j};");
     }
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         let j = r / spec.heads;
         if spec.softcap {
             line!(b, "    h{r}_{p} = capped(h{r}_{p} + e{r}_{p});\n    e{r}_{p} = 0.0;");
         }
-        line!(b, "    let ok{r}_{p} = pos_{p} < to_pos && pos_{p} >= low{j} && pos_{p} < high{j};");
+        line!(
+            b,
+            "    h{r}_{p} = select(UNSEEN, h{r}_{p}, ok{j}_{p});\n    e{r}_{p} = select(0.0, e{r}_{p}, ok{j}_{p});"
+        );
     }
 }
 
-/// Huge scores of the thread's position p.
-fn score_again(b: &mut Builder, spec: &Spec, p: usize) {
-    let factor = |s| format!("abs(k_factor(k_scale(row_{p}, {s}u), row_{p}) * scale)");
-    let largest = match spec.key.format().scales_per_row() {
-        1 => format!("abs(f_{p})"),
-        n => (1..n).fold(factor(0), |most, s| format!("max({most}, {})", factor(s))),
+/// The thread's scores again where one of them may be huge.
+fn score_again(b: &mut Builder, spec: &Spec) {
+    let (rows, positions) = (spec.rows(), spec.positions);
+    let factor = |s, p| format!("abs(k_factor(k_scale(row_{p}, {s}u), row_{p}) * scale) > limit");
+    let huge = |p| match spec.key.format().scales_per_row() {
+        1 => format!("abs(f_{p}) > limit"),
+        n => (0..n).map(|s| factor(s, p)).collect::<Vec<_>>().join(" || "),
     };
-    line!(b, "    if ({largest} > limit) {{\n      for (var r = 0u; r < {}u; r++) {{", spec.rows());
-    line!(b, "        let s = exact_score(row_{p}, r);");
-    for r in 0..spec.rows() {
-        line!(b, "        if (r == {r}u) {{ h{r}_{p} = s.x; e{r}_{p} = s.y; }}");
+    let any: Vec<_> = (0..positions).map(huge).collect();
+    line!(b, "    if ({}) {{\n      for (var u = 0u; u < {}u; u++) {{", any.join(" || "), rows * positions);
+    let row = |row, p| format!("select({row}, row_{p}, u / {rows}u == {p}u)");
+    line!(b, "        let s = exact_score({}, u % {rows}u);", (1..positions).fold("row_0".to_owned(), row));
+    for (p, r) in (0..positions).flat_map(|p| (0..rows).map(move |r| (p, r))) {
+        line!(b, "        if (u == {}u) {{ h{r}_{p} = s.x; e{r}_{p} = s.y; }}", p * rows + r);
     }
     b.push("      }\n    }");
 }
@@ -616,21 +686,20 @@ fn score_group(b: &mut Builder, spec: &Spec, fetch: usize, g: &str, first: bool)
 fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
     let (rows, positions) = (spec.rows(), spec.positions);
     let Layout { fours, tile, team, .. } = *layout;
-    let largest = |r: usize| {
-        let larger = |most: String, p| format!("max({most}, select(NONE, h{r}_{p}, ok{r}_{p}))");
-        (0..positions).fold("NONE".to_owned(), larger)
-    };
+    for r in 0..rows {
+        let larger = |most: String, p| format!("max({most}, h{r}_{p})");
+        line!(b, "    let most{r} = {};", (1..positions).fold(format!("h{r}_0"), larger));
+    }
     // In most tiles none grows.
     if layout.teams() > 1 {
-        let above = |(r, p): (usize, usize)| format!("(ok{r}_{p} && h{r}_{p} - m{r} > {LAG:?})");
-        let above: Vec<_> = (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))).map(above).collect();
+        let above: Vec<_> = (0..rows).map(|r| format!("most{r} - m{r} > {LAG:?}")).collect();
         line!(b, "    if (subgroupAny({})) {{", above.join(" || "));
         for r in 0..rows {
-            line!(b, "    let n{r} = max(m{r}, subgroupMax({}));", largest(r));
+            line!(b, "    let n{r} = max(m{r}, subgroupMax(most{r}));");
         }
     } else {
         for r in 0..rows {
-            line!(b, "    offer({r}u, {}, tid, false);", largest(r));
+            line!(b, "    offer({r}u, most{r}, tid, false);");
         }
         b.push("    settle(tid, false);");
         for r in 0..rows {
@@ -644,27 +713,29 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
     }
     b.push("    }");
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
-        line!(
-            b,
-            "    let p{r}_{p} = select(0.0, exp((h{r}_{p} - m{r}) + e{r}_{p}), ok{r}_{p});\n    l{r} += p{r}_{p};"
-        );
+        line!(b, "    let p{r}_{p} = exp((h{r}_{p} - m{r}) + e{r}_{p});\n    l{r} += p{r}_{p};");
     }
     if layout.teams() > 1 {
         // All threads have read the last tile's weights.
         line!(b, "    {}", layout.barrier());
     }
+    if !spec.whole {
+        store_places(b, spec, layout, &format!("{tile}u - base"));
+    }
     let rotated = spec.value.format().is_rotated();
     for p in 0..positions {
-        line!(b, "    row_of[places + {tile}u - base + {}u + me] = v_place(next_{p});", p * team);
         for s in 0..scales {
             if rotated {
                 let word = if scales > 1 { format!("v_scale(row_{p}, {s}u)") } else { format!("vf_{p}") };
                 line!(b, "    let f{s}_{p} = v_factor({word}, row_{p});");
+                for j in 0..spec.queries {
+                    line!(b, "    let f{s}_{p}_{j} = select(0.0, f{s}_{p}, ok{j}_{p});");
+                }
             }
             for four in 0..fours {
                 let weight = |r: usize| match rotated {
                     _ if r >= rows => "0.0".to_owned(),
-                    true => format!("select(0.0, p{r}_{p} * f{s}_{p}, ok{r}_{p})"),
+                    true => format!("p{r}_{p} * f{s}_{p}_{}", r / spec.heads),
                     false => format!("p{r}_{p}"),
                 };
                 let four_weights: Vec<_> = (4 * four..4 * four + 4).map(weight).collect();
@@ -676,15 +747,20 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
     line!(b, "    {}", layout.barrier());
 }
 
-/// Loads `depth` positions' values of the thread, from `base` in `row_of` on, turn number `turn`.
-fn fetch_values(b: &mut Builder, layout: &Layout, fetch: usize, to: &str, base: &str, turn: &str) {
+/// Loads `depth` positions' values of the thread, turn number `turn`: of the tile whose first row is `base`, or whose places are in
+/// `row_of` from `base` on.
+fn fetch_values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize, to: &str, base: &str, turn: &str) {
     let Layout { tile, lanes, depth, .. } = *layout;
     let fetches = layout.chunk / fetch;
     for k in 0..depth {
         let at = format!("{turn} * {}u + {}u + lane_v", depth * lanes, k * lanes);
         let at = if layout.even() { at } else { format!("min({at}, {}u)", tile - 1) };
+        let place = match spec.whole {
+            true => format!("v_place({base} + {at})"),
+            false => format!("row_of[places + {base} + {at}]"),
+        };
         for f in 0..fetches {
-            line!(b, "{to}{k}_{f} = v_fetch(row_of[places + {base} + {at}], c * {fetches}u + {f}u);");
+            line!(b, "{to}{k}_{f} = v_fetch({place}, c * {fetches}u + {f}u);");
         }
     }
 }
@@ -697,8 +773,9 @@ fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
     let fetches = chunk / fetch;
     line!(b, "    for (var turn = 0u; turn < {turns}u; turn++) {{");
     line!(b, "      let over = turn == {}u;", turns - 1);
-    line!(b, "      let begin = select(base, {tile}u - base, over);\n      let after = select(turn + 1u, 0u, over);");
-    fetch_values(b, layout, fetch, "      let u", "begin", "after");
+    let (now, then) = if spec.whole { ("here", "next".to_owned()) } else { ("base", format!("{tile}u - base")) };
+    line!(b, "      let begin = select({now}, {then}, over);\n      let after = select(turn + 1u, 0u, over);");
+    fetch_values(b, spec, layout, fetch, "      let u", "begin", "after");
     for k in 0..depth {
         b.push("      {");
         for x in 0..chunk / 4 {
@@ -768,7 +845,7 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     }
     b.push("const NONE = -3e38;");
     line!(b, "var<workgroup> weight_of: array<f32, {MOST_SPLITS}>;");
-    reducer(&mut b, caps, 1);
+    reducer(&mut b, caps, 1, THREADS);
     main(&mut b, caps);
     line!(b, "  let base = wg * a.splits;\n  let sums = a.groups * a.splits * {vectors}u + base;");
     // The splits' maxima and sums, a thread each.
@@ -844,7 +921,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     let heads_at_once = group.div_ceil(parts);
     let longest = spans.iter().map(|s| s.new as usize).max().unwrap_or(1);
     let queries = (most / heads_at_once).clamp(1, longest.max(1));
-    let tasks = tasks(op, queries);
+    let mut tasks = tasks(op, queries);
     let longest = tasks.iter().map(|t| t.seen).max().unwrap_or(0);
     // Fewer positions a thread where the device would not be busy.
     let mut positions = most_positions(heads_at_once * queries, &context.caps);
@@ -865,8 +942,23 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         softcap: op.params.softcap.is_some(),
         ring: spans.iter().any(|s| s.len as usize > op.batch.width() * page_size),
         page_bits: page_size.is_power_of_two().then(|| page_size.ilog2()),
+        whole: false,
+        threads: THREADS,
     };
     spec.value = spec.value.fetched_by(spec.chunk(&context.caps));
+    // Large workgroups of codes where they keep the device busy: a driver must find registers for all their threads at once.
+    let wide = Spec { threads: context.caps.threads, ..spec };
+    let shortest = tasks.iter().map(|t| t.seen).min().unwrap_or(0);
+    let threads_at_work = tasks.len() * kv_heads * parts * (shortest / wide.tile()) * wide.threads;
+    let rotated = op.key.row().is_rotated() && op.value.row().is_rotated();
+    if threads_at_work >= context.caps.busy * THREADS && rotated && wide.fits(&context) {
+        spec = wide;
+    }
+    let tile = Layout::new(&spec, &context.caps).tile;
+    spec.whole = page_size.is_multiple_of(tile);
+    if spec.whole {
+        tasks.iter_mut().for_each(|task| task.begin_at_multiple_of(tile));
+    }
     let join = JoinSpec {
         value: Rows::of(op.value.row(), wgsl::Align::Word),
         out: out_tensor,
@@ -877,7 +969,6 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     // A split's results take memory for every query, so that very many queries go in turns.
     let row_bytes = (d + 4) * 4;
     let room = context.limits.max_storage_buffer_binding_size.min(256 << 20) as usize / (row_bytes * heads);
-    let tile = Layout::new(&spec, &context.caps).tile;
     let mut next = 0;
     while next < tasks.len() {
         let mut end = next;
@@ -891,7 +982,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         let blocks = turn.len() * kv_heads * parts;
         let seen = turn.iter().map(|t| t.seen).max().unwrap_or(0);
         let most = seen.div_ceil(spec.tile()).clamp(1, MOST_SPLITS).min((room / tokens).max(1));
-        let splits = ((context.caps.busy + blocks / 2) / blocks).clamp(1, most);
+        let splits = (context.caps.busy * THREADS / spec.threads / blocks).clamp(1, most);
         let rows = tokens * heads;
         let token_base = turn[0].words[1];
         let fields = [
@@ -942,6 +1033,15 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
         recorder.dispatch(&recorder::Spec::Join(join), text, slots, rows, &fields, tables)?;
     }
     Ok(())
+}
+
+impl Task {
+    /// Begins up to `n` - 1 positions earlier. No query sees them.
+    fn begin_at_multiple_of(&mut self, n: usize) {
+        let more = self.words[6] % n as u32;
+        self.words[6] -= more;
+        self.seen += more as usize;
+    }
 }
 
 /// Runs of at most `queries` queries of one sequence, and the positions that they see together.

@@ -37,6 +37,8 @@ pub(crate) struct Caps {
     team: usize,
     /// Workgroups that keep the device busy.
     busy: usize,
+    /// The most threads of a workgroup of attention.
+    threads: usize,
     /// The most query rows of a workgroup of attention. Few in software, where each makes kernels slower to compile.
     query_rows: usize,
     /// Floats that a workgroup holds for exchange. Few, so that many workgroups run at once; many in software, where each

@@ -78,6 +78,7 @@ fn kernels_translate_to_metal() {
             shuffles_wrap: subgroup == 8,
             team: if subgroup == 32 { 32 } else { 0 },
             busy: 64,
+            threads: 512,
             query_rows: 16,
             held: 1024,
             ahead: 8,
@@ -125,7 +126,9 @@ fn kernels_translate_to_metal() {
                 }
                 // As many rows as a workgroup may have, some, and one.
                 let most = caps.query_rows.min(attention::QUERY_FLOATS / d);
-                for (heads, queries) in [(most, 1), (1, most), (most.min(4), 1), (1, 1)] {
+                for (heads, queries, threads) in
+                    [(most, 1, 128), (1, most, 128), (most.min(4), 1, 128), (1, 1, 128), (most.min(4), 1, 512)]
+                {
                     let spec = attention::Spec {
                         key: rows,
                         value: rows,
@@ -139,9 +142,14 @@ fn kernels_translate_to_metal() {
                         softcap: queries > 1,
                         ring: queries > 1,
                         page_bits: (heads > 1).then_some(6),
+                        whole: heads == 1 || threads > 128,
+                        threads,
                     };
+                    if threads > 128 && (subgroup == 0 || spec.weights() > 1024) {
+                        continue;
+                    }
                     check(
-                        format!("attention {codec} D={d} {align:?} {heads}x{queries}"),
+                        format!("attention {codec} D={d} {align:?} {heads}x{queries} {threads}"),
                         attention::source(&spec, &caps),
                     );
                 }
@@ -194,7 +202,7 @@ fn a_step_takes_three_dispatches_a_layer() {
 #[test]
 fn kernels_for_gpus_agree_with_the_cpu() {
     let cpu = Device::cpu();
-    for subgroups in [true, false] {
+    for (subgroups, wide, new) in [(true, false, 4), (true, false, 1), (true, true, 1), (false, false, 4)] {
         let Ok(mut wgpu) = backend::wgpu::open(None) else {
             assert!(
                 !std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")),
@@ -204,10 +212,24 @@ fn kernels_for_gpus_agree_with_the_cpu() {
         };
         let caps = &mut Arc::get_mut(&mut wgpu.0).expect("just opened").caps;
         (caps.held, caps.query_rows, caps.ahead) = (1024, 16, 8);
-        caps.subgroup = if subgroups { caps.subgroup } else { 0 };
+        if !subgroups {
+            (caps.subgroup, caps.team) = (0, 0);
+        }
+        if wide {
+            // No work is too little for large workgroups then.
+            (caps.threads, caps.busy) = (512, 0);
+        }
         let gpu = Device::from_backend(Box::new(wgpu));
-        for (codec, d) in [(Codec::tq(4), 128), (Codec::tq(3), 80), (Codec::seed(4), 512)] {
-            let (row, kv_heads, n, heads) = (RowFormat::new(codec, d).unwrap(), 2, 100, 8);
+        // Teams' tiles lie within pages of 96 positions.
+        let shapes = [
+            (Codec::tq(4), 128, 100),
+            (Codec::tq(4), 64, 96),
+            (Codec::tq(4), 64, 100),
+            (Codec::tq(3), 80, 100),
+            (Codec::seed(4), 512, 100),
+        ];
+        for (codec, d, n) in shapes {
+            let (row, kv_heads, heads) = (RowFormat::new(codec, d).unwrap(), 2, 8);
             let pages = [0];
             let spans = |new| [Span { first: 0, len: n, new, pages: &pages }];
             let mut results = vec![];
@@ -215,8 +237,8 @@ fn kernels_for_gpus_agree_with_the_cpu() {
                 let numbers = |n: usize| (0..n).map(|i| (i as f32 * 0.37).sin() + (i as f32 * 0.011).cos());
                 let x: Vec<f32> = numbers(n * kv_heads * d).collect();
                 let x = device.upload(&x, &[n, kv_heads, d]).unwrap();
-                let q: Vec<f32> = numbers(4 * heads * d).collect();
-                let q = device.upload(&q, &[4, heads, d]).unwrap();
+                let q: Vec<f32> = numbers(new * heads * d).collect();
+                let q = device.upload(&q, &[new, heads, d]).unwrap();
                 let pool = PagePool::new(device, row, kv_heads, n, 1).unwrap();
                 let (rotated, restored) = (device.zeros(DType::F32, x.shape()), device.zeros(DType::F32, x.shape()));
                 let (rotated, restored) = (rotated.unwrap(), restored.unwrap());
@@ -228,14 +250,14 @@ fn kernels_for_gpus_agree_with_the_cpu() {
                 let order = RowOrder::TokenMajor;
                 decode(&mut encoder, &pool, &batch(0), 0, 0..n, Domain::Original, order, &restored).unwrap();
                 let params = AttentionParams::for_head_dim(d);
-                attend(&mut encoder, &q, &pool, &pool, &batch(4), &params, &out, None).unwrap();
+                attend(&mut encoder, &q, &pool, &pool, &batch(new), &params, &out, None).unwrap();
                 encoder.submit_and_wait().unwrap();
                 results.push((
                     pool.codes().read::<u8>().unwrap(),
                     [rotated, restored, out].map(|b| b.read::<f32>().unwrap()),
                 ));
             }
-            let name = format!("{codec} D={d} subgroups {subgroups}");
+            let name = format!("{codec} D={d}, {n} positions, {new} queries, subgroups {subgroups}, wide {wide}");
             assert!(results[0].0 == results[1].0, "{name}: codes");
             for (i, (want, got)) in results[0].1.iter().zip(&results[1].1).enumerate() {
                 let off: f64 = want.iter().zip(got).map(|(w, g)| f64::from(w - g).powi(2)).sum();

@@ -8,7 +8,7 @@ use crate::compute::DType;
 use crate::format::{Codec, Packing, RowFormat, Scaling};
 use crate::ops::PagePool;
 
-/// Threads of every workgroup.
+/// Threads of a workgroup; attention may have more.
 pub const THREADS: usize = 128;
 
 /// A kernel's text and, by binding, whether it writes.
@@ -31,8 +31,12 @@ pub(super) use line;
 
 impl Builder {
     pub fn new(caps: &Caps) -> Self {
+        Builder::with_threads(caps, THREADS)
+    }
+
+    pub fn with_threads(caps: &Caps, threads: usize) -> Self {
         let mut b = Builder { text: String::new(), writable: vec![] };
-        line!(b, "const WG = {THREADS}u;");
+        line!(b, "const WG = {threads}u;");
         b.push(include_str!("prelude.wgsl"));
         b.push(if caps.native_f16 { include_str!("f16_native.wgsl") } else { include_str!("f16_soft.wgsl") });
         b
