@@ -202,7 +202,7 @@ fn a_step_takes_three_dispatches_a_layer() {
 #[test]
 fn kernels_for_gpus_agree_with_the_cpu() {
     let cpu = Device::cpu();
-    for (subgroups, wide, new) in [(true, false, 4), (true, true, 1), (false, false, 4)] {
+    for (subgroups, wide, new) in [(true, false, 4), (true, false, 1), (true, true, 1), (false, false, 4)] {
         let Ok(mut wgpu) = backend::wgpu::open(None) else {
             assert!(
                 !std::env::var("TQKV_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu")),
