@@ -350,7 +350,6 @@ fn find<S: Simd>(
         let codes = side.codes.padded(first, n);
         if form == Form::Levels {
             let levels = &mut decoded[(i - from) * d..][..n * d];
-            (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
             // SAFETY: `padded` gives a pointer that is readable past the rows.
             unsafe {
                 if side.coder.row.scaling() == Scaling::BlockRms {
@@ -363,6 +362,8 @@ fn find<S: Simd>(
                     side.coder.decode(codes, None, levels);
                 }
             }
+            // After what is written through `levels`, which would end what these may read.
+            (0..n).for_each(|j| rows[i + j] = levels[j * d..].as_ptr().cast());
         } else if form == Form::Nibbles {
             for j in 0..n {
                 let row = codes.wrapping_add(j * bytes);

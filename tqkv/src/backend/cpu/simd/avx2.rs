@@ -360,7 +360,8 @@ impl Simd for Avx2 {
             }
             if BYTE {
                 // What is above a code may be anything.
-                let codes = _mm256_and_si256(_mm256_loadu_si256(codes.cast()), _mm256_set1_epi8((1 << BITS) - 1));
+                let codes =
+                    _mm256_and_si256(_mm256_loadu_si256(codes.cast()), _mm256_set1_epi8((0xffu8 >> (8 - BITS)) as i8));
                 let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
                 return mirrored::<BITS>(_mm256_permutevar8x32_epi32(codes, order), levels);
             }
