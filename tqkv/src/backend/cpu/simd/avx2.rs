@@ -133,7 +133,7 @@ unsafe fn mirrored<const BITS: usize>(codes: __m256i, levels: &Levels) -> [__m25
                 _ => _mm256_add_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(table as i8)), _mm256_set1_epi8(0x70)),
             };
             for (b, bytes) in b.iter_mut().zip(&(*levels.table).planes) {
-                let levels = _mm_load_si128(bytes.as_ptr().add(half + table).cast());
+                let levels = _mm_loadu_si128(bytes.as_ptr().add(half + table).cast());
                 *b = _mm256_or_si256(*b, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), within));
             }
             table += 16;
