@@ -17,7 +17,9 @@ pub mod compute;
 mod error;
 pub mod format;
 pub mod mlx;
+mod open;
 pub mod ops;
+mod problem;
 pub mod reference;
 
 #[cfg(feature = "prefix-store")]

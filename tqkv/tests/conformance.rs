@@ -578,7 +578,7 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
         params.window = case.window;
         params.softcap = case.softcap;
         params.domain = case.domain;
-        params.sinks = case.sinks.then(|| device.upload(&sinks, &[heads]).unwrap());
+        params.sink_logits = case.sinks.then(|| device.upload(&sinks, &[heads]).unwrap());
         let input = upload(device, case.q, &q, &[tokens, heads, d]);
         let out = Guarded::new(device, case.out, &[tokens, heads, d]);
         let lse = Guarded::new(device, DType::F32, &[tokens, heads]);

@@ -18,6 +18,7 @@ use crate::compute::{Buffer, CommandEncoder, DType, Device};
 use crate::error::{Error, Result};
 use crate::format::{CodecPair, RowFormat};
 use crate::ops::{self, AttentionParams, Batch, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span};
+use crate::problem::checks::{expect_apart, expect_shape};
 use pages::Pages;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -535,7 +536,11 @@ impl KvCache {
             for side in [Side::Key, Side::Value] {
                 let (got, expected) = (sinks.pool(side).row(), own.pool(side).row());
                 if (got.is_rotated(), got.signs()) != (expected.is_rotated(), expected.signs()) {
-                    return Err(Error::RotatedSinks { layer, got: got.codec(), expected: expected.codec() });
+                    return Err(Error::RotatedSinks {
+                        layer,
+                        got: got.codec().to_string(),
+                        expected: expected.codec().to_string(),
+                    });
                 }
             }
         }
@@ -543,12 +548,12 @@ impl KvCache {
         let &[n, heads, head_dim] = q.shape() else {
             return Err(Error::shape("q", q.shape(), format!("[{tokens}, heads, {}]", self.config.head_dim())));
         };
-        ops::expect_shape("q", q, &[tokens, heads, head_dim])?;
-        ops::expect_shape("out", out, q.shape())?;
-        ops::expect_apart("out", out, own.buffers().chain(sinks.buffers()).chain([q]))?;
+        expect_shape("q", q, &[tokens, heads, head_dim])?;
+        expect_shape("out", out, q.shape())?;
+        expect_apart("out", out, own.buffers().chain(sinks.buffers()).chain([q]))?;
         if let Some(lse) = lse {
-            ops::expect_shape("lse", lse, &[n, heads])?;
-            ops::expect_apart("lse", lse, own.buffers().chain(sinks.buffers()).chain([q, out]))?;
+            expect_shape("lse", lse, &[n, heads])?;
+            expect_apart("lse", lse, own.buffers().chain(sinks.buffers()).chain([q, out]))?;
         }
         // Queries among the sinks see no others; the rest see all sinks.
         let mut parts: Vec<(bool, NewPositions)> = vec![];
@@ -589,7 +594,7 @@ impl KvCache {
                 .flat_map(|&(id, _, new)| (0..new).step_by(first).map(move |i| (id, first, first.min(new - i))))
                 .collect();
             let batch = self.batch(sinks.group, 0, &spans)?;
-            let all = AttentionParams { causal: false, window: None, sinks: None, ..params.clone() };
+            let all = AttentionParams { causal: false, window: None, sink_logits: None, ..params.clone() };
             ops::attention(encoder, &q, &sinks.key, &sinks.value, &batch, &all, &early, Some(&early_lse))?;
             ops::merge(encoder, &[(&rest, &rest_lse), (&early, &early_lse)], &out, lse.as_ref())?;
         }

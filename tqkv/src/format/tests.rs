@@ -50,8 +50,8 @@ fn codecs(head_dim: usize) -> Vec<RowFormat> {
 
 proptest! {
     #[test]
-    fn packing_has_an_inverse(steps in 1usize..=MAX_HEAD_DIM / HEAD_DIM_STEP, seed: u64) {
-        let d = steps * HEAD_DIM_STEP;
+    fn packing_has_an_inverse(steps in 1usize..=MAX_HEAD_DIM / ROW_STEP, seed: u64) {
+        let d = steps * ROW_STEP;
         let mut rng = Rng(seed);
         for row in codecs(d) {
             let levels = 1u64 << row.bits();
@@ -69,8 +69,8 @@ proptest! {
     /// Bit j of element i is bit i·b + j of the row, counted from the least significant bit of its first byte; in planes, where
     /// a table of eight elements' bits says.
     #[test]
-    fn packing_is_as_documented(steps in 1usize..=MAX_HEAD_DIM / HEAD_DIM_STEP, seed: u64) {
-        let d = steps * HEAD_DIM_STEP;
+    fn packing_is_as_documented(steps in 1usize..=MAX_HEAD_DIM / ROW_STEP, seed: u64) {
+        let d = steps * ROW_STEP;
         let mut rng = Rng(seed);
         for row in codecs(d) {
             let packed: Vec<u8> = (0..row.row_bytes()).map(|_| rng.next() as u8).collect();
@@ -239,7 +239,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 fn the_transform_is_its_own_inverse_and_keeps_norms() {
     let device = Device::cpu();
     let mut rng = Rng(2);
-    for d in (1..=MAX_HEAD_DIM / HEAD_DIM_STEP).map(|n| n * HEAD_DIM_STEP) {
+    for d in (1..=MAX_HEAD_DIM / ROW_STEP).map(|n| n * ROW_STEP) {
         for codec in [Codec::tq(4), Codec::seed(4)] {
             let Ok(row) = RowFormat::new(codec, d) else { continue };
             let x = rng.normals(d);
@@ -345,7 +345,7 @@ fn names_are_read_and_written() {
 fn codecs_exist_where_documented() {
     let exists = |codec, d| RowFormat::new(codec, d).is_ok();
     for d in 0..=2 * MAX_HEAD_DIM {
-        let native = d > 0 && d <= MAX_HEAD_DIM && d % HEAD_DIM_STEP == 0;
+        let native = d > 0 && d <= MAX_HEAD_DIM && d % ROW_STEP == 0;
         let seed = [16, 32, 64, 128, 256, 512].contains(&d);
         for bits in 0..=u8::MAX {
             assert_eq!(exists(Codec::tq(bits), d), native && (2..=8).contains(&bits));
@@ -421,7 +421,7 @@ proptest! {
         let device = Device::cpu();
         let mut rng = Rng(seed);
         let codec = if seed_codec { Codec::seed(if bits == 7 { 8 } else { bits }) } else { Codec::tq(bits) };
-        let d = if seed_codec { 16 << (steps % 6) } else { steps * HEAD_DIM_STEP };
+        let d = if seed_codec { 16 << (steps % 6) } else { steps * ROW_STEP };
         let row = RowFormat::new(codec, d).unwrap();
         let new = new.min(pages * page_size);
         let mut table: Vec<u32> = (0..pages as u32 + 2).collect();

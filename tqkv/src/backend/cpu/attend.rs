@@ -19,7 +19,7 @@ use super::rows::RowCoder;
 use super::simd::{Job, Simd};
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
-use crate::ops::Batch;
+use crate::problem::Batch;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
 const MAX_TILE: usize = 256;

@@ -4,9 +4,9 @@ use super::attend::{Source, Task};
 use super::rows::RowCoder;
 use super::simd::Kernels;
 use super::{float, memory};
-use crate::backend::{Attention, Merge};
 use crate::error::Result;
-use crate::ops::{Direction, Domain};
+use crate::problem::op::{Attention, Merge};
+use crate::problem::{Direction, Domain};
 use rayon::prelude::*;
 
 /// Query tokens that share the decoded rows.
@@ -31,7 +31,7 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
     let q = memory::view(&op.q)?;
     let (key_codes, key_scales) = (memory::Rows::codes(&op.key)?, memory::Rows::scales(&op.key)?);
     let (value_codes, value_scales) = (memory::Rows::codes(&op.value)?, memory::Rows::scales(&op.value)?);
-    let sinks = op.params.sinks.as_ref().map(memory::view).transpose()?;
+    let sinks = op.params.sink_logits.as_ref().map(memory::view).transpose()?;
     let sinks: Option<&[f32]> = sinks.as_ref().map(|s| bytemuck::cast_slice(s.bytes()));
     let (key_coder, value_coder) = (RowCoder::new(op.key.row(), kernels), RowCoder::new(op.value.row(), kernels));
     let out = memory::RowsMut::buffer(&op.out, d * op.out.dtype().size())?;

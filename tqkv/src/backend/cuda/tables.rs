@@ -2,7 +2,7 @@
 
 use super::driver::{Memory, Stream};
 use crate::error::Result;
-use crate::format::cells::Cells;
+use crate::format::Cells;
 use crate::format::{Packing, RowFormat, Scaling};
 use std::sync::Arc;
 

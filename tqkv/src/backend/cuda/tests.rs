@@ -5,9 +5,9 @@ use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
 use super::tables::Grid;
 use crate::compute::{DType, Device};
-use crate::format::cells::Cells;
+use crate::format::Cells;
 use crate::format::{Codec, RowFormat};
-use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
+use crate::problem::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;
 use std::process::Command;
 

@@ -16,9 +16,9 @@ use super::context::Context;
 use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Rows, Source, THREADS, Tensor, Transform, line};
 use super::{Caps, Slot};
-use crate::backend::Attention;
 use crate::error::Result;
-use crate::ops::Domain;
+use crate::problem::Domain;
+use crate::problem::op::Attention;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Spec {
@@ -911,7 +911,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     let (key_slots, key, [k_codes, k_scales]) = pool_slots(&context, "the keys", &op.key)?;
     let (value_slots, value, [v_codes, v_scales]) = pool_slots(&context, "the values", &op.value)?;
     let table = Slot::new(&context, "the page table", op.batch.device_table())?;
-    let sinks = op.params.sinks.as_ref().map(|s| Slot::new(&context, "sinks", s)).transpose()?;
+    let sinks = op.params.sink_logits.as_ref().map(|s| Slot::new(&context, "sinks", s)).transpose()?;
     let lse = op.lse.as_ref().map(|l| Slot::new(&context, "lse", l)).transpose()?;
 
     let (d, heads, kv_heads) = (op.key.row().head_dim(), op.heads, op.key.kv_heads());

@@ -3,9 +3,9 @@
 use super::recorder::{self, WgpuRecorder};
 use super::wgsl::{Builder, Source, Tensor, line};
 use super::{Caps, Slot};
-use crate::backend::Merge;
 use crate::compute::DType;
 use crate::error::Result;
+use crate::problem::op::Merge;
 
 /// `tensors` are the parts and, last, the output.
 pub(super) fn source(tensors: &[Tensor], lse: bool, caps: &Caps) -> Source {
