@@ -324,6 +324,42 @@ fn vectors_that_are_not_finite_decode_to_nan(device: &Device) {
     }
 }
 
+/// Scales of f16 that overflow: see "Range" in docs/format.md.
+fn infinite_scales_decode_to_what_is_not_finite(device: &Device) {
+    for (codec, d) in [(Codec::tq(2), 64), (Codec::tq(3), 80), (Codec::tq(4), 128), (Codec::tq(8), 512)] {
+        let row = RowFormat::new(codec, d).unwrap();
+        // One element, equal elements, a random vector; and one that is as usual.
+        let mut x = vec![0.0; d];
+        x[d / 3] = -1e7;
+        x.resize(2 * d, 1e6);
+        x.extend(Rng(4).normals(d).iter().map(|x| x * 1e6));
+        x.extend(Rng(5).normals(d));
+        let pool = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let batch = Batch::contiguous(device, 8, 0, 4, 4).unwrap();
+        let input = device.upload(&x, &[4, 1, d]).unwrap();
+        let usual = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let q = device.upload(&Rng(6).normals(4 * d), &[4, 1, d]).unwrap();
+        let [rotated, original, out] = [0; 3].map(|_| Guarded::new(device, DType::F32, &[4, 1, d]));
+        let params = AttentionParams { window: Some(1), ..AttentionParams::for_head_dim(d) };
+        run(device, |e| {
+            quantize(e, &[(&input, &pool), (&q, &usual)], &batch)?;
+            dequantize(e, &pool, &batch, 0, 0..4, Domain::Rotated, RowOrder::TokenMajor, &rotated.buffer)?;
+            dequantize(e, &pool, &batch, 0, 0..4, Domain::Original, RowOrder::TokenMajor, &original.buffer)?;
+            // Each query sees its own position.
+            attention(e, &q, &usual, &pool, &batch, &params, &out.buffer, None)
+        });
+        let (codes, rotated) = (pool.codes().read::<u8>().unwrap(), rotated.take());
+        for (i, x) in rotated[..3 * d].iter().enumerate() {
+            let code = row.get_code(&codes[i / d * row.row_bytes()..][..row.row_bytes()], i % d);
+            assert_eq!(*x, row.codebook().unwrap().levels[code as usize] * f32::INFINITY, "{codec} D={d} element {i}");
+        }
+        for x in [&original.take(), &out.take()] {
+            assert!(x[..3 * d].iter().all(|x| !x.is_finite()), "{codec} D={d}");
+            assert!(x[3 * d..].iter().all(|x| x.is_finite()), "{codec} D={d}: its neighbour");
+        }
+    }
+}
+
 fn dequantize_is_bit_exact(device: &Device) {
     let mut rng = Rng(4);
     for d in HEAD_DIMS {
@@ -691,6 +727,63 @@ fn what_is_not_a_number_stays_so(device: &Device) {
     }
 }
 
+/// What is large or small on the way (a rotated query, a square, a product) but not in the end is as in f64.
+fn queries_of_any_size(device: &Device) {
+    let (heads, len) = (4, 70);
+    // Sizes of queries and of keys.
+    let sizes = [(1e37, 0.0), (1e37, 1.0), (1e9, 1e-9), (1e-30, 1e15), (1e30, 1e-30), (1e37, 1e-37), (1e-37, 1e37)];
+    let codecs = [Codec::tq(3), Codec::tq(4), Codec::tq(8), Codec::seed(4), Codec::seed(5), Codec::F16, Codec::F32];
+    for (codec, (d, (q_size, k_size))) in
+        codecs.into_iter().flat_map(|c| [128, 512].into_iter().flat_map(move |d| sizes.map(|s| (c, (d, s)))))
+    {
+        let row = RowFormat::new(codec, d).unwrap();
+        // What the codec cannot hold is another test's.
+        let most = match row.codec() {
+            Codec::F32 => f32::MAX,
+            Codec::Seed { .. } => 1e16,
+            _ => 1e4,
+        };
+        if k_size > most {
+            continue;
+        }
+        let mut rng = Rng(9);
+        let k: Vec<f32> = rng.normals(len * d).iter().map(|x| x * k_size).collect();
+        let pools = [k, rng.normals(len * d)].map(|x| {
+            let pool = PagePool::new(device, row, 1, len, 1).unwrap();
+            let x = device.upload(&x, &[len, 1, d]).unwrap();
+            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::contiguous(device, len, 0, len, len).unwrap()));
+            pool
+        });
+        // A query of equal elements is one large element after the rotation.
+        let mut q: Vec<f32> = rng.normals(heads * d).iter().map(|x| x * q_size).collect();
+        q[..d].fill(q_size);
+        let batch = Batch::contiguous(device, len, 0, len, 1).unwrap();
+        let params = AttentionParams::for_head_dim(d);
+        let input = device.upload(&q, &[1, heads, d]).unwrap();
+        let [out, keys, values] = [heads, len, len].map(|n| Guarded::new(device, DType::F32, &[1, n, d]));
+        let lse = Guarded::new(device, DType::F32, &[1, heads]);
+        run(device, |e| {
+            for (pool, out) in pools.iter().zip([&keys, &values]) {
+                dequantize(e, pool, &batch, 0, 0..len, Domain::Rotated, RowOrder::HeadMajor, &out.buffer)?;
+            }
+            attention(e, &input, &pools[0], &pools[1], &batch, &params, &out.buffer, Some(&lse.buffer))
+        });
+        let (keys, values, out, lse) = (keys.take(), values.take(), out.take(), lse.take());
+        for (head, q) in q.chunks(d).enumerate() {
+            let q: Vec<f32> = reference::rotate(&row, q).iter().map(|&x| x as f32).collect();
+            let query = reference::Query { q: &q, scale: params.scale as f64, softcap: None, sink: None };
+            let rows = |x| <[f32]>::chunks(x, d).collect::<Vec<_>>();
+            let (want, want_lse) = reference::attention(&query, &rows(&keys), &rows(&values));
+            let name = format!("{codec} D={d} queries of {q_size:e}, keys of {k_size:e}, head {head}");
+            let tolerance = attention_tolerance(device, DType::F32, DType::F32);
+            let error = relative_error(&out[head * d..][..d], &reference::restore(&row, &want));
+            assert!(error <= tolerance, "{name}: {error:e}");
+            let error = (lse[head] as f64 - want_lse).abs();
+            assert!(error <= tolerance * want_lse.abs().max(1.0), "{name}: lse {} {want_lse}", lse[head]);
+        }
+    }
+}
+
 fn merged_parts_equal_the_whole(device: &Device) {
     let mut rng = Rng(6);
     let (d, kv_heads, heads, len) = (128, 2, 8, 100);
@@ -856,8 +949,8 @@ macro_rules! suite {
     ($($device:ident),*) => { $(
         mod $device {
             suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
-                vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_of_every_codec,
-                attention_of_every_shape, attention_with_every_option,
+                vectors_that_are_not_finite_decode_to_nan, infinite_scales_decode_to_what_is_not_finite, dequantize_is_bit_exact,
+                attention_of_every_codec, attention_of_every_shape, attention_with_every_option, queries_of_any_size,
                 what_is_not_a_number_stays_so, merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
                 nothing_is_no_error);
         }

@@ -64,10 +64,16 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
         for (r, row) in queries.chunks_exact_mut(d).enumerate() {
             float::load(op.q.dtype(), &q.bytes()[index(r) * row_bytes..][..row_bytes], row);
         }
+        // Dense keys are not rotated, and their elements may be of any size, so that none of the query's may get lost.
+        let units: Vec<f64> = match op.key.row().is_rotated() {
+            true => queries.chunks_exact_mut(d).map(take_unit).collect(),
+            false => vec![1.0; n],
+        };
         if op.params.domain == Domain::Original {
             key_coder.rotate(Direction::Forward, &mut queries);
         }
-        let norms: Vec<f32> = queries.chunks_exact(d).map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt()).collect();
+        let norm = |q: &[f32]| q.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
+        let norms: Vec<f64> = queries.chunks_exact(d).zip(&units).map(|(q, unit)| norm(q) * unit).collect();
         let (first, len) = (span.first as usize, span.len as usize);
         let seen: Vec<(usize, usize)> = (0..n)
             .map(|r| {
@@ -83,6 +89,7 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
             .map(|start| {
                 let mut task = Task {
                     q: &queries,
+                    units: &units,
                     norms: &norms,
                     seen: &seen,
                     start,
@@ -133,6 +140,19 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
         }
     });
     Ok(())
+}
+
+/// Divides a query by the power of two that its largest element has, which it gives: so its rotation, its square and its
+/// products with levels do not overflow. Nothing is rounded that could matter.
+fn take_unit(query: &mut [f32]) -> f64 {
+    let largest = query.iter().fold(0f32, |m, x| m.max(x.abs()));
+    if largest == 0.0 || largest.is_infinite() {
+        return 1.0;
+    }
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    let factor = 2f32.powi(-exponent);
+    query.iter_mut().for_each(|x| *x *= factor);
+    2f64.powi(exponent)
 }
 
 /// Row `r` of all pieces, and the sink, into one; gives the log-sum-exp.
