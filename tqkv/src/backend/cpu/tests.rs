@@ -5,7 +5,7 @@ use super::{Cpu, rows::RowCoder};
 use crate::compute::{Buffer, DType, Device};
 use crate::format::exact::Coder;
 use crate::format::{Codec, RowFormat};
-use crate::problem::*;
+use crate::ops::*;
 use crate::reference;
 
 fn available() -> impl Iterator<Item = &'static Kernels> {

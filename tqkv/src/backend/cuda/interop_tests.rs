@@ -4,7 +4,7 @@ use super::driver::Context;
 use crate::compute::{Buffer, DType, Device, KernelSource};
 use crate::error::{Error, Result};
 use crate::format::{Codec, RowFormat};
-use crate::problem::{
+use crate::ops::{
     AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder, Span, attention, dequantize, merge,
     quantize, rotate,
 };

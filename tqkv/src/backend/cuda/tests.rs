@@ -7,7 +7,7 @@ use super::tables::Grid;
 use crate::compute::{DType, Device};
 use crate::format::Cells;
 use crate::format::{Codec, RowFormat};
-use crate::problem::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
+use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;
 use std::process::Command;
 

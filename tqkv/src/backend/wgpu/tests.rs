@@ -5,7 +5,7 @@ use super::{Caps, attention, dequantize, merge, quantize, rotate};
 use crate::cache::{LayerKind, Sinks};
 use crate::compute::DType;
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::problem::{
+use crate::ops::{
     AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, Span, attention as attend, dequantize as decode,
     quantize as encode, rotate as turn,
 };
