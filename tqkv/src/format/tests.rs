@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::compute::{Buffer, Device};
+use crate::error::Error;
 use crate::ops::{self, Batch, Direction, Domain, PagePool, RowOrder, Span};
 use crate::reference;
 use half::f16;
@@ -55,13 +56,13 @@ proptest! {
         let mut rng = Rng(seed);
         for row in codecs(d) {
             let levels = 1u64 << row.bits();
-            let codes: Vec<u8> = (0..d).map(|_| (rng.next() % levels) as u8).collect();
+            let codes: Vec<u16> = (0..d).map(|_| (rng.next() % levels) as u16).collect();
             // What the row held before must not show.
             let (mut packed, mut again) = (vec![0u8; row.row_bytes()], vec![0xffu8; row.row_bytes()]);
             row.pack(&codes, &mut packed);
             row.pack(&codes, &mut again);
             prop_assert_eq!(&packed, &again);
-            let unpacked: Vec<u8> = (0..d).map(|i| row.get_code(&packed, i)).collect();
+            let unpacked: Vec<u16> = (0..d).map(|i| row.get_code(&packed, i)).collect();
             prop_assert_eq!(&unpacked, &codes, "{}", row.codec());
         }
     }
@@ -84,7 +85,8 @@ proptest! {
                     (Packing::Planes, e) => e / 2 * d + i / 8 * 8 + e % 2 * 4 + j,
                     _ => i * b + j,
                 };
-                let code = (0..b).map(|j| (packed[place(j) / 8] >> (place(j) % 8) & 1) << j).sum::<u8>();
+                let bit = |j| u16::from(packed[place(j) / 8] >> (place(j) % 8) & 1);
+                let code = (0..b).map(|j| bit(j) << j).sum::<u16>();
                 prop_assert_eq!(row.get_code(&packed, i), code, "{} element {}", row.codec(), i);
             }
         }
@@ -189,9 +191,9 @@ fn native_codebooks_are_optimal_on_ten_million_samples() {
 fn codes_count_boundaries() {
     for row in codecs(128) {
         let book = row.codebook().unwrap();
-        let last = (book.levels.len() - 1) as u8;
+        let last = (book.levels.len() - 1) as u16;
         for (i, &b) in book.boundaries.iter().enumerate() {
-            assert_eq!((book.code(b), book.code(b.next_up())), (i as u8, i as u8 + 1), "strictly greater");
+            assert_eq!((book.code(b), book.code(b.next_up())), (i as u16, i as u16 + 1), "strictly greater");
         }
         assert_eq!((book.code(f32::NEG_INFINITY), book.code(f32::INFINITY), book.code(f32::NAN)), (0, last, 0));
         assert_eq!((book.code(0.0), book.code(-0.0)), (book.zero_code(), book.zero_code()));
