@@ -14,7 +14,7 @@ pub enum Error {
         /// What the operating system said.
         source: std::io::Error,
     },
-    /// A JSON file is not what it should be: no JSON, a field of the wrong type, a field missing.
+    /// A JSON file is no JSON, or not what it should be.
     #[error("{}: {source}", path.display())]
     Json {
         /// The file.
@@ -22,21 +22,53 @@ pub enum Error {
         /// What the parser said.
         source: serde_json::Error,
     },
+    /// A field has a value of the wrong type.
+    #[error("{}: {field} is {got}, expected {expected}", path.display())]
+    FieldType {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A field is missing.
+    #[error("{}: {field} is missing", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+    },
+    /// A field stands at two places with different values.
+    #[error("config: {field} is {got}, but {other} is {expected}")]
+    FieldConflict {
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// The same field elsewhere.
+        other: String,
+        /// Its value there.
+        expected: String,
+    },
     /// The configuration asks for something that this crate does not compute.
     #[error("config: {field} is {got}, but only {expected} is supported")]
     Unsupported {
-        /// The field of `config.json`.
+        /// The field, with the names of the objects that it stands in.
         field: String,
         /// Its value.
         got: String,
         /// What is supported.
-        expected: &'static str,
+        expected: String,
     },
     /// A field of the configuration has a value that makes no sense.
     #[error("config: {field} is {got}, expected {expected}")]
     ConfigValue {
-        /// The field of `config.json`.
-        field: &'static str,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
         /// Its value.
         got: String,
         /// What it should be.

@@ -27,6 +27,7 @@ mod cache;
 mod config;
 mod error;
 mod eval;
+mod fields;
 mod generate;
 mod model;
 mod text;

@@ -2,11 +2,11 @@
 
 use crate::config::{parse_json, read};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The tensors of a model, by name.
@@ -30,11 +30,10 @@ impl Weights {
         if !index.exists() {
             return Err(Error::NoWeights { dir: dir.into() });
         }
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let Index { weight_map } = parse_json(&read(&index)?, &index)?;
+        let json = parse_json(&read(&index)?, &index)?;
+        let fields = Fields::new(&index, &json)?;
+        fields.required("weight_map", fields.find("weight_map")?)?;
+        let weight_map = fields.within(&["weight_map"])?.texts()?;
         for (tensor, shard) in &weight_map {
             if Path::new(shard).file_name() != Some(shard.as_ref()) {
                 return Err(Error::ShardName { path: index, tensor: tensor.clone(), got: shard.clone() });

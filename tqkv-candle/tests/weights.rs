@@ -150,8 +150,13 @@ fn malformed_indexes_are_refused() {
         Llama::load(dir.path()).err()
     };
     assert!(load(&good).is_none());
-    for text in ["", "{", "[]", "{}", r#"{"weight_map": []}"#, r#"{"weight_map": {"a": 1}}"#] {
+    for text in ["", "{"] {
         assert!(matches!(load(text), Some(Error::Json { .. })), "{text}");
+    }
+    assert!(matches!(load("[]"), Some(Error::FieldType { .. })));
+    assert!(matches!(load("{}"), Some(Error::MissingField { field, .. }) if field == "weight_map"));
+    for (text, named) in [(r#"{"weight_map": []}"#, "weight_map"), (r#"{"weight_map": {"a": 1}}"#, "weight_map.a")] {
+        assert!(matches!(load(text), Some(Error::FieldType { field, .. }) if field == named), "{text}");
     }
     assert!(matches!(load(r#"{"weight_map": {}}"#), Some(Error::MissingTensor { .. })));
     for name in ["../model.safetensors", "/model.safetensors", "", "..", "a/b", "a/"] {
