@@ -88,6 +88,14 @@ pub enum Error {
         /// What the parser said.
         source: safetensors::SafeTensorError,
     },
+    /// A GGUF file is damaged, or says what it does not hold.
+    #[error("{}: {cause}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: crate::models::GgufError,
+    },
     /// The index names a shard outside of the model's directory.
     #[error("{}: shard {got:?} of tensor {tensor}, expected a plain file name", path.display())]
     ShardName {
@@ -134,9 +142,8 @@ pub enum Error {
         /// Its element type.
         got: safetensors::Dtype,
     },
-    /// The files hold a tensor that a Llama model with this configuration does not have, so the
-    /// model is another one.
-    #[error("tensor {name} is no part of a Llama model with this configuration")]
+    /// The files hold a tensor that the model of this configuration does not have, so they are another one's.
+    #[error("tensor {name} is no part of the model that the configuration describes")]
     UnexpectedTensor {
         /// The tensor.
         name: String,

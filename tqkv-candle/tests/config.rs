@@ -5,23 +5,23 @@ mod common;
 use common::TinyModel;
 use serde_json::{Value, json};
 use std::path::Path;
-use tqkv_candle::{Error, LlamaConfig};
+use tqkv_candle::{Error, ModelConfig, RopeScaling};
 
-fn parse(config: &Value) -> Result<LlamaConfig, Error> {
-    LlamaConfig::parse(config.to_string().as_bytes(), Path::new("config.json"))
+fn parse(config: &Value) -> Result<ModelConfig, Error> {
+    ModelConfig::parse(config.to_string().as_bytes(), Path::new("config.json"))
 }
 
 fn tiny() -> Value {
     TinyModel::new().config
 }
 
-fn with(field: &str, value: Value) -> Result<LlamaConfig, Error> {
+fn with(field: &str, value: Value) -> Result<ModelConfig, Error> {
     let mut config = tiny();
     config[field] = value;
     parse(&config)
 }
 
-fn without(field: &str) -> Result<LlamaConfig, Error> {
+fn without(field: &str) -> Result<ModelConfig, Error> {
     let mut config = tiny();
     config.as_object_mut().unwrap().remove(field);
     parse(&config)
@@ -35,9 +35,9 @@ fn defaults_are_those_of_transformers() {
     }))
     .unwrap();
     assert_eq!((config.kv_heads, config.head_dim), (6, 16));
-    assert_eq!((config.rope_theta, config.rms_norm_eps), (10_000.0, 1e-6));
-    assert!(!config.tie_word_embeddings && !config.attention_bias && !config.mlp_bias);
-    assert!(config.rope_scaling.is_none() && config.bos_token.is_none() && config.eos_tokens.is_empty());
+    assert_eq!((config.rope.theta, config.rope.dim, config.rms_norm_eps), (10_000.0, 16, 1e-6));
+    assert!(!config.tie_word_embeddings && !config.qkv_bias && !config.output_bias && !config.mlp_bias);
+    assert!(config.rope.scaling == RopeScaling::None && config.bos_token.is_none() && config.eos_tokens.is_empty());
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn llama3_scaling_by_hand() {
     config["head_dim"] = json!(128);
     config["rope_theta"] = json!(500000.0);
     config["rope_scaling"] = scaling.clone();
-    let frequencies = parse(&config).unwrap().inverse_frequencies();
+    let frequencies = parse(&config).unwrap().rope.inverse_frequencies();
     // Pair 0: wavelength 6.28 < 2048, kept: 1.
     // Pair 28: 500000^(-56/128) = 3.211446e-3, wavelength 1956.497 < 2048, kept.
     // Pair 29: 500000^(-58/128) = 2.616099e-3, wavelength 2401.738, smooth = (8192/2401.738 - 1)/3 = 0.803621:
@@ -96,14 +96,15 @@ fn llama3_scaling_by_hand() {
 fn what_is_not_computed_is_refused() {
     for (field, value) in [
         ("model_type", json!("mistral")),
-        ("architectures", json!(["Qwen2ForCausalLM"])),
+        ("architectures", json!(["BertForMaskedLM"])),
+        ("architectures", json!(["LlamaForCausalLM", "Qwen2ForCausalLM"])),
         ("hidden_act", json!("gelu")),
         ("sliding_window", json!(4096)),
         ("sliding_window", json!(1)),
         ("quantization_config", json!({ "bits": 4 })),
         ("partial_rotary_factor", json!(0.5)),
-        ("rope_scaling", json!({ "rope_type": "yarn", "factor": 4.0 })),
-        ("rope_scaling", json!({ "type": "linear", "factor": 4.0 })),
+        ("rope_scaling", json!({ "rope_type": "dynamic", "factor": 4.0 })),
+        ("rope_scaling", json!({ "type": "longrope", "long_factor": [1.0] })),
         ("rope_scaling", json!({ "factor": 4.0 })),
         ("rope_scaling", json!({ "rope_type": 7 })),
         ("rope_parameters", json!({ "rope_type": "default", "partial_rotary_factor": 0.5 })),
@@ -142,18 +143,18 @@ fn a_field_counts_wherever_it_stands() {
         }
     }
     let mut nested = tiny();
-    nested["text_config"] = json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } });
+    nested["text_config"] = json!({ "rope_scaling": { "rope_type": "dynamic", "factor": 4.0 } });
     let error = parse(&nested).unwrap_err().to_string();
-    assert!(error.contains("text_config.rope_scaling.rope_type is \"yarn\""), "{error}");
+    assert!(error.contains("text_config.rope_scaling.rope_type is \"dynamic\""), "{error}");
 
     // What is obeyed is obeyed at every level, and nothing may be said twice differently.
     for level in ["text_config", "rope_parameters", "rope_scaling"] {
         let mut config = tiny();
         config.as_object_mut().unwrap().remove("rope_theta");
         config[level] = json!({ "rope_theta": 5e5 });
-        assert_eq!(parse(&config).unwrap().rope_theta, 5e5, "{level}");
+        assert_eq!(parse(&config).unwrap().rope.theta, 5e5, "{level}");
         config["rope_theta"] = json!(500_000);
-        assert_eq!(parse(&config).unwrap().rope_theta, 5e5, "{level}");
+        assert_eq!(parse(&config).unwrap().rope.theta, 5e5, "{level}");
         config["rope_theta"] = json!(1e4);
         let error = parse(&config).unwrap_err();
         assert!(matches!(error, Error::FieldConflict { .. }), "{error}");
@@ -163,7 +164,7 @@ fn a_field_counts_wherever_it_stands() {
         let mut config = tiny();
         config["text_config"] = json!({ field: true });
         let config = parse(&config).unwrap();
-        assert!(config.attention_bias ^ config.mlp_bias, "{field}");
+        assert!(config.output_bias ^ config.mlp_bias, "{field}");
     }
 }
 
@@ -239,11 +240,11 @@ fn values_that_make_no_sense_are_refused() {
 #[test]
 fn what_is_no_configuration_is_refused() {
     for text in ["", "{", "[1"] {
-        let error = LlamaConfig::parse(text.as_bytes(), Path::new("config.json")).unwrap_err();
+        let error = ModelConfig::parse(text.as_bytes(), Path::new("config.json")).unwrap_err();
         assert!(matches!(error, Error::Json { .. }), "{text}: {error}");
     }
     for text in ["[]", "null", "\"llama\""] {
-        let error = LlamaConfig::parse(text.as_bytes(), Path::new("config.json")).unwrap_err();
+        let error = ModelConfig::parse(text.as_bytes(), Path::new("config.json")).unwrap_err();
         assert!(matches!(error, Error::FieldType { .. }), "{text}: {error}");
     }
 }
@@ -281,7 +282,7 @@ fn generation_config_names_its_field_too() {
     TinyModel::new().write(dir.path());
     let load = |text: &str| {
         std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
-        LlamaConfig::load(dir.path())
+        ModelConfig::load(dir.path())
     };
     assert_eq!(load(r#"{"eos_token_id": [3, 4]}"#).unwrap().eos_tokens, [3, 4]);
     assert_eq!(load(r#"{"eos_token_id": -1}"#).unwrap().eos_tokens, [0u32; 0]);
