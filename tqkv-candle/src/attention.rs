@@ -1,6 +1,6 @@
 //! Attention of a candle model over a tqkv cache: where tensors are handed over.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use tqkv::compute::Element;
@@ -54,8 +54,8 @@ impl Attention {
     /// `[tokens, heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, each f32, f16 or bf16.
     ///
     /// # Errors
-    /// Those of [`KvCache::append`] and [`KvCache::attend`]. A layer that failed has not grown, but those before it have:
-    /// [`KvCache::truncate`] takes the step back.
+    /// [`Error::TensorType`], and those of [`KvCache::append`] and [`KvCache::attend`]. This layer may then hold the new tokens,
+    /// as those before it do: [`KvCache::truncate`] takes the whole step back.
     pub fn forward(
         &mut self,
         layer: usize,
@@ -81,7 +81,7 @@ fn dtype(x: &Tensor) -> Result<tqkv::DType> {
         DType::F32 => Ok(tqkv::DType::F32),
         DType::F16 => Ok(tqkv::DType::F16),
         DType::BF16 => Ok(tqkv::DType::BF16),
-        got => Err(candle_core::Error::Msg(format!("a tensor of {got:?}, expected f32, f16 or bf16")).into()),
+        got => Err(Error::TensorType { got }),
     }
 }
 
@@ -97,7 +97,7 @@ fn hand_over(device: &Device, x: &Tensor) -> Result<Buffer> {
         Storage::Cpu(CpuStorage::F32(all)) => upload(device, all, &x),
         Storage::Cpu(CpuStorage::F16(all)) => upload(device, all, &x),
         Storage::Cpu(CpuStorage::BF16(all)) => upload(device, all, &x),
-        _ => Err(dtype(&x).err().unwrap_or_else(|| candle_core::Error::Msg("a tensor of no CPU".into()).into())),
+        _ => Err(Error::TensorType { got: x.dtype() }),
     }
 }
 

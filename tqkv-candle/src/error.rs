@@ -170,6 +170,12 @@ pub enum Error {
         /// The size of the vocabulary.
         vocab_size: usize,
     },
+    /// A tensor handed to [`Attention`](crate::Attention) is of a type that caches do not take.
+    #[error("a tensor of {got:?}, expected F32, F16 or BF16")]
+    TensorType {
+        /// Its type.
+        got: candle_core::DType,
+    },
     /// No tokens were given.
     #[error("no tokens given, expected at least one")]
     NoTokens,
@@ -223,6 +229,16 @@ pub enum Error {
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// So that a candle model whose functions return candle's results can use [`Attention`](crate::Attention) within.
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
 }
 
 /// This crate's results.

@@ -215,7 +215,8 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64> {
     match metadata.get("general.alignment") {
         None => Ok(32),
         Some(Value::Integer(n)) if (1..=1 << 20).contains(n) && n.count_ones() == 1 => Ok(*n as u64),
-        Some(other) => Err(GgufError::Alignment { got: format!("{other:?}").chars().take(80).collect() }),
+        Some(Value::Integer(n)) => Err(GgufError::Alignment { got: n.to_string() }),
+        Some(_) => Err(GgufError::Alignment { got: "no whole number".into() }),
     }
 }
 

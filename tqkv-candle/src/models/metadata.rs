@@ -23,6 +23,11 @@ impl Metadata {
         Self { path: path.into(), values }
     }
 
+    /// Reads the header of a file.
+    pub fn load(path: &Path) -> Result<Self> {
+        Ok(Self::new(path, Weights::load_gguf(path)?.1))
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -106,7 +111,7 @@ impl Metadata {
 }
 
 fn shorten(value: &Value) -> String {
-    let text = match value {
+    match value {
         Value::Integer(n) => n.to_string(),
         Value::Float(n) => n.to_string(),
         Value::Bool(flag) => flag.to_string(),
@@ -116,8 +121,7 @@ fn shorten(value: &Value) -> String {
         Value::Bools(list) => format!("a list of {} truth values", list.len()),
         Value::Texts(list) => format!("a list of {} texts", list.len()),
         Value::Nested => "a list of lists".into(),
-    };
-    text
+    }
 }
 
 /// What GGUF calls the fields of a config.json.
@@ -170,8 +174,16 @@ impl Keys<'_> {
         format!("{}.{known}", self.architecture.gguf)
     }
 
+    /// A whole number, or a list of one a layer that are all the same.
     fn count(&self, name: &str) -> Result<Option<usize>> {
-        self.metadata.count(&self.key(name))
+        let key = self.key(name);
+        if let Some(Value::Integers(list)) = self.metadata.values.get(&key)
+            && let Some(one) = list.first().and_then(|&n| usize::try_from(n).ok())
+            && list.iter().all(|n| *n == list[0])
+        {
+            return Ok(Some(one));
+        }
+        self.metadata.count(&key)
     }
 
     fn number(&self, name: &str) -> Result<Option<f32>> {
@@ -182,7 +194,7 @@ impl Keys<'_> {
     fn required(&self, name: &str) -> Result<usize> {
         let key = self.key(name);
         let missing = || Error::MissingField { path: self.metadata.path.clone(), field: key.clone() };
-        expect_count(&key, self.metadata.count(&key)?.ok_or_else(missing)?)
+        expect_count(&key, self.count(name)?.ok_or_else(missing)?)
     }
 
     fn refuse(&self) -> Result<()> {

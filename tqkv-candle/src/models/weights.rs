@@ -306,3 +306,41 @@ fn blocks(
         GgmlDType::Q8_1 | GgmlDType::Q8K => Err(std::io::Error::other("a type of activations and not of weights")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks of every type stand for what the gguf package says; `tests/golden/make.py` made them.
+    #[test]
+    fn every_type_of_block() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/blocks.safetensors");
+        let golden = std::fs::read(golden).unwrap();
+        let golden = safetensors::SafeTensors::deserialize(&golden).unwrap();
+        for (dtype, name) in [
+            (GgmlDType::Q4_0, "Q4_0"),
+            (GgmlDType::Q4_1, "Q4_1"),
+            (GgmlDType::Q5_0, "Q5_0"),
+            (GgmlDType::Q5_1, "Q5_1"),
+            (GgmlDType::Q8_0, "Q8_0"),
+            (GgmlDType::Q2K, "Q2_K"),
+            (GgmlDType::Q3K, "Q3_K"),
+            (GgmlDType::Q4K, "Q4_K"),
+            (GgmlDType::Q5K, "Q5_K"),
+            (GgmlDType::Q6K, "Q6_K"),
+        ] {
+            let bytes = golden.tensor(&format!("{name}.bytes")).unwrap().data().to_vec();
+            let expected = golden.tensor(&format!("{name}.values")).unwrap();
+            let expected: Vec<f32> = expected.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            let mut weights = Weights::new();
+            weights.files.push((name.into(), Box::new(Cursor::new(bytes))));
+            let info = TensorInfo { dtype, shape: vec![512], offset: 0 };
+            weights.tensors.insert(name.into(), Located { file: 0, info });
+            let got: Vec<f32> = weights.vector(name, 512).unwrap().to_vec1().unwrap();
+            for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
+                assert!((g - e).abs() <= e.abs() * 1e-6 + 1e-7, "{name}, element {i}: {g}, expected {e}");
+            }
+            assert_eq!(got.len(), expected.len());
+        }
+    }
+}
