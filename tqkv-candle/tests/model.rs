@@ -8,29 +8,29 @@ use std::path::Path;
 use tempfile::tempdir;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Llama, LlamaConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
+    Encoded, Error, GenerateOptions, Model, ModelConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
     generate,
 };
 
-fn load(tiny: &TinyModel) -> Llama {
+fn load(tiny: &TinyModel) -> Model {
     let dir = tempdir().unwrap();
     tiny.write(dir.path());
-    Llama::load(dir.path()).unwrap()
+    Model::load(dir.path()).unwrap()
 }
 
-fn cache(model: &Llama) -> SequenceCache {
+fn cache(model: &Model) -> SequenceCache {
     cache_with(model, "f32")
 }
 
-fn cache_with(model: &Llama, codec: &str) -> SequenceCache {
+fn cache_with(model: &Model, codec: &str) -> SequenceCache {
     let codec: CodecPair = codec.parse().unwrap();
     SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
 }
 
 /// Logits of the last token, computed in f64 with plain loops, one position at a time.
 fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
-    let config = LlamaConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
-    let frequencies = config.inverse_frequencies();
+    let config = ModelConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
+    let frequencies = config.rope.inverse_frequencies();
     let get = |name: &str| tiny.tensors.get(name).map(|(_, values)| values);
     let linear = |name: &str, x: &[f64]| -> Vec<f64> {
         let weight = get(&format!("{name}.weight")).unwrap();
@@ -99,7 +99,7 @@ fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
     logits
 }
 
-fn last_row(model: &Llama, hidden: &candle_core::Tensor) -> Vec<f32> {
+fn last_row(model: &Model, hidden: &candle_core::Tensor) -> Vec<f32> {
     model.logits(hidden).unwrap().to_vec2().unwrap().pop().unwrap()
 }
 
@@ -146,7 +146,7 @@ fn truncating_rolls_back() {
     assert!(last_row(&model, &model.forward(&[9], &mut cache).unwrap()) == expected);
 }
 
-fn tokens_of(model: &Llama, options: &GenerateOptions) -> Vec<u32> {
+fn tokens_of(model: &Model, options: &GenerateOptions) -> Vec<u32> {
     let mut streamed = Vec::new();
     let generated = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |token| {
         streamed.push(token);
@@ -179,7 +179,7 @@ fn generation_is_reproducible() {
 fn generation_stops() {
     let mut tiny = TinyModel::new();
     let model = load(&tiny);
-    let run = |model: &Llama, prompt: &[u32], options: &GenerateOptions| {
+    let run = |model: &Model, prompt: &[u32], options: &GenerateOptions| {
         generate(model, &mut cache(model), prompt, options, |_| ControlFlow::Continue(()))
     };
     let options = GenerateOptions { max_tokens: 1000, ..GenerateOptions::default() };
