@@ -50,20 +50,10 @@ impl SequenceCache {
         Ok(self.cache.save(&[self.sequence], path, label)?)
     }
 
-    /// Takes the sequence of a file in place of its own; see [`KvCache::load`]. On an error the cache holds what it held
-    /// before.
+    /// Takes the sequence of a file in place of its own, whose pages it may use; see [`KvCache::load_into`]. On an error the
+    /// cache holds what it held before.
     pub fn load(&mut self, path: &Path, fingerprint: &[u8]) -> Result<()> {
-        let loaded = self.cache.load(path, fingerprint)?;
-        let &[sequence] = &loaded[..] else {
-            for &sequence in &loaded {
-                self.cache.free_sequence(sequence)?;
-            }
-            let (what, expected) = ("sequences of the snapshot", "1".to_owned());
-            return Err(tqkv::Error::Mismatch { what, got: loaded.len(), expected }.into());
-        };
-        self.cache.free_sequence(self.sequence)?;
-        self.sequence = sequence;
-        Ok(())
+        Ok(self.cache.load_into(self.sequence, path, fingerprint)?)
     }
 
     /// Stores the keys and values of new tokens in one layer, `[tokens, kv_heads, head_dim]`, and attends with their
