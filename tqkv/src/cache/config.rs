@@ -58,6 +58,11 @@ impl Extent {
         Visible { causal: true, window }.oldest(len).min(len)
     }
 
+    /// Whether the next token of a sequence of so many sees none of them: then none needs to be there.
+    pub fn sees_nothing(self, len: usize) -> bool {
+        self.seen(len) >= self.end(len)
+    }
+
     /// Positions of a page where a page of all positions has `page_size`: a sequence's sinks fill one, if they fit. Even, so
     /// that pages are whole words.
     pub fn page_size(self, page_size: usize) -> usize {
