@@ -133,7 +133,7 @@ impl LlamaConfig {
     /// Parses the text of a `config.json`; `path` is for the error message.
     pub fn parse(json: &[u8], path: &Path) -> Result<Self> {
         let raw: Raw = parse_json(json, path)?;
-        let json_error = |source| Error::Json { path: path.into(), source };
+        let json_error = |cause| Error::Json { path: path.into(), cause };
 
         let unsupported =
             |field: &str, got: String, expected| Error::Unsupported { field: field.into(), got, expected };
@@ -299,9 +299,9 @@ fn value(field: &'static str, got: impl ToString, expected: impl Into<String>) -
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })
+    std::fs::read(path).map_err(|cause| Error::Read { path: path.into(), cause })
 }
 
 pub(crate) fn parse_json<T: serde::de::DeserializeOwned>(json: &[u8], path: &Path) -> Result<T> {
-    serde_json::from_slice(json).map_err(|source| Error::Json { path: path.into(), source })
+    serde_json::from_slice(json).map_err(|cause| Error::Json { path: path.into(), cause })
 }

@@ -1,4 +1,6 @@
 //! What can go wrong, one variant a violated rule.
+//!
+//! A cause is part of its error's text, and therefore no `source`: who prints the chain of sources prints it once.
 
 use std::path::PathBuf;
 
@@ -7,20 +9,20 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A JSON file is not what it should be: no JSON, a field of the wrong type, a field missing.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// The configuration asks for something that this crate does not compute.
     #[error("config: {field} is {got}, but only {expected} is supported")]
@@ -49,12 +51,12 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A safetensors file is truncated, or its header lies.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: safetensors::SafeTensorError,
+        cause: safetensors::SafeTensorError,
     },
     /// The index names a shard outside of the model's directory.
     #[error("{}: shard {got:?} of tensor {tensor}, expected a plain file name", path.display())]
@@ -118,9 +120,11 @@ pub enum Error {
         vocab_size: usize,
     },
     /// The tokenizer could not be loaded or failed on a text.
-    #[error("tokenizer: {message}")]
+    #[error("{}: {message}", path.display())]
     Tokenizer {
-        /// What the `tokenizers` crate said.
+        /// The file that it comes from.
+        path: PathBuf,
+        /// What is wrong with it.
         message: String,
     },
     /// A token is not in the model's vocabulary.

@@ -29,7 +29,8 @@ mod error;
 mod eval;
 mod generate;
 mod model;
-mod text;
+mod room;
+mod tokenizer;
 mod weights;
 
 pub use cache::SequenceCache;
@@ -38,5 +39,5 @@ pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};
 pub use generate::{GenerateOptions, Generated, StopReason, generate};
 pub use model::Llama;
-pub use text::{Decoder, Encoded, Vocabulary};
+pub use tokenizer::{Decoder, Encoded, Tokenizer, Vocabulary};
 pub use weights::Weights;

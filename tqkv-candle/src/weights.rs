@@ -61,8 +61,7 @@ impl Weights {
 
     /// Adds a file's tensors and returns their names.
     fn add(&mut self, bytes: &[u8], path: &Path) -> Result<Vec<String>> {
-        let file =
-            SafeTensors::deserialize(bytes).map_err(|source| Error::Safetensors { path: path.into(), source })?;
+        let file = SafeTensors::deserialize(bytes).map_err(|cause| Error::Safetensors { path: path.into(), cause })?;
         let mut names = Vec::new();
         for (name, view) in file.iter() {
             let data = view.data();
