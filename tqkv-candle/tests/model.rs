@@ -335,3 +335,58 @@ fn a_cache_for_another_model_is_an_error() {
         assert_eq!(cache.tokens().unwrap(), 0);
     }
 }
+
+#[test]
+fn a_prompt_without_room_is_refused_before_anything_is_appended() {
+    let model = load(&TinyModel::new());
+    let config = model.config().cache_config().page_size(16).capacity(32);
+    let options = GenerateOptions { chunk: 8, max_tokens: 100, ..GenerateOptions::default() };
+    let run = |cache: &mut SequenceCache, prompt: &[u32]| {
+        generate(&model, cache, prompt, &options, |_| ControlFlow::Continue(()))
+    };
+    let mut cache = SequenceCache::new(&Device::cpu(), config.clone(), model.config()).unwrap();
+    model.forward(&[1; 3], &mut cache).unwrap();
+    let error = run(&mut cache, &[1; 30]);
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { needed: 2, free: 1, pages: 2 }))), "{error:?}");
+    let error = run(&mut cache, &[&[1; 20][..], &[256]].concat());
+    assert!(matches!(error, Err(Error::Token { got: 256, vocab_size: 256 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 3);
+    // What fits runs, until the cache is full: the last token comes from the logits of the 32nd.
+    let generated = run(&mut cache, &[1; 27]).unwrap();
+    assert_eq!((generated.tokens.len(), generated.stop), (3, StopReason::ContextFull));
+    assert_eq!(cache.tokens().unwrap(), 32);
+
+    // A window's layers have room again as their pages are given up, but not for a chunk of any length.
+    let windows = |capacity| {
+        let window = tqkv::cache::LayerKind::Window(16);
+        let config = config.clone().capacity(64).window_capacity(capacity).kind_at(0, window);
+        SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+    };
+    let (mut narrow, mut wide) = (windows(16), windows(48));
+    assert!(matches!(run(&mut narrow, &[1; 40]), Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
+    assert_eq!(narrow.tokens().unwrap(), 0);
+    run(&mut wide, &[1; 40]).unwrap();
+
+    let windows = |length| Windows::new(&Vocabulary::Bytes.encode(&[7; 80]).unwrap(), 1, length, Some(0)).unwrap();
+    let (mut short, mut long) = (cache, self::cache(&model));
+    model.forward(&[1; 5], &mut long).unwrap();
+    let error = evaluate(&model, &mut long, std::slice::from_mut(&mut short), &windows(34), 8, |_| ());
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))), "{error:?}");
+    let error = evaluate(&model, &mut long, &mut [], &windows(66), 8, |_| ());
+    assert!(matches!(error, Err(Error::ContextOverflow { got: 65, limit: 64 })), "{error:?}");
+    assert_eq!((short.tokens().unwrap(), long.tokens().unwrap()), (32, 5));
+}
+
+#[test]
+fn a_prompt_that_fails_leaves_the_cache_as_it_was() {
+    let mut tiny = TinyModel::new();
+    // Token 7 has no logits.
+    tiny.tensors.get_mut("model.embed_tokens.weight").unwrap().1[7 * HIDDEN] = f32::NAN;
+    let model = load(&tiny);
+    let mut cache = cache(&model);
+    model.forward(&[1, 2], &mut cache).unwrap();
+    let options = GenerateOptions { chunk: 2, ..GenerateOptions::default() };
+    let error = generate(&model, &mut cache, &[1, 2, 3, 7], &options, |_| ControlFlow::Continue(()));
+    assert!(matches!(error, Err(Error::NonFiniteLogits { position: 5 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 2);
+}
