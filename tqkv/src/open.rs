@@ -20,7 +20,8 @@ impl Device {
         Ok(Device::from_driver(Box::new(backend::cpu::Cpu::with_threads(threads)?)))
     }
 
-    /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU.
+    /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU. Why a faster kind was
+    /// passed over is said once, by `tracing` at level `info`.
     pub fn best() -> Self {
         static BEST: OnceLock<Device> = OnceLock::new();
         BEST.get_or_init(Device::find_best).clone()
@@ -28,12 +29,14 @@ impl Device {
 
     fn find_best() -> Self {
         #[cfg(feature = "cuda")]
-        if let Ok(device) = Device::open("cuda") {
-            return device;
+        match Device::open("cuda") {
+            Ok(device) => return device,
+            Err(reason) => tracing::info!("no CUDA device is taken: {reason}"),
         }
         #[cfg(feature = "wgpu")]
-        if let Some(gpu) = backend::wgpu::best() {
-            return Device::from_driver(Box::new(gpu));
+        match backend::wgpu::best() {
+            Some(gpu) => return Device::from_driver(Box::new(gpu)),
+            None => tracing::info!("no GPU is taken through wgpu: none is found that is no software rasteriser"),
         }
         Device::cpu()
     }
