@@ -1,4 +1,6 @@
 //! What can go wrong, one variant a violated rule.
+//!
+//! A cause is part of its error's text, and therefore no `source`: who prints the chain of sources prints it once.
 
 use std::path::PathBuf;
 
@@ -7,36 +9,68 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
-    /// A JSON file is not what it should be: no JSON, a field of the wrong type, a field missing.
-    #[error("{}: {source}", path.display())]
+    /// A JSON file is no JSON, or not what it should be.
+    #[error("{}: {cause}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: serde_json::Error,
+        cause: serde_json::Error,
+    },
+    /// A field has a value of the wrong type.
+    #[error("{}: {field} is {got}, expected {expected}", path.display())]
+    FieldType {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A field is missing.
+    #[error("{}: {field} is missing", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+    },
+    /// A field stands at two places with different values.
+    #[error("config: {field} is {got}, but {other} is {expected}")]
+    FieldConflict {
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// The same field elsewhere.
+        other: String,
+        /// Its value there.
+        expected: String,
     },
     /// The configuration asks for something that this crate does not compute.
     #[error("config: {field} is {got}, but only {expected} is supported")]
     Unsupported {
-        /// The field of `config.json`.
+        /// The field, with the names of the objects that it stands in.
         field: String,
         /// Its value.
         got: String,
         /// What is supported.
-        expected: &'static str,
+        expected: String,
     },
     /// A field of the configuration has a value that makes no sense.
     #[error("config: {field} is {got}, expected {expected}")]
     ConfigValue {
-        /// The field of `config.json`.
-        field: &'static str,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
         /// Its value.
         got: String,
         /// What it should be.
@@ -49,12 +83,20 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A safetensors file is truncated, or its header lies.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: safetensors::SafeTensorError,
+        cause: safetensors::SafeTensorError,
+    },
+    /// A GGUF file is damaged, or says what it does not hold.
+    #[error("{}: {cause}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: crate::models::GgufError,
     },
     /// The index names a shard outside of the model's directory.
     #[error("{}: shard {got:?} of tensor {tensor}, expected a plain file name", path.display())]
@@ -102,9 +144,8 @@ pub enum Error {
         /// Its element type.
         got: safetensors::Dtype,
     },
-    /// The files hold a tensor that a Llama model with this configuration does not have, so the
-    /// model is another one.
-    #[error("tensor {name} is no part of a Llama model with this configuration")]
+    /// The files hold a tensor that the model of this configuration does not have, so they are another one's.
+    #[error("tensor {name} is no part of the model that the configuration describes")]
     UnexpectedTensor {
         /// The tensor.
         name: String,
@@ -118,9 +159,11 @@ pub enum Error {
         vocab_size: usize,
     },
     /// The tokenizer could not be loaded or failed on a text.
-    #[error("tokenizer: {message}")]
+    #[error("{}: {message}", path.display())]
     Tokenizer {
-        /// What the `tokenizers` crate said.
+        /// The file that it comes from.
+        path: PathBuf,
+        /// What is wrong with it.
         message: String,
     },
     /// A token is not in the model's vocabulary.
@@ -130,6 +173,12 @@ pub enum Error {
         got: u32,
         /// The size of the vocabulary.
         vocab_size: usize,
+    },
+    /// A tensor handed to [`Attention`](crate::Attention) is of a type that caches do not take.
+    #[error("a tensor of {got:?}, expected F32, F16 or BF16")]
+    TensorType {
+        /// Its type.
+        got: candle_core::DType,
     },
     /// No tokens were given.
     #[error("no tokens given, expected at least one")]
@@ -184,6 +233,16 @@ pub enum Error {
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// So that a candle model whose functions return candle's results can use [`Attention`](crate::Attention) within.
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
 }
 
 /// This crate's results.

@@ -9,29 +9,29 @@ use tempfile::tempdir;
 use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Llama, LlamaConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
+    Encoded, Error, GenerateOptions, Model, ModelConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
     generate,
 };
 
-fn load(tiny: &TinyModel) -> Llama {
+fn load(tiny: &TinyModel) -> Model {
     let dir = tempdir().unwrap();
     tiny.write(dir.path());
-    Llama::load(dir.path()).unwrap()
+    Model::load(dir.path()).unwrap()
 }
 
-fn cache(model: &Llama) -> SequenceCache {
+fn cache(model: &Model) -> SequenceCache {
     cache_with(model, "f32")
 }
 
-fn cache_with(model: &Llama, codec: &str) -> SequenceCache {
+fn cache_with(model: &Model, codec: &str) -> SequenceCache {
     let codec: CodecPair = codec.parse().unwrap();
     SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
 }
 
 /// Logits of the last token, computed in f64 with plain loops, one position at a time.
 fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
-    let config = LlamaConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
-    let frequencies = config.inverse_frequencies();
+    let config = ModelConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
+    let frequencies = config.rope.inverse_frequencies();
     let get = |name: &str| tiny.tensors.get(name).map(|(_, values)| values);
     let linear = |name: &str, x: &[f64]| -> Vec<f64> {
         let weight = get(&format!("{name}.weight")).unwrap();
@@ -100,7 +100,7 @@ fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
     logits
 }
 
-fn last_row(model: &Llama, hidden: &candle_core::Tensor) -> Vec<f32> {
+fn last_row(model: &Model, hidden: &candle_core::Tensor) -> Vec<f32> {
     model.logits(hidden).unwrap().to_vec2().unwrap().pop().unwrap()
 }
 
@@ -147,7 +147,7 @@ fn truncating_rolls_back() {
     assert!(last_row(&model, &model.forward(&[9], &mut cache).unwrap()) == expected);
 }
 
-fn tokens_of(model: &Llama, options: &GenerateOptions) -> Vec<u32> {
+fn tokens_of(model: &Model, options: &GenerateOptions) -> Vec<u32> {
     let mut streamed = Vec::new();
     let generated = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |token| {
         streamed.push(token);
@@ -180,7 +180,7 @@ fn generation_is_reproducible() {
 fn generation_stops() {
     let mut tiny = TinyModel::new();
     let model = load(&tiny);
-    let run = |model: &Llama, prompt: &[u32], options: &GenerateOptions| {
+    let run = |model: &Model, prompt: &[u32], options: &GenerateOptions| {
         generate(model, &mut cache(model), prompt, options, |_| ControlFlow::Continue(()))
     };
     let options = GenerateOptions { max_tokens: 1000, ..GenerateOptions::default() };
@@ -334,4 +334,59 @@ fn a_cache_for_another_model_is_an_error() {
         assert!(matches!(model.forward(&[1, 2], &mut cache), Err(Error::Cache(_))));
         assert_eq!(cache.tokens().unwrap(), 0);
     }
+}
+
+#[test]
+fn a_prompt_without_room_is_refused_before_anything_is_appended() {
+    let model = load(&TinyModel::new());
+    let config = model.config().cache_config().page_size(16).capacity(32);
+    let options = GenerateOptions { chunk: 8, max_tokens: 100, ..GenerateOptions::default() };
+    let run = |cache: &mut SequenceCache, prompt: &[u32]| {
+        generate(&model, cache, prompt, &options, |_| ControlFlow::Continue(()))
+    };
+    let mut cache = SequenceCache::new(&Device::cpu(), config.clone(), model.config()).unwrap();
+    model.forward(&[1; 3], &mut cache).unwrap();
+    let error = run(&mut cache, &[1; 30]);
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { needed: 2, free: 1, pages: 2 }))), "{error:?}");
+    let error = run(&mut cache, &[&[1; 20][..], &[256]].concat());
+    assert!(matches!(error, Err(Error::Token { got: 256, vocab_size: 256 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 3);
+    // What fits runs, until the cache is full: the last token comes from the logits of the 32nd.
+    let generated = run(&mut cache, &[1; 27]).unwrap();
+    assert_eq!((generated.tokens.len(), generated.stop), (3, StopReason::ContextFull));
+    assert_eq!(cache.tokens().unwrap(), 32);
+
+    // A window's layers have room again as their pages are given up, but not for a chunk of any length.
+    let windows = |capacity| {
+        let window = tqkv::cache::LayerKind::Window(16);
+        let config = config.clone().capacity(64).window_capacity(capacity).kind_at(0, window);
+        SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+    };
+    let (mut narrow, mut wide) = (windows(16), windows(48));
+    assert!(matches!(run(&mut narrow, &[1; 40]), Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
+    assert_eq!(narrow.tokens().unwrap(), 0);
+    run(&mut wide, &[1; 40]).unwrap();
+
+    let windows = |length| Windows::new(&Vocabulary::Bytes.encode(&[7; 80]).unwrap(), 1, length, Some(0)).unwrap();
+    let (mut short, mut long) = (cache, self::cache(&model));
+    model.forward(&[1; 5], &mut long).unwrap();
+    let error = evaluate(&model, &mut long, std::slice::from_mut(&mut short), &windows(34), 8, |_| ());
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))), "{error:?}");
+    let error = evaluate(&model, &mut long, &mut [], &windows(66), 8, |_| ());
+    assert!(matches!(error, Err(Error::ContextOverflow { got: 65, limit: 64 })), "{error:?}");
+    assert_eq!((short.tokens().unwrap(), long.tokens().unwrap()), (32, 5));
+}
+
+#[test]
+fn a_prompt_that_fails_leaves_the_cache_as_it_was() {
+    let mut tiny = TinyModel::new();
+    // Token 7 has no logits.
+    tiny.tensors.get_mut("model.embed_tokens.weight").unwrap().1[7 * HIDDEN] = f32::NAN;
+    let model = load(&tiny);
+    let mut cache = cache(&model);
+    model.forward(&[1, 2], &mut cache).unwrap();
+    let options = GenerateOptions { chunk: 2, ..GenerateOptions::default() };
+    let error = generate(&model, &mut cache, &[1, 2, 3, 7], &options, |_| ControlFlow::Continue(()));
+    assert!(matches!(error, Err(Error::NonFiniteLogits { position: 5 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 2);
 }
