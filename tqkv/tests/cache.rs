@@ -72,11 +72,20 @@ fn row(layer: usize, side: Side, position: usize) -> RowFormat {
     RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap()
 }
 
+/// How tokens are appended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    ByLayer,
+    Step,
+    /// A step that is dropped after so many layers, submitted or not.
+    Abandoned(usize, bool),
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Add,
-    /// New tokens for up to three sequences at once.
-    Append([(usize, usize); 3], usize),
+    /// New tokens for up to three sequences at once, layer by layer or as a step, which may be given up midway.
+    Append([(usize, usize); 3], usize, How),
     Attend(usize, usize),
     Fork(usize),
     Truncate(usize, usize),
@@ -93,11 +102,17 @@ fn back() -> impl Strategy<Value = usize> {
     prop_oneof![6 => 0..30usize, 1 => Just(usize::MAX)]
 }
 
+fn how() -> impl Strategy<Value = How> {
+    let abandoned = (0..=LAYERS, any::<bool>()).prop_map(|(layers, submitted)| How::Abandoned(layers, submitted));
+    prop_oneof![3 => Just(How::ByLayer), 3 => Just(How::Step), 2 => abandoned]
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let any = 0..1000usize;
     prop_oneof![
         1 => Just(Step::Add),
-        6 => (prop::array::uniform3((any.clone(), 0..20usize)), 1..=3usize).prop_map(|(t, n)| Step::Append(t, n)),
+        8 => (prop::array::uniform3((any.clone(), 0..20usize)), 1..=3usize, how())
+            .prop_map(|(t, n, how)| Step::Append(t, n, how)),
         3 => (any.clone(), 1..6usize).prop_map(|(s, n)| Step::Attend(s, n)),
         2 => any.clone().prop_map(Step::Fork),
         3 => (any.clone(), back()).prop_map(|(s, n)| Step::Truncate(s, n)),
@@ -163,7 +178,7 @@ impl Model {
                     self.sequences.push((id, vec![]));
                 }
             }
-            Step::Append(ref tokens, n) => self.append(&tokens[..n]),
+            Step::Append(ref tokens, n, how) => self.append(&tokens[..n], how),
             Step::Attend(s, n) => {
                 if let Some(s) = self.pick(s) {
                     self.attend(s, n);
@@ -244,7 +259,7 @@ impl Model {
         }
     }
 
-    fn append(&mut self, tokens: &[(usize, usize)]) {
+    fn append(&mut self, tokens: &[(usize, usize)], how: How) {
         let mut chosen: Vec<(usize, usize)> = vec![];
         for &(s, n) in tokens {
             if let Some(s) = self.pick(s).filter(|s| chosen.iter().all(|(t, _)| t != s)) {
@@ -258,29 +273,72 @@ impl Model {
         let new: Vec<u64> = (self.next_token..).take(n).collect();
         let tokens: Vec<_> = chosen.iter().map(|&(s, n)| (self.sequences[s].0, n)).collect();
         let device = self.cache.device().clone();
-        let mut encoder = device.encoder().unwrap();
-        for layer in (0..LAYERS).filter(|&l| source(l) == l) {
-            let input = |side| {
+        let inputs = |layer| {
+            [Side::Key, Side::Value].map(|side| {
                 let all: Vec<f32> = new.iter().flat_map(|&t| vectors(t, layer, side)).collect();
                 device.upload(&all, &[n, KV_HEADS, D]).unwrap()
-            };
-            let (k, v) = (input(Side::Key), input(Side::Value));
-            match self.cache.append(&mut encoder, layer, &tokens, &k, &v) {
-                Ok(()) => {}
+            })
+        };
+        let mut encoder = device.encoder().unwrap();
+        if how == How::ByLayer {
+            for layer in (0..LAYERS).filter(|&l| source(l) == l) {
+                let [k, v] = inputs(layer);
+                match self.cache.append(&mut encoder, layer, &tokens, &k, &v) {
+                    Ok(()) => {}
+                    Err(Error::OutOfPages { needed, free, .. }) => {
+                        assert!(needed > free, "{needed} pages are free");
+                        // The step ends here; what the layers before took goes back.
+                        encoder.submit_and_wait().unwrap();
+                        for &(s, _) in &chosen {
+                            let (id, held) = &self.sequences[s];
+                            self.cache.truncate(*id, held.len()).unwrap();
+                        }
+                        return;
+                    }
+                    Err(e) => panic!("{e}"),
+                }
+            }
+            encoder.submit_and_wait().unwrap();
+        } else {
+            let before = self.cache.usage();
+            let mut step = match self.cache.step(&tokens) {
+                Ok(step) => step,
                 Err(Error::OutOfPages { needed, free, .. }) => {
                     assert!(needed > free, "{needed} pages are free");
-                    // The step ends here; what the layers before took goes back.
-                    encoder.submit_and_wait().unwrap();
-                    for &(s, _) in &chosen {
-                        let (id, held) = &self.sequences[s];
-                        self.cache.truncate(*id, held.len()).unwrap();
-                    }
                     return;
                 }
                 Err(e) => panic!("{e}"),
+            };
+            assert_eq!(step.tokens(), n);
+            let layers = if let How::Abandoned(layers, _) = how { layers } else { LAYERS };
+            let q = device.upload(&Rng(n as u64).normals(n * HEADS * D), &[n, HEADS, D]).unwrap();
+            let out = device.zeros(DType::F32, &[n, HEADS, D]).unwrap();
+            for layer in 0..layers {
+                if source(layer) == layer {
+                    let [k, v] = inputs(layer);
+                    step.append(&mut encoder, layer, &k, &v).unwrap();
+                }
+                let params = AttentionParams::for_head_dim(D);
+                step.attend(&mut encoder, layer, &q, &out, None, &params).unwrap();
+            }
+            match how {
+                How::Abandoned(layers, submitted) => {
+                    if submitted {
+                        encoder.submit_and_wait().unwrap();
+                    }
+                    if layers < LAYERS && n > 0 {
+                        assert!(matches!(step.commit(), Err(Error::UnevenLayers { .. })));
+                    } else {
+                        drop(step);
+                    }
+                    let usage = self.cache.usage();
+                    // Pages that windows leave behind may be gone.
+                    assert!(if layers > 0 { usage.used <= before.used } else { usage == before });
+                    return;
+                }
+                _ => step.submit(encoder).unwrap().wait().unwrap(),
             }
         }
-        encoder.submit_and_wait().unwrap();
         self.next_token += n as u64;
         let mut new = new.into_iter();
         for (s, n) in chosen {
@@ -619,6 +677,83 @@ fn rolling_back_to_where_nothing_is_seen() {
     let seq = cache.add_sequence();
     (0..40).for_each(|i| append(&mut cache, seq, i));
     assert_eq!(cache.truncate(seq, 1), Err(Error::Positions { start: 0, end: 1, first: 32, len: 40 }));
+}
+
+/// A step gives what appending and attending by layer give, counts only when it is submitted, and says what it lacks.
+#[test]
+fn a_step_is_one_thing() {
+    let device = Device::cpu();
+    let (mut cache, mut other) = (KvCache::new(&device, config()).unwrap(), KvCache::new(&device, config()).unwrap());
+    let params = AttentionParams::for_head_dim(D);
+    let ids = [cache.add_sequence(), cache.add_sequence()];
+    assert_eq!(ids, [other.add_sequence(), other.add_sequence()]);
+    let mut rng = Rng(3);
+    for tokens in [[11, 3], [1, 1], [1, 1], [9, 0], [1, 40], [1, 1]] {
+        let n: usize = tokens.iter().sum();
+        let tokens = [(ids[0], tokens[0]), (ids[1], tokens[1])];
+        let mut input = |heads: usize| device.upload(&rng.normals(n * heads * D), &[n, heads, D]).unwrap();
+        let all: Vec<_> = (0..LAYERS).map(|_| (input(KV_HEADS), input(KV_HEADS), input(HEADS))).collect();
+        let outs = || -> Vec<_> {
+            let new = |shape: &[usize]| device.zeros(DType::F32, shape).unwrap();
+            (0..LAYERS).map(|_| (new(&[n, HEADS, D]), new(&[n, HEADS]))).collect()
+        };
+        let (got, want) = (outs(), outs());
+        let mut encoder = device.encoder().unwrap();
+        let mut step = cache.step(&tokens).unwrap();
+        for (layer, (k, v, q)) in all.iter().enumerate() {
+            let (out, lse) = &got[layer];
+            if source(layer) != layer {
+                let shared = Error::SharedLayer { layer, source_layer: source(layer) };
+                assert_eq!(step.append(&mut encoder, layer, k, v), Err(shared));
+                step.attend(&mut encoder, layer, q, out, Some(lse), &params).unwrap();
+                continue;
+            }
+            // Before its keys are there nothing can be read.
+            let early = step.attend(&mut encoder, layer, q, out, None, &params);
+            assert!(matches!(early, Err(Error::Positions { .. })), "{early:?}");
+            let short = k.slice(1..n).unwrap();
+            assert!(matches!(step.append(&mut encoder, layer, &short, &short), Err(Error::Shape { .. })));
+            step.append_and_attend(&mut encoder, layer, k, v, q, out, Some(lse), &params).unwrap();
+        }
+        step.submit(encoder).unwrap().wait().unwrap();
+        run(&device, |e| {
+            for (layer, (k, v, q)) in all.iter().enumerate() {
+                if source(layer) == layer {
+                    other.append(e, layer, &tokens, k, v)?;
+                }
+                other.attend(e, layer, &tokens, q, &want[layer].0, Some(&want[layer].1), &params)?;
+            }
+            Ok(())
+        });
+        for (layer, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert_eq!(got.0.read::<f32>(), want.0.read::<f32>(), "layer {layer}");
+            assert_eq!(got.1.read::<f32>(), want.1.read::<f32>(), "layer {layer}");
+        }
+        assert_eq!(cache.usage(), other.usage());
+        assert_eq!((cache.len(ids[0]), cache.len(ids[1])), (other.len(ids[0]), other.len(ids[1])));
+    }
+
+    // What is missing is named, and nothing has changed, but that windows have dropped what no token sees any more.
+    let (used, len) = (cache.usage().used, cache.len(ids[0]).unwrap());
+    let x = device.zeros(DType::F32, &[2, KV_HEADS, D]).unwrap();
+    let mut encoder = device.encoder().unwrap();
+    let mut step = cache.step(&[(ids[0], 2)]).unwrap();
+    step.append(&mut encoder, 0, &x, &x).unwrap();
+    let missing = Error::UnevenLayers { sequence: number(ids[0]), layer: 1, got: len, expected: len + 2 };
+    assert_eq!(step.submit(encoder).map(drop), Err(missing));
+    let before = (cache.usage(), cache.len(ids[0]));
+    assert!(before.0.used <= used && before.1 == Ok(len), "{before:?}");
+    assert_eq!(cache.step(&[]).map(drop), Err(Error::Zero { what: "sequences of a batch" }));
+    let twice = cache.step(&[(ids[0], 1), (ids[0], 1)]).map(drop);
+    assert_eq!(twice, Err(Error::RepeatedSequence { got: number(ids[0]) }));
+    assert!(matches!(cache.step(&[(ids[0], CAPACITY)]).map(drop), Err(Error::OutOfPages { .. })));
+    assert_eq!((cache.usage(), cache.len(ids[0])), before);
+    // A step cannot begin where appending by layer was left half done.
+    let mut encoder = device.encoder().unwrap();
+    cache.append(&mut encoder, 0, &[(ids[0], 2)], &x, &x).unwrap();
+    assert!(matches!(cache.step(&[(ids[0], 1)]).map(drop), Err(Error::UnevenLayers { .. })));
+    cache.truncate(ids[0], len).unwrap();
+    assert_eq!((cache.usage(), cache.len(ids[0])), before);
 }
 
 #[test]

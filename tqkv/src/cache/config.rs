@@ -1,20 +1,10 @@
 //! What a cache is made for.
 
+use super::extent::{Extent, LayerKind};
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::problem::{Visible, check_geometry};
+use crate::problem::check_geometry;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Which positions a layer keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum LayerKind {
-    /// All.
-    Full,
-    /// The newest so many that a query sees, its own among them; pages that no later query can see are freed.
-    Window(usize),
-    /// None of its own: it reads those of an earlier layer, which must not be shared itself.
-    Shared(usize),
-}
 
 /// The first positions of a layer kept apart: in codecs of their own, never dropped, and seen by every later query whatever
 /// the window (attention sinks; Xiao et al., arXiv:2309.17453).
@@ -24,53 +14,6 @@ pub struct Sinks {
     pub positions: usize,
     /// How they are stored.
     pub codec: CodecPair,
-}
-
-/// Which positions of a sequence a group of layers holds.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Extent {
-    All,
-    /// A window: the newest so many, and what else their pages hold.
-    Newest(usize),
-    /// Sinks: the first so many.
-    First(usize),
-}
-
-impl Extent {
-    /// The parts of a layer: its positions, and its sinks if it has any.
-    pub fn of(kind: LayerKind, sinks: usize) -> impl Iterator<Item = Extent> {
-        let own = match kind {
-            LayerKind::Full => Some(Extent::All),
-            LayerKind::Window(window) => Some(Extent::Newest(window)),
-            LayerKind::Shared(_) => None,
-        };
-        own.into_iter().chain((own.is_some() && sinks > 0).then_some(Extent::First(sinks)))
-    }
-
-    /// One past the newest position held of a sequence of so many.
-    pub fn end(self, len: usize) -> usize {
-        if let Extent::First(sinks) = self { len.min(sinks) } else { len }
-    }
-
-    /// The oldest position that the next token of a sequence of so many looks back to.
-    pub fn seen(self, len: usize) -> usize {
-        let window = if let Extent::Newest(window) = self { Some(window) } else { None };
-        Visible { causal: true, window }.oldest(len).min(len)
-    }
-
-    /// Whether the next token of a sequence of so many sees none of them: then none needs to be there.
-    pub fn sees_nothing(self, len: usize) -> bool {
-        self.seen(len) >= self.end(len)
-    }
-
-    /// Positions of a page where a page of all positions has `page_size`: a sequence's sinks fill one, if they fit. Even, so
-    /// that pages are whole words.
-    pub fn page_size(self, page_size: usize) -> usize {
-        match self {
-            Extent::First(sinks) => sinks.min(page_size).checked_next_multiple_of(2).unwrap_or(page_size),
-            _ => page_size,
-        }
-    }
 }
 
 /// Geometry, codecs and layer kinds of a [`KvCache`](super::KvCache). Checked as a whole by [`CacheConfig::bytes`].

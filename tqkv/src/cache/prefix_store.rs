@@ -1,7 +1,8 @@
 //! Prefixes that machines share through an object store. `docs/prefix-store.md` describes names and bytes.
 
-use super::snapshot::{GroupGeometry, Stored, encode_layer};
-use super::{Extent, Geometry, Held, KvCache, Sequence, SequenceId};
+use super::extent::Extent;
+use super::snapshot::{Geometry, GroupGeometry, Stored, encode_layer};
+use super::state::{Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
 use futures_util::{StreamExt, TryStreamExt, future, stream};
@@ -192,7 +193,7 @@ impl PrefixStore {
         let page_size = geometry.page_size;
         let mut written = 0;
         for (g, group) in geometry.groups().iter().enumerate() {
-            let Held { first, pages } = &cache.sequence(sequence)?.held[g];
+            let Held { first, pages, .. } = &cache.sequence(sequence)?.held[g];
             let (base, whole) = (first / page_size, first.div_ceil(page_size));
             let blocks: Vec<usize> = (whole..blocks(group, page_size, keys.len() - 1).end).collect();
             for blocks in blocks.chunks(PARALLEL) {
@@ -256,6 +257,7 @@ impl PrefixStore {
             held.push(Held {
                 first: needed.start * geometry.page_size,
                 pages: keep.into_iter().map(|(_, page)| page).collect(),
+                end: None,
             });
         }
         if found? == 0 {

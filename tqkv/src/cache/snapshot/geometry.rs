@@ -1,6 +1,7 @@
 //! What two caches must share to exchange pages, and how a page lies in a snapshot.
 
-use crate::cache::{Extent, KvCache, LayerKind, Side};
+use crate::cache::extent::{Extent, LayerKind};
+use crate::cache::state::{KvCache, Side};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
 use std::ops::Range;

@@ -1,8 +1,8 @@
 //! The header of a snapshot: what it holds and where. `docs/snapshot.md` describes every byte.
 
-use super::geometry::{GroupGeometry, LayerGeometry, SinkGeometry};
-use super::{Geometry, Source};
-use crate::cache::LayerKind;
+use super::geometry::{Geometry, GroupGeometry, LayerGeometry, SinkGeometry};
+use super::source::Source;
+use crate::cache::extent::LayerKind;
 use crate::error::{Error, Result, SnapshotPart};
 use crate::format::{Codec, FORMAT_VERSION, RowFormat};
 use std::io::Read;

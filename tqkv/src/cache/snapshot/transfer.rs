@@ -1,7 +1,7 @@
 //! Pages between the device and stored form.
 
 use super::geometry::PageLayout;
-use crate::cache::{KvCache, Part};
+use crate::cache::state::{KvCache, Pools};
 use crate::compute::{Buffer, DeviceKind};
 use crate::error::Result;
 
@@ -70,7 +70,7 @@ impl KvCache {
 
     /// The codes and scales of a group's layers, in the order of a page's pieces.
     fn group_buffers(&self, group: usize) -> impl Iterator<Item = &Buffer> {
-        self.parts(group).flat_map(Part::buffers)
+        self.group_pools(group).flat_map(Pools::buffers)
     }
 
     /// Pages that follow one another in the pool go in one transfer; on the CPU that would only cost a copy.

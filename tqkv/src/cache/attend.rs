@@ -1,0 +1,132 @@
+//! Attention over one layer.
+
+use super::plan::Run;
+use super::state::{KvCache, Pools, SequenceId, Side};
+use crate::compute::{Buffer, CommandEncoder};
+use crate::error::{Error, Result};
+use crate::format::DType;
+use crate::ops::{self, AttentionParams, Domain};
+use crate::problem::checks::{expect_apart, expect_shape};
+
+/// What attention is asked of a layer: queries, where their results go, and how they see.
+pub(super) struct Request<'a> {
+    pub layer: usize,
+    pub q: &'a Buffer,
+    pub out: &'a Buffer,
+    pub lse: Option<&'a Buffer>,
+    pub params: &'a AttentionParams,
+}
+
+impl KvCache {
+    /// Attention of the newest positions of sequences, in one layer.
+    ///
+    /// `queries` names each sequence once with its number of queries, which stand at its newest positions (usually the
+    /// tokens just appended). `q` and `out` are \[queries, heads, head_dim\] (f32, f16 or bf16), `lse` f32
+    /// \[queries, heads\]; see [`ops::attention`]. A windowed layer's window applies on top of `params`.
+    ///
+    /// A layer with sinks attends to them and to the rest by themselves and merges both, over memory that all its calls share:
+    /// encoders of one cache are submitted one after the other. No window hides sinks.
+    ///
+    /// # Errors
+    /// [`Error::Layer`], [`Error::UnknownSequence`], [`Error::RepeatedSequence`], [`Error::Positions`] for more queries than
+    /// positions, queries that would see dropped ones, or queries among sinks that are not causal and would see more than
+    /// sinks, [`Error::RotatedSinks`], and those of [`ops::attention`].
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    pub fn attend(
+        &mut self,
+        encoder: &mut CommandEncoder,
+        layer: usize,
+        queries: &[(SequenceId, usize)],
+        q: &Buffer,
+        out: &Buffer,
+        lse: Option<&Buffer>,
+        params: &AttentionParams,
+    ) -> Result<()> {
+        let of = self.layer(layer)?;
+        let (shape, source) = (of.shape, of.source);
+        let spans = self.spans(source, queries, false)?;
+        let runs = self.reads(shape, params.causal, &spans)?;
+        self.record_attention(encoder, &runs, &Request { layer, q, out, lse, params })
+    }
+
+    pub(super) fn record_attention(
+        &mut self,
+        encoder: &mut CommandEncoder,
+        runs: &[Run],
+        request: &Request,
+    ) -> Result<()> {
+        let extents = self.layer(request.layer)?.extents.clone();
+        let &Request { q, out, lse, params, .. } = request;
+        // As most layers are: one extent for all queries.
+        if let ([Run { reads, .. }], [pools]) = (runs, &*extents) {
+            let read = &reads[0];
+            return ops::attention(encoder, q, &pools.key, &pools.value, &read.batch, &read.params(params), out, lse);
+        }
+        expect_several(&extents, runs, request)?;
+        for Run { queries, reads } in runs {
+            let rows = |buffer: &Buffer| buffer.slice(queries.clone());
+            let (q, out, lse) = (rows(q)?, rows(out)?, lse.map(rows).transpose()?);
+            let mut attention = |read: &super::plan::Read, out: &Buffer, lse: Option<&Buffer>| {
+                let Pools { key, value, .. } = &extents[read.extent];
+                ops::attention(encoder, &q, key, value, &read.batch, &read.params(params), out, lse)
+            };
+            match &reads[..] {
+                [read] => attention(read, &out, lse.as_ref())?,
+                [rest, sinks, ..] => {
+                    let &[_, heads, head_dim] = q.shape() else { continue };
+                    let [a, a_lse, b, b_lse] = self.scratch([queries.len(), heads, head_dim])?;
+                    attention(rest, &a, Some(&a_lse))?;
+                    attention(sinks, &b, Some(&b_lse))?;
+                    ops::merge(encoder, &[(&a, &a_lse), (&b, &b_lse)], &out, lse.as_ref())?;
+                }
+                [] => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Buffers for two partial results: outputs of this shape, f32, and their log-sum-exps.
+    fn scratch(&mut self, shape: [usize; 3]) -> Result<[Buffer; 4]> {
+        let rows = shape[0] * shape[1];
+        let sizes = [rows * shape[2], rows];
+        let fits = |s: &&[Buffer; 4]| s[0].len() >= sizes[0] && s[1].len() >= sizes[1];
+        let [a, a_lse, b, b_lse] = match self.scratch.as_ref().filter(fits) {
+            Some(scratch) => scratch.clone(),
+            None => {
+                let new = |n: usize| self.device.zeros(DType::F32, &[n]);
+                self.scratch.insert([new(sizes[0])?, new(sizes[1])?, new(sizes[0])?, new(sizes[1])?]).clone()
+            }
+        };
+        let out = |buffer: &Buffer| buffer.slice(0..sizes[0])?.reshape(&shape);
+        let lse = |buffer: &Buffer| buffer.slice(0..sizes[1])?.reshape(&shape[..2]);
+        Ok([out(&a)?, lse(&a_lse)?, out(&b)?, lse(&b_lse)?])
+    }
+}
+
+/// What [`ops::attention`] would say of a part of the queries, said of all before anything is recorded.
+fn expect_several(extents: &[Pools], runs: &[Run], request: &Request) -> Result<()> {
+    let &Request { layer, q, out, lse, params } = request;
+    if params.domain == Domain::Rotated {
+        for (sinks, side) in extents[1..].iter().flat_map(|e| [(e, Side::Key), (e, Side::Value)]) {
+            let (got, expected) = (sinks.side(side).row(), extents[0].side(side).row());
+            if (got.is_rotated(), got.signs()) != (expected.is_rotated(), expected.signs()) {
+                let (got, expected) = (got.codec().to_string(), expected.codec().to_string());
+                return Err(Error::RotatedSinks { layer, got, expected });
+            }
+        }
+    }
+    let tokens = runs.last().map_or(0, |run| run.queries.end);
+    let &[n, heads, head_dim] = q.shape() else {
+        let expected = format!("[{tokens}, heads, {}]", extents[0].key.row().head_dim());
+        return Err(Error::shape("q", q.shape(), expected));
+    };
+    let pools = || extents.iter().flat_map(Pools::buffers);
+    expect_shape("q", q, &[tokens, heads, head_dim])?;
+    expect_shape("out", out, q.shape())?;
+    expect_apart("out", out, pools().chain([q]))?;
+    if let Some(lse) = lse {
+        expect_shape("lse", lse, &[n, heads])?;
+        expect_apart("lse", lse, pools().chain([q, out]))?;
+    }
+    Ok(())
+}
