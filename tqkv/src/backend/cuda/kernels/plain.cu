@@ -98,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     // A warp has a row, from its query to its softmax and its output.
     float* const own = (float*)(rows4 + min(warp, ROWS - 1) * QUADS);
     const u64 own_row = row_of(min((u32)warp, rows - 1));
+    double own_scale = p.scale;
     if (warp < ROWS) {
         typedef WarpShape<K::D> S;
         float x[S::N];
@@ -106,6 +107,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             const int e = S::element(k, lane % S::GROUP);
             x[k] = Q_WIDTH == K::D || e < Q_WIDTH ? load_element<Q_TYPE>(p.q, own_row * Q_WIDTH + e) : 0.f;
         }
+        // Of a size near one, so that neither the transform's sums nor products overflow.
+        float largest = 0x1p-126f;
+#pragma unroll
+        for (int k = 0; k < S::N; k++) largest = fmaxf(largest, fabsf(x[k]));
+#pragma unroll
+        for (int h = 16; h > 0; h >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
+        const float factor = inverse_power(fminf(largest, 0x1p126f));
+        own_scale /= factor;
+#pragma unroll
+        for (int k = 0; k < S::N; k++) x[k] *= factor;
         rotate<S>(x, p.key.turn, lane % S::GROUP);
 #pragma unroll
         for (int k = 0; k < S::N; k++) own[S::element(k, lane % S::GROUP)] = x[k];
@@ -161,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             double score = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) score += dots[w][warp][lane % TILE];
-            score *= p.scale;
+            score *= own_scale;
             if (p.softcap > 0.f) score = p.softcap * tanh(score / p.softcap);
             double higher = seen ? fmax(score, top) : top;
 #pragma unroll
