@@ -1,11 +1,12 @@
 //! The driver: contexts, streams, memory, modules, launches. Everything unsafe about CUDA is here.
 
+use super::kernel::KernelKey;
 use super::nvrtc;
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 use sys::CUdevice_attribute_enum as Attribute;
 
@@ -76,7 +77,7 @@ pub(super) struct Limits {
     pools: bool,
 }
 
-/// A kernel that is there, or the lock of those who wait for it.
+/// A compiled kernel, or the lock of those who wait for it.
 type Slot = Arc<Mutex<Option<Arc<Kernel>>>>;
 
 /// A GPU's primary context and the kernels loaded into it: one for the whole process.
@@ -85,7 +86,9 @@ pub(super) struct Context {
     pub limits: Limits,
     raw: sys::CUcontext,
     device: sys::CUdevice,
-    kernels: Mutex<HashMap<u128, Slot>>,
+    kernels: RwLock<HashMap<KernelKey, Arc<Kernel>>>,
+    /// By the digest of their sources.
+    compiled: Mutex<HashMap<u128, Slot>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -133,13 +136,14 @@ impl Context {
         }
         // SAFETY: `device` comes from the driver; released in `drop`.
         let raw = unsafe { result::primary_ctx::retain(device) }.map_err(failed)?;
-        let context = Arc::new(Context { id, limits, raw, device, kernels: Mutex::default() });
+        let context =
+            Arc::new(Context { id, limits, raw, device, kernels: RwLock::default(), compiled: Mutex::default() });
         open.push((ordinal, Arc::downgrade(&context)));
         Ok(context)
     }
 
     /// Makes this thread's driver calls go to this GPU.
-    fn enter(&self) -> Result<()> {
+    pub fn enter(&self) -> Result<()> {
         // SAFETY: `raw` is retained as long as `self` lives.
         unsafe { result::ctx::set_current(self.raw) }.map_err(|e| self.failed(e))
     }
@@ -155,12 +159,22 @@ impl Context {
         format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
     }
 
+    /// The kernel of this key. One that was asked for before costs a look-up.
+    pub fn kernel(&self, key: &KernelKey) -> Result<Arc<Kernel>> {
+        if let Some(found) = self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(key) {
+            return Ok(found.clone());
+        }
+        let kernel = self.compiled(&key.source())?;
+        self.kernels.write().unwrap_or_else(PoisonError::into_inner).insert(*key, kernel.clone());
+        Ok(kernel)
+    }
+
     /// The kernel of this source, from memory, from disk, or compiled now.
-    pub fn kernel(&self, source: &nvrtc::Source) -> Result<Arc<Kernel>> {
+    pub fn compiled(&self, source: &nvrtc::Source) -> Result<Arc<Kernel>> {
         let nvrtc = nvrtc::load().map_err(|reason| unavailable(&self.id, reason))?;
         let architecture = self.architecture();
         let key = source.key(&architecture, nvrtc.version);
-        let slot = lock(&self.kernels).entry(key).or_default().clone();
+        let slot = lock(&self.compiled).entry(key).or_default().clone();
         // Others wait for the one that compiles this kernel; different kernels compile side by side.
         let mut slot = lock(&slot);
         if let Some(kernel) = &*slot {
@@ -336,12 +350,13 @@ impl Stream {
         Ok(memory)
     }
 
+    /// Enqueues a kernel. The context must be this thread's: see `Context::enter`.
     pub fn launch(&self, launch: &Launch) -> Result<()> {
-        self.context.enter()?;
-        let mut size = launch.params.len();
+        let params = launch.params.bytes();
+        let mut size = params.len();
         let mut extra = [
             sys::CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT as usize as *mut c_void,
-            launch.params.as_ptr().cast_mut().cast(),
+            params.as_ptr().cast_mut().cast(),
             sys::CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT as usize as *mut c_void,
             (&raw mut size).cast(),
             sys::CU_LAUNCH_PARAM_END_AS_INT as usize as *mut c_void,
@@ -401,9 +416,8 @@ impl Stream {
         unsafe { result::graph::launch(graph.run, self.raw) }.map_err(|e| self.context.failed(e))
     }
 
-    /// Copies within the GPU.
+    /// Enqueues a copy within the GPU. The context must be this thread's.
     pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.context.enter()?;
         // SAFETY: both are within buffers that are kept alive by stream order.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw) }.map_err(|e| self.context.failed(e))
     }
@@ -577,6 +591,35 @@ pub(super) struct Launch {
     pub kernel: Arc<Kernel>,
     /// Blocks; each has as many threads as the kernel's `__launch_bounds__` says.
     pub grid: [u32; 3],
-    /// The parameters as the kernel finds them in memory.
-    pub params: Vec<u8>,
+    pub params: ParamBytes,
+}
+
+/// Parameters as the kernel finds them in memory.
+pub(super) enum ParamBytes {
+    /// So many bytes of these: all kernels' but a caller's own.
+    Short([u64; SHORT], usize),
+    Long(Vec<u8>),
+}
+
+/// Words of parameters that are kept in place.
+const SHORT: usize = 40;
+
+impl ParamBytes {
+    pub fn new(bytes: &[u8]) -> Self {
+        let mut words = [0; SHORT];
+        match bytemuck::cast_slice_mut(&mut words).get_mut(..bytes.len()) {
+            Some(to) => {
+                to.copy_from_slice(bytes);
+                ParamBytes::Short(words, bytes.len())
+            }
+            None => ParamBytes::Long(bytes.to_vec()),
+        }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            ParamBytes::Short(words, n) => &bytemuck::cast_slice(words)[..*n],
+            ParamBytes::Long(bytes) => bytes,
+        }
+    }
 }

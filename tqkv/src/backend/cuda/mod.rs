@@ -6,30 +6,31 @@
 mod attention;
 mod cache;
 mod driver;
+mod gpu;
 mod interop;
 #[cfg(test)]
 mod interop_tests;
+mod kernel;
 mod nvrtc;
-mod plan;
 mod rows;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
 pub(crate) use driver::Memory;
+pub(crate) use gpu::address;
 
 use crate::compute::driver::{Completion, Driver, Recorder, Storage};
-use crate::compute::{Buffer, DType, DeviceInfo, DeviceKind};
+use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
-use crate::format::{Codec, RowFormat};
 use crate::problem::op::Op;
-use driver::{Context, Launch, Mark, Stream, lock};
+use driver::{Context, Mark, Stream, lock};
+use gpu::{Gpu, Recording, Work};
 use std::any::Any;
-use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
-use tables::Tables;
 
 /// How many GPUs the driver finds.
 pub(crate) fn count() -> Result<usize> {
@@ -38,12 +39,6 @@ pub(crate) fn count() -> Result<usize> {
 
 /// A GPU and the stream that everything runs on.
 pub(crate) struct Cuda(Arc<Gpu>);
-
-struct Gpu {
-    stream: Arc<Stream>,
-    tables: Mutex<HashMap<(Codec, usize), Arc<Tables>>>,
-    workspace: Mutex<attention::Workspace>,
-}
 
 impl Cuda {
     pub fn new(ordinal: usize) -> Result<Self> {
@@ -64,8 +59,7 @@ impl Cuda {
     fn on(stream: Stream) -> Result<Self> {
         // Without the compiler nothing would run, so its absence is said when the device is opened.
         nvrtc::load().map_err(|reason| Error::DeviceUnavailable { device: stream.context.id.clone(), reason })?;
-        let gpu = Gpu { stream: Arc::new(stream), tables: Mutex::default(), workspace: Mutex::default() };
-        Ok(Cuda(Arc::new(gpu)))
+        Ok(Cuda(Arc::new(Gpu::new(stream))))
     }
 
     /// Memory of another owner.
@@ -114,7 +108,7 @@ impl Driver for Cuda {
     }
 
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
-        Ok(Box::new(CudaRecorder { gpu: self.0.clone(), work: Vec::new() }))
+        Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
     }
 
     fn workspace_bytes(&self) -> usize {
@@ -128,93 +122,36 @@ fn memory_of(storage: &dyn Storage) -> Result<&Memory> {
     storage.downcast().ok_or_else(other)
 }
 
-/// Where a buffer starts on the GPU.
-pub(crate) fn address(buffer: &Buffer) -> u64 {
-    buffer.storage().downcast::<Memory>().map_or(0, |memory| memory.address + buffer.offset() as u64)
-}
-
-/// How kernels number float types.
-fn type_number(dtype: DType) -> u32 {
-    match dtype {
-        DType::F16 => 1,
-        DType::BF16 => 2,
-        _ => 0,
-    }
-}
-
-/// What goes to the stream.
-enum Work {
-    Launch(Launch),
-    Copy { from: u64, to: u64, bytes: usize },
-}
-
-/// Work, and what must stay alive until it is enqueued.
-struct Prepared {
-    work: Work,
-    #[allow(dead_code)] // Only held.
-    buffers: Vec<Buffer>,
-    memory: Vec<Arc<Memory>>,
-}
-
-impl Gpu {
-    fn tables(&self, row: &RowFormat) -> Result<Arc<Tables>> {
-        let mut tables = lock(&self.tables);
-        let key = (row.codec(), row.head_dim());
-        if let Some(found) = tables.get(&key) {
-            return Ok(found.clone());
-        }
-        let new = Arc::new(Tables::new(&self.stream, row)?);
-        tables.insert(key, new.clone());
-        Ok(new)
-    }
-
-    /// Blocks for this much work, if blocks take several pieces: at most so many a multiprocessor.
-    fn blocks(&self, wanted: usize, most: usize) -> u32 {
-        wanted.clamp(1, self.stream.context.limits.multiprocessors as usize * most) as u32
-    }
-
-    fn prepare<P: bytemuck::Pod>(
-        &self,
-        source: &nvrtc::Source,
-        blocks: u32,
-        params: &P,
-        buffers: Vec<Buffer>,
-    ) -> Result<Prepared> {
-        let kernel = self.stream.context.kernel(source)?;
-        let params = bytemuck::bytes_of(params).to_vec();
-        let work = Work::Launch(Launch { kernel, grid: [blocks, 1, 1], params });
-        Ok(Prepared { work, buffers, memory: vec![] })
-    }
-}
-
 struct CudaRecorder {
     gpu: Arc<Gpu>,
-    work: Vec<Prepared>,
-}
-
-impl CudaRecorder {
-    fn take(&mut self, op: Op) -> Result<()> {
-        let gpu = &*self.gpu;
-        match &op {
-            Op::Rotate(op) => self.work.push(rows::rotate(gpu, op)?),
-            Op::Quantize(op) => self.work.extend(rows::quantize(gpu, op)?),
-            Op::Dequantize(op) => self.work.push(rows::dequantize(gpu, op)?),
-            Op::Attention(op) => self.work.push(attention::attention(gpu, op)?),
-            Op::Merge(op) => self.work.push(rows::merge(gpu, op)?),
-            Op::Copy(op) => self.work.push(Prepared {
-                work: Work::Copy { from: address(&op.from), to: address(&op.to), bytes: op.from.bytes() },
-                buffers: vec![op.from.clone(), op.to.clone()],
-                memory: vec![],
-            }),
-            Op::Custom(op) => self.work.push(rows::custom(gpu, op)?),
-        }
-        Ok(())
-    }
+    recording: Recording,
+    /// Hold the buffers until their work is enqueued; from then on they go in the order of the stream.
+    ops: Vec<Op>,
 }
 
 impl Recorder for CudaRecorder {
     fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
-        self.take(Op::from_any(op))
+        let op = Op::from_any(op);
+        let (gpu, to) = (&*self.gpu, &mut self.recording);
+        let before = to.work.len();
+        let recorded = match &op {
+            Op::Rotate(op) => rows::rotate(gpu, op, to),
+            Op::Quantize(op) => rows::quantize(gpu, op, to),
+            Op::Dequantize(op) => rows::dequantize(gpu, op, to),
+            Op::Attention(op) => attention::attention(gpu, op, to),
+            Op::Merge(op) => rows::merge(gpu, op, to),
+            Op::Copy(op) => {
+                to.work.push(Work::Copy { from: address(&op.from), to: address(&op.to), bytes: op.from.bytes() });
+                Ok(())
+            }
+            Op::Custom(op) => rows::custom(gpu, op, to),
+        };
+        match recorded {
+            Ok(()) => self.ops.push(op),
+            // Nothing of an operation, or all of it.
+            Err(_) => to.work.truncate(before),
+        }
+        recorded
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
@@ -235,7 +172,8 @@ impl Recorder for CudaRecorder {
 
 impl CudaRecorder {
     fn enqueue(&self, stream: &Stream) -> Result<()> {
-        self.work.iter().try_for_each(|prepared| match &prepared.work {
+        stream.context.enter()?;
+        self.recording.work.iter().try_for_each(|work| match work {
             Work::Launch(launch) => stream.launch(launch),
             Work::Copy { from, to, bytes } => stream.copy(*from, *to, *bytes),
         })

@@ -3,7 +3,6 @@
 use super::cache;
 use crate::error::{Error, Result};
 use libloading::Library;
-use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -11,14 +10,33 @@ use std::sync::OnceLock;
 /// Names the library of NVRTC to load, for where it is not on the system's paths.
 const PATH_VARIABLE: &str = "TQKV_NVRTC";
 
-/// What the kernels include.
-const HEADERS: [(&str, &str); 6] = [
-    ("attention.cuh", include_str!("kernels/attention.cuh")),
-    ("common.cuh", include_str!("kernels/common.cuh")),
-    ("ptx.cuh", include_str!("kernels/ptx.cuh")),
-    ("codec.cuh", include_str!("kernels/codec.cuh")),
-    ("rotate.cuh", include_str!("kernels/rotate.cuh")),
-    ("row.cuh", include_str!("kernels/row.cuh")),
+macro_rules! header {
+    ($name:literal) => {
+        ($name, include_str!(concat!("kernels/", $name)))
+    };
+}
+
+/// What the kernels include, by the names that they include it by.
+const HEADERS: &[(&str, &str)] = &[
+    header!("attention/fetch.cuh"),
+    header!("attention/params.cuh"),
+    header!("attention/queries.cuh"),
+    header!("attention/scores.cuh"),
+    header!("attention/softmax.cuh"),
+    header!("attention/sum.cuh"),
+    header!("attention/values.cuh"),
+    header!("codec/bytes.cuh"),
+    header!("codec/codec.cuh"),
+    header!("codec/encoder.cuh"),
+    header!("codec/floats.cuh"),
+    header!("codec/planes.cuh"),
+    header!("codec/row.cuh"),
+    header!("codec/stream.cuh"),
+    header!("codec/tile.cuh"),
+    header!("codec/tile_encoder.cuh"),
+    header!("common.cuh"),
+    header!("ptx.cuh"),
+    header!("transform.cuh"),
 ];
 
 /// A kernel before it is compiled.
@@ -28,7 +46,7 @@ pub(super) struct Source {
     pub name: String,
     /// Its function.
     pub entry: String,
-    pub text: Cow<'static, str>,
+    pub text: String,
     pub options: Vec<String>,
     /// Dynamic shared memory in bytes, or the module's variable that holds it.
     pub shared_memory: u32,
@@ -40,10 +58,10 @@ impl Source {
     pub fn key(&self, architecture: &str, version: (i32, i32)) -> u128 {
         let mut digest = cache::Digest::new();
         // Headers that it includes, directly or through others.
-        let mut included = vec![&*self.text];
+        let mut included = vec![self.text.as_str()];
         let mut i = 0;
         while i < included.len() {
-            for (name, text) in HEADERS {
+            for &(name, text) in HEADERS {
                 if included[i].contains(&format!("#include \"{name}\"")) && !included.contains(&text) {
                     included.push(text);
                 }

@@ -1,20 +1,30 @@
 //! A codec's constants as kernels read them.
 
 use super::driver::{Memory, Stream};
+use super::gpu::address;
+use super::kernel::kernel_struct;
 use crate::error::Result;
-use crate::format::Cells;
-use crate::format::{Packing, RowFormat, Scaling};
+use crate::format::{Cells, Packing, RowFormat, Scaling, tables as format};
+use crate::problem::PagePool;
 use std::sync::Arc;
 
-/// What every kernel knows of the transform.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-pub(super) struct Turn {
-    signs: u64,
-    norm: f32,
-    reflect: f32,
-    rotated: u32,
-    pad: u32,
+kernel_struct! {
+    /// What every kernel knows of the transform.
+    pub(super) struct Turn as "Turn" { signs: u64, norm: f32, reflect: f32, rotated: u32, pad: u32 }
+}
+
+kernel_struct! {
+    /// One side of the cache.
+    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32 }
+}
+
+impl Side {
+    /// `levels`: those that the kernel takes. `turned`: whether the caller's vectors are in the original domain.
+    pub fn new(pool: &PagePool, tables: &Tables, levels: u64, turned: bool) -> Self {
+        let turn = Turn { rotated: tables.turn.rotated & turned as u32, ..tables.turn };
+        let (codes, scales) = (address(pool.codes()), pool.scales().map_or(0, address));
+        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0 }
+    }
 }
 
 /// The factor in [1, 2) that loses least when levels times it are rounded to f16. Few levels can all be met well: of four bits
@@ -34,10 +44,10 @@ fn f16_gain(levels: &[f32]) -> f32 {
 /// the block - 4, a reflection of n blocks, in either, by 2 √n + 2. At D = 128 that is 26 · 11.3 · 2^-24, or 2^-15.8. The gain is off by
 /// 2^-21 of an element, which near a boundary is at most 4.
 fn near(row: &RowFormat) -> f32 {
-    let (block, blocks) = (row.block(), row.head_dim() / row.block());
+    let (block, blocks) = (row.block(), row.row_dim() / row.block());
     let reflection = if blocks > 1 { 4.0 * (blocks as f32).sqrt() + 4.0 } else { 0.0 };
     let roundings = 2.0 * block.ilog2() as f32 + 12.0 + reflection;
-    (roundings * (row.head_dim() as f32).sqrt() + 40.0) / 16_777_216.0
+    (roundings * (row.row_dim() as f32).sqrt() + 40.0) / 16_777_216.0
 }
 
 /// With more bits too many rows are doubtful: at D = 128 of 6 bits one in thirteen, and twice as many with each bit more.
@@ -59,14 +69,15 @@ pub(super) struct Grid {
 impl Grid {
     /// None if tiles do not take such rows.
     pub fn new(row: &RowFormat, cells: &Cells) -> Option<Self> {
-        let takes = row.scaling() == Scaling::Corrected
+        let takes = row.head_dim() == row.row_dim()
+            && row.scaling() == Scaling::Corrected
             && row.bits() <= MOST_BITS
-            && row.head_dim().is_multiple_of(32)
-            && row.head_dim() <= 256;
+            && row.row_dim().is_multiple_of(32)
+            && row.row_dim() <= 256;
         let book = row.codebook().filter(|_| takes)?;
         // No element of a row is larger than the root of head_dim.
         let own = cells.entries.len() / 2;
-        let half = own.max(((row.head_dim() as f32).sqrt() * cells.per_unit).ceil() as usize + 1);
+        let half = own.max(((row.row_dim() as f32).sqrt() * cells.per_unit).ceil() as usize + 1);
         let last = (f32::INFINITY, book.boundaries.len() as u32);
         let entry = |cell: usize| match (cell + own).checked_sub(half) {
             None => (f32::INFINITY, 0),
@@ -78,7 +89,7 @@ impl Grid {
         let boundary = |b: f32| (b.min(1000.0) * -per_near).to_bits();
         let field = if row.packing() == Packing::Planes { 4 } else { row.bits() };
         // The squares of a row's levels sum to less than four times those of its elements.
-        let unit = 2f64.powi(32 - field as i32) / (4 * row.head_dim()) as f64;
+        let unit = 2f64.powi(32 - field as i32) / (4 * row.row_dim()) as f64;
         let square = |code: u32| f64::from(book.levels[code as usize]).powi(2) * unit;
         let word = |code: u32| code << (32 - field) | square(code).round() as u32;
         let below = entries.iter().chain([&last]).map(|e| e.1);
@@ -102,10 +113,10 @@ pub(super) struct Tables {
     pub gain: f32,
     /// Of the levels.
     pub squares: u64,
-    /// Where `cells` lies on the device.
+    /// Where cells lie on the device.
     pub cells_at: u64,
-    /// None for dense floats.
-    pub cells: Option<Cells>,
+    /// What they were made from.
+    pub of: Arc<format::Tables>,
     pub grid_at: u64,
     /// Of rows that tiles take.
     pub grid: Option<Grid>,
@@ -114,11 +125,11 @@ pub(super) struct Tables {
 
 impl Tables {
     pub fn new(stream: &Arc<Stream>, row: &RowFormat) -> Result<Self> {
-        let mut words: Vec<u32> = row.signs().to_vec();
+        let of = format::tables(row);
+        let mut words: Vec<u32> = of.signs.to_vec();
         let (mut offsets, mut gain) = ([0; 5], 1.0);
-        let cells = row.codebook().map(|book| Cells::new(&book.boundaries));
         let mut grid = None;
-        if let (Some(book), Some(cells)) = (row.codebook(), &cells) {
+        if let (Some(book), Some(cells)) = (of.book, &of.cells) {
             offsets[0] = words.len();
             words.extend(book.levels.iter().map(|l| l.to_bits()));
             offsets[1] = words.len();
@@ -134,7 +145,7 @@ impl Tables {
         }
         let memory = stream.upload(bytemuck::cast_slice(&words))?;
         let at = |words: usize| memory.address + 4 * words as u64;
-        let (block, blocks) = (row.block(), row.head_dim() / row.block());
+        let (block, blocks) = (row.block(), row.row_dim() / row.block());
         let turn = Turn {
             signs: memory.address,
             norm: 1.0 / (block as f32).sqrt(),
@@ -143,40 +154,8 @@ impl Tables {
             pad: 0,
         };
         let [levels, squares, cells_at, tensor_levels, grid_at] = offsets.map(at);
-        Ok(Tables { turn, levels, tensor_levels, gain, squares, cells_at, cells, grid_at, grid, _memory: memory })
+        Ok(Tables { turn, levels, tensor_levels, gain, squares, cells_at, of, grid_at, grid, _memory: memory })
     }
-
-    pub fn signs(&self) -> u64 {
-        self.turn.signs
-    }
-}
-
-/// How kernels are told of a row: bits, packing and scaling as row.cuh counts them.
-pub(super) fn row_defines(side: &str, row: &RowFormat) -> [String; 4] {
-    let packing = match row.packing() {
-        Packing::Dense => 0,
-        Packing::Byte => 1,
-        Packing::Float(dtype) => {
-            if dtype.size() == 2 {
-                2
-            } else {
-                3
-            }
-        }
-        Packing::Planes => 4,
-    };
-    let scaling = match row.scaling() {
-        Scaling::None => 0,
-        Scaling::Corrected => 1,
-        Scaling::Norm => 2,
-        Scaling::BlockRms => 3,
-    };
-    [
-        format!("-D{side}HEAD_DIM={}", row.head_dim()),
-        format!("-D{side}BITS={}", row.bits()),
-        format!("-D{side}PACKING={packing}"),
-        format!("-D{side}SCALING={scaling}"),
-    ]
 }
 
 /// What a stored scale is multiplied by (norms) or divided by (blocks) to give the factor of levels.

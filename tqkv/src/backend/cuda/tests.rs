@@ -1,8 +1,9 @@
 //! Every specialisation compiles, for every architecture. NVRTC needs no GPU: `TQKV_NVRTC` may name its library.
 
-use super::attention::{Shape, Variant, plain_rows, plain_source};
+use super::attention::{Shape, Variant, plain_key, plain_rows};
+use super::kernel::KernelKey;
 use super::nvrtc::{self, Source};
-use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
+use super::rows::{InputShape, dequantize_key, merge_key, quantize_key, rotate_key};
 use super::tables::Grid;
 use crate::compute::{DType, Device};
 use crate::format::Cells;
@@ -38,8 +39,8 @@ fn codecs(head_dim: usize) -> Vec<RowFormat> {
 }
 
 /// Kernels over single rows: the same for every architecture.
-fn row_sources(head_dims: &[usize]) -> Vec<Source> {
-    let mut all = vec![merge_source(DType::F32), merge_source(DType::F16), merge_source(DType::BF16)];
+fn row_kernels(head_dims: &[usize]) -> Vec<KernelKey> {
+    let mut all = vec![merge_key(DType::F32), merge_key(DType::F16), merge_key(DType::BF16)];
     for &d in head_dims {
         for (i, row) in codecs(d).into_iter().enumerate() {
             let dtype = [DType::F32, DType::F16, DType::BF16][i % 3];
@@ -48,7 +49,7 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
             let grid = cells.as_ref().and_then(|cells| Grid::new(&row, cells));
             // Odd addresses take other code, the same way at every head_dim.
             for aligned in [true, false].into_iter().filter(|&a| a || matches!(d, 80 | 128)) {
-                let side = QuantizeShape {
+                let side = InputShape {
                     row: &row,
                     cells: cells.as_ref(),
                     grid: grid.as_ref(),
@@ -56,13 +57,13 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
                     input_aligned: aligned as u32,
                     code_alignment: alignment(aligned),
                 };
-                all.push(quantize_source([side, side]));
+                all.push(quantize_key([side, side]));
             }
             for out in [DType::F32, DType::F16, DType::BF16] {
-                all.push(dequantize_source(&row, out, 1, alignment(true)));
+                all.push(dequantize_key(&row, out, 1, d, alignment(true)));
             }
             if matches!(d, 80 | 128) {
-                all.push(dequantize_source(&row, dtype, 0, 1));
+                all.push(dequantize_key(&row, dtype, 0, d, 1));
             }
             let shape = Shape {
                 key: row,
@@ -71,12 +72,13 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
                 query_rows: 2,
                 q: dtype,
                 out: dtype,
+                original: true,
                 aligned: true,
                 short: true,
             };
             let mut plain = |dtype, wanted| {
                 let alignments = [alignment(wanted > 1); 2];
-                all.push(plain_source([&row; 2], alignments, dtype, dtype, plain_rows(d, wanted)));
+                all.push(plain_key([&row; 2], alignments, [dtype; 2], true, plain_rows(d, wanted)));
             };
             if Variant::choose(&shape, usize::MAX).is_none() {
                 plain(DType::F16, 1);
@@ -84,8 +86,8 @@ fn row_sources(head_dims: &[usize]) -> Vec<Source> {
             [4, 8].into_iter().for_each(|wanted| plain(DType::F32, wanted));
         }
         let row = RowFormat::new(Codec::tq(4), d).unwrap();
-        all.push(rotate_source(&row, Direction::Forward, DType::F32, DType::F16, 1));
-        all.push(rotate_source(&row, Direction::Inverse, DType::F16, DType::F32, 0));
+        all.push(rotate_key(&row, Direction::Forward, DType::F32, DType::F16, 1));
+        all.push(rotate_key(&row, Direction::Inverse, DType::F16, DType::F32, 0));
     }
     all
 }
@@ -96,7 +98,8 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
     let mut all = vec![];
     let mut add = |key, value, page_size, query_rows, q, out| {
         // One query of long contexts, several of short ones.
-        let shape = Shape { key, value, page_size, query_rows, q, out, aligned: true, short: query_rows > 4 };
+        let (original, aligned, short) = (true, true, query_rows > 4);
+        let shape = Shape { key, value, page_size, query_rows, q, out, original, aligned, short };
         all.extend(Variant::choose(&shape, shared_memory));
     };
     let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());
@@ -160,12 +163,12 @@ fn compile(architecture: &str, sources: &[Source]) -> (Vec<String>, Vec<String>)
     (failures.into_iter().flatten().collect(), spills.into_iter().flatten().collect())
 }
 
-/// The integers that attention has for the levels of 3 bits (codec.cuh) are those of the codebook, and its bytes theirs.
+/// The integers that attention has for the levels of 3 bits (codec/planes.cuh) are those of the codebook, and its bytes theirs.
 #[test]
 fn integer_levels_are_the_codebooks() {
     let levels = &RowFormat::new(Codec::tq(3), 128).unwrap().codebook().unwrap().levels;
     let (high, low) = ([0xf2d3b181u32, 0x7f4f2d0e], [0x8962b000u32, 0x00509e77]);
-    let text = include_str!("kernels/codec.cuh");
+    let text = include_str!("kernels/codec/planes.cuh");
     assert!(text.contains("LEVEL_BYTES = {0xf2d3b181, 0x7f4f2d0e, 0x8962b000, 0x00509e77}"));
     for (i, level) in levels.iter().enumerate() {
         let byte = |words: [u32; 2]| words[i / 4].to_le_bytes()[i % 4] as i8 as i32;
@@ -210,8 +213,9 @@ fn every_specialisation_compiles() {
 fn compiles_for(architecture: &str, shared_memory: usize) {
     // By default each of the kernels' ways to lay out a row; all head dims take long.
     let head_dims = head_dims(&[80, 128]);
-    let mut sources = row_sources(&head_dims);
-    sources.extend(attention_variants(&head_dims, shared_memory).iter().map(Variant::source));
+    let mut kernels = row_kernels(&head_dims);
+    kernels.extend(attention_variants(&head_dims, shared_memory).iter().map(|variant| variant.key));
+    let sources: Vec<_> = kernels.iter().map(KernelKey::source).collect();
     let (failures, spills) = compile(architecture, &sources);
     println!("{architecture}: {} kernels, {} spill registers, {} fail", sources.len(), spills.len(), failures.len());
     spills.iter().for_each(|s| println!("  spills: {s}"));

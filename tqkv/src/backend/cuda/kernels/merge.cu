@@ -4,7 +4,7 @@
 struct Part {
     const void* out;  // [rows, head_dim]
     const float* lse;  // [rows]
-    u32 type, pad;
+    u32 dtype, pad;
 };
 struct Params {
     const Part* parts;
@@ -12,11 +12,10 @@ struct Params {
     float* lse;  // or null
     u32 count, rows, head_dim, pad;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
 DEVICE float load_part(const Part& part, u64 i) {
-    return part.type == TYPE_F32   ? load_element<TYPE_F32>(part.out, i)
-           : part.type == TYPE_F16 ? load_element<TYPE_F16>(part.out, i)
+    return part.dtype == TYPE_F32   ? load_element<TYPE_F32>(part.out, i)
+           : part.dtype == TYPE_F16 ? load_element<TYPE_F16>(part.out, i)
                                    : load_element<TYPE_BF16>(part.out, i);
 }
 

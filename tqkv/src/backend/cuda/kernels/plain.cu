@@ -2,82 +2,64 @@
 // would lose, and for shapes that those do not take. A block takes up to ROWS query rows of a sequence (row = query * group + h)
 // that read one KV head, and a split of the positions, which it goes through in tiles. Each tile's keys, then its values, are
 // decoded to shared memory once for all rows. The block that finishes last joins the splits.
-// -D: HEAD_DIM; for K and V: BITS, PACKING, SCALING, CODE_ALIGN (bytes); Q_TYPE, OUT_TYPE; ROWS (up to 8, ROWS * HEAD_DIM up to
-// 2048 or one row); HELD (blocks that a multiprocessor shall hold at once).
-#include "row.cuh"
-#include "rotate.cuh"
+// -D: for K and V: DIM, BITS, PACKING, SCALING, CODE_ALIGN (bytes); Q_WIDTH, OUT_WIDTH (elements in memory, at most K_DIM and V_DIM);
+// Q_TYPE, OUT_TYPE; ROWS (up to 8, of 2048 elements or one row); HELD (blocks that a multiprocessor shall hold at once).
+#include "codec/codec.cuh"
 
-struct Side {
-    const u8* codes;
-    const u8* scales;
-    const float* levels;
-    Turn turn;
-    float unit;  // what a stored scale is multiplied by, or divided by if it is a block's
-    u32 pad;
-};
 struct Params {
     Side key, value;
-    const void* q;
-    void* out;
+    const void* q;       // [tokens, heads, Q_WIDTH]
+    void* out;           // [tokens, heads, OUT_WIDTH]
     float* lse;          // or null
-    const float* sinks;  // or null
+    const float* sink_logits;  // [heads], or null
     const Span* spans;
     const u32* table;
-    float* partial;      // [blocks / splits, ROWS, splits, HEAD_DIM], if there are several splits
+    float* partial;      // [blocks / splits, ROWS, splits, V_DIM], if there are several splits
     double2* partial_ml; // [blocks / splits, ROWS, splits]: maximum and sum
     u32* counters;       // [blocks / splits], zero before and after
     u32 splits, pad;
     u32 sequences, kv_heads, heads, page_size, width;
-    u32 causal, window, original;
+    u32 causal, window;
     float scale, softcap;  // softcap 0: none
+    u32 pad2;
 };
-static_assert(sizeof(Params) == PARAMS_BYTES, "as the host sees it");
 
-constexpr int D = HEAD_DIM, WARPS = 8, THREADS = WARPS * 32;
-constexpr int QUADS = D / 4, MINE = (QUADS + 31) / 32;  // of a row; of a lane
+typedef Row<K_DIM, K_BITS, K_PACKING, K_SCALING> K;
+typedef Row<V_DIM, V_BITS, V_PACKING, V_SCALING> V;
+typedef Codec<K, K_CODE_ALIGN> KeyCodec;
+typedef Codec<V, V_CODE_ALIGN> ValueCodec;
+constexpr int D = K::D > V::D ? K::D : V::D, WARPS = 8, THREADS = WARPS * 32;
+constexpr int K_QUADS = K::D / 4, V_QUADS = V::D / 4, QUADS = D / 4, MINE = (V_QUADS + 31) / 32;  // of a row; of a lane
 constexpr int TILE = D <= 144 ? 32 : D <= 288 ? 16 : D <= 576 ? 8 : 4, SHARE = 32 / TILE;
 constexpr int STRIDE = QUADS + 1;  // of a tile's rows: so neighbours' quads do not meet in a bank
-typedef Row<D, K_BITS, K_PACKING, K_SCALING, K_CODE_ALIGN> K;
-typedef Row<D, V_BITS, V_PACKING, V_SCALING, V_CODE_ALIGN> V;
 
-template <typename R> DEVICE void fill(float* table, const float* levels) {
-    for (int i = threadIdx.x; R::CODED && i < R::TABLE; i += THREADS) table[i] = levels[i / R::REPLICAS];
-}
 // Runs of eight elements that a thread takes of a tile: read while there is other work, then decoded to shared memory.
-template <typename R> struct Runs {
-    static constexpr int ALL = TILE * D / 8, N = (ALL + THREADS - 1) / THREADS;
-    u64 codes[N];
-    float factor[N], x[R::CODED ? 1 : N][8];
+template <typename R, typename C> struct Runs {
+    static constexpr int ALL = TILE * R::D / 8, N = (ALL + THREADS - 1) / THREADS;
+    typename C::Run runs[N];
+    float factor[N];
 
     // `rows`: where the tile's positions lie.
     DEVICE void load(const Side& s, const u64* rows) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const int run = min(threadIdx.x + i * THREADS, ALL - 1), element = run % (D / 8) * 8;
-            const u64 row = rows[run / (D / 8)];
-            const u8* const from = s.codes + row * R::BYTES;
-            if constexpr (R::CODED) {
-                codes[i] = load_run<R>(from, element);
-                factor[i] = load_factor<R>(s.scales, row * R::SCALES + element * R::SCALES / D, s.unit);
-            } else {
-                load8<R::PACKING == PACK_F16 ? TYPE_F16 : TYPE_F32, R::ALIGN >= 16>(from, element, x[i]);
-            }
+            const int run = min(threadIdx.x + i * THREADS, ALL - 1), element = run % (R::D / 8) * 8;
+            const u64 row = rows[run / (R::D / 8)];
+            runs[i] = C::load(s.codes + row * R::BYTES, element);
+            factor[i] = load_factor<R>(s.scales, row * R::SPANS + element / R::SPAN, s.unit);
         }
     }
     // Positions from `count` on become zero.
     DEVICE void decode(float4* tile, const float* table, u32 count) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const int run = threadIdx.x + i * THREADS, position = run / (D / 8);
+            const int run = threadIdx.x + i * THREADS, position = run / (R::D / 8);
             if (run >= ALL) break;
             float v[8] = {};
             if (position < count)
 #pragma unroll
-                for (int k = 0; k < 8; k++)
-                    if constexpr (R::CODED)
-                        v[k] = table[((u32)(codes[i] >> k * R::FIELD) & (R::LEVELS - 1)) * R::REPLICAS + threadIdx.x % R::REPLICAS] * factor[i];
-                    else v[k] = x[i][k];
-            float4* const to = tile + position * STRIDE + run % (D / 8) * 2;
+                for (int k = 0; k < 8; k++) v[k] = C::decode(table, runs[i], k, factor[i]);
+            float4* const to = tile + position * STRIDE + run % (R::D / 8) * 2;
             to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
         }
     }
@@ -91,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     __shared__ double dots[WARPS][ROWS][TILE];
     __shared__ u64 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
     __shared__ float weights[TILE][ROWS], shrinks[ROWS];
-    __shared__ float k_table[K::CODED ? K::TABLE : 1], v_table[V::CODED ? V::TABLE : 1];
+    __shared__ float k_table[KeyCodec::TABLE ? KeyCodec::TABLE : 1], v_table[ValueCodec::TABLE ? ValueCodec::TABLE : 1];
     __shared__ bool last;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 index = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
@@ -112,18 +94,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     };
     const auto end_of = [&](u32 r) { return p.causal ? position_of(r) + 1 : span.len; };
 
-    fill<K>(k_table, p.key.levels), fill<V>(v_table, p.value.levels);
+    KeyCodec::fill(k_table, p.key.levels, threadIdx.x, THREADS), ValueCodec::fill(v_table, p.value.levels, threadIdx.x, THREADS);
     // A warp has a row, from its query to its softmax and its output.
     float* const own = (float*)(rows4 + min(warp, ROWS - 1) * QUADS);
     const u64 own_row = row_of(min((u32)warp, rows - 1));
+    double own_scale = p.scale;
     if (warp < ROWS) {
-        const bool rotated = p.original && p.key.turn.rotated;
-        for (int d = lane; d < D; d += 32) {
-            const float x = load_element<Q_TYPE>(p.q, own_row * D + d);
-            own[d] = rotated ? flip_sign(p.key.turn.signs, d, x) : x;
+        typedef WarpShape<K::D> S;
+        float x[S::N];
+#pragma unroll
+        for (int k = 0; k < S::N; k++) {
+            const int e = S::element(k, lane % S::GROUP);
+            x[k] = Q_WIDTH == K::D || e < Q_WIDTH ? load_element<Q_TYPE>(p.q, own_row * Q_WIDTH + e) : 0.f;
         }
-        __syncwarp();
-        if (rotated) rotate_row<D>(own, lane);
+        // Of a size near one, so that neither the transform's sums nor products overflow.
+        float largest = 0x1p-126f;
+#pragma unroll
+        for (int k = 0; k < S::N; k++) largest = fmaxf(largest, fabsf(x[k]));
+#pragma unroll
+        for (int h = 16; h > 0; h >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
+        const float factor = inverse_power(fminf(largest, 0x1p126f));
+        own_scale /= factor;
+#pragma unroll
+        for (int k = 0; k < S::N; k++) x[k] *= factor;
+        rotate<S>(x, p.key.turn, lane % S::GROUP);
+#pragma unroll
+        for (int k = 0; k < S::N; k++) own[S::element(k, lane % S::GROUP)] = x[k];
     }
     const u32 own_begin = begin_of(min((u32)warp, rows - 1)), own_end = end_of(min((u32)warp, rows - 1));
     const u32 all_begin = begin_of(0), all_end = end_of(rows - 1);
@@ -138,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     const auto place = [&](u32 first, u64* to) {
         if (threadIdx.x < TILE) to[threadIdx.x] = locate(pages, min(first + threadIdx.x, end - 1), page_size, p.width, p.kv_heads, kv_head);
     };
-    Runs<K> keys;
-    Runs<V> values;
+    Runs<K, KeyCodec> keys;
+    Runs<V, ValueCodec> values;
     if (begin < end) {
         place(begin, places[0]);
         __syncthreads();
@@ -155,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
         // A warp multiplies a part of every position's key, in f32 four elements at a time.
         double sum[ROWS] = {};
 #pragma unroll 2
-        for (int quad = warp * SHARE + lane / TILE; quad < QUADS; quad += WARPS * SHARE) {
+        for (int quad = warp * SHARE + lane / TILE; quad < K_QUADS; quad += WARPS * SHARE) {
             const float4 a = tile[lane % TILE * STRIDE + quad];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
@@ -176,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             double score = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) score += dots[w][warp][lane % TILE];
-            score *= p.scale;
+            score *= own_scale;
             if (p.softcap > 0.f) score = p.softcap * tanh(score / p.softcap);
             double higher = seen ? fmax(score, top) : top;
 #pragma unroll
@@ -203,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
         for (int position = warp; position < TILE; position += WARPS)
 #pragma unroll
             for (int k = 0; k < MINE; k++) {
-                if (lane + 32 * k >= QUADS) break;
+                if (lane + 32 * k >= V_QUADS) break;
                 const float4 v = tile[position * STRIDE + lane + 32 * k];
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
@@ -220,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             for (int r = 0; r < ROWS; r++)
 #pragma unroll
                 for (int k = 0; k < MINE; k++) {
-                    if (lane + 32 * k >= QUADS) break;
+                    if (lane + 32 * k >= V_QUADS) break;
                     float4& to = rows4[r * QUADS + lane + 32 * k];
                     if (w == 0) to = out[r][k];
                     else add_product(to, 1.f, out[r][k]);
@@ -230,10 +226,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
 
     if (p.splits > 1) {
         const u64 slot = (u64)index * ROWS + warp;
-        float4* const partial = (float4*)p.partial + slot * p.splits * QUADS;
+        float4* const partial = (float4*)p.partial + slot * p.splits * V_QUADS;
         double2* const ml = p.partial_ml + slot * p.splits;
         if (warp < rows) {
-            for (int d = lane; d < QUADS; d += 32) __stcg(partial + split * QUADS + d, rows4[warp * QUADS + d]);
+            for (int d = lane; d < V_QUADS; d += 32) __stcg(partial + split * V_QUADS + d, rows4[warp * QUADS + d]);
             if (lane == 0) __stcg(ml + split, make_double2(top, weight));
         }
         __threadfence();
@@ -255,28 +251,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
                 weight += (float)part.y * factor;
 #pragma unroll
                 for (int i = 0; i < MINE; i++)
-                    if (lane + 32 * i < QUADS) add_product(sum[i], factor, __ldcg(partial + k * QUADS + lane + 32 * i));
+                    if (lane + 32 * i < V_QUADS) add_product(sum[i], factor, __ldcg(partial + k * V_QUADS + lane + 32 * i));
             }
 #pragma unroll
             for (int i = 0; i < MINE; i++)
-                if (lane + 32 * i < QUADS) rows4[warp * QUADS + lane + 32 * i] = sum[i];
+                if (lane + 32 * i < V_QUADS) rows4[warp * QUADS + lane + 32 * i] = sum[i];
             __syncwarp();
         }
     }
     if (warp >= rows) return;
     float shrink = 1.f;
-    if (p.sinks) {
-        const float sink = p.sinks[own_row % p.heads];
+    if (p.sink_logits) {
+        const float sink = p.sink_logits[own_row % p.heads];
         const double higher = fmax(top, (double)sink);
         shrink = expf((float)(top - higher));
         weight = weight * shrink + expf((float)(sink - higher)), top = higher;
     }
     // No weight at all: nothing was seen. What is not a number stays so.
-    for (int d = lane; d < D; d += 32) own[d] = weight == 0.f ? 0.f : own[d] * shrink / weight;
-    __syncwarp();
-    const bool restored = p.original && p.value.turn.rotated;
-    if (restored) rotate_row<D>(own, lane);
-    for (int d = lane; d < D; d += 32)
-        store_element<OUT_TYPE>(p.out, own_row * D + d, restored ? flip_sign(p.value.turn.signs, d, own[d]) : own[d]);
     if (p.lse && lane == 0) p.lse[own_row] = weight == 0.f ? -__int_as_float(0x7f800000) : (float)(top + log((double)weight));
+    typedef WarpShape<V::D> S;
+    float x[S::N];
+#pragma unroll
+    for (int k = 0; k < S::N; k++) x[k] = weight == 0.f ? 0.f : own[S::element(k, lane % S::GROUP)] * shrink / weight;
+    restore<S>(x, p.value.turn, lane % S::GROUP);
+    if (lane >= S::GROUP) return;
+#pragma unroll
+    for (int k = 0; k < S::N; k++) {
+        const int e = S::element(k, lane);
+        if (OUT_WIDTH == V::D || e < OUT_WIDTH) store_element<OUT_TYPE>(p.out, own_row * OUT_WIDTH + e, x[k]);
+    }
 }

@@ -3,8 +3,8 @@
 //! A *group* is the query rows of one KV head that are handled together, with the position tiles that they see. Groups are
 //! cut into items of consecutive tiles, so that every block has about the same number.
 
+use crate::backend::cuda::kernel::kernel_struct;
 use crate::problem::{SpanInfo, Visible};
-use bytemuck::{Pod, Zeroable};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -21,29 +21,28 @@ pub(super) struct Problem {
     /// Warps of a block, each of which takes a tile of an item in turn.
     pub warps: usize,
     pub blocks: usize,
-    pub causal: bool,
-    pub window: Option<usize>,
+    pub visible: Visible,
 }
 
-/// `Item` of attention.cu.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct Item {
-    pub sequence: u32,
-    pub kv_head: u32,
-    pub row: u32,
-    pub rows: u32,
-    pub tile_begin: u32,
-    pub tile_end: u32,
-    pub part: u32,
-    pub part_first: u32,
-    pub part_count: u32,
-    pub first: u32,
-    pub len: u32,
-    pub q_start: u32,
-    pub q_len: u32,
-    pub next: u32,
-    pub reserved: [u32; 2],
+kernel_struct! {
+    #[derive(Debug, Default, PartialEq, Eq)]
+    pub(super) struct Item as "Item" {
+        sequence: u32,
+        kv_head: u32,
+        row: u32,
+        rows: u32,
+        tile_begin: u32,
+        tile_end: u32,
+        part: u32,
+        part_first: u32,
+        part_count: u32,
+        first: u32,
+        len: u32,
+        q_start: u32,
+        q_len: u32,
+        next: u32,
+        reserved: [u32; 2],
+    }
 }
 
 #[derive(Debug)]
@@ -98,8 +97,7 @@ fn groups(problem: &Problem, spans: &[SpanInfo]) -> Vec<Group> {
             let rows = problem.rows.min(all - row);
             let lowest = len - new + row / problem.group;
             let highest = len - new + (row + rows - 1) / problem.group;
-            let visible = Visible { causal: problem.causal, window: problem.window };
-            let seen = visible.range(lowest..highest + 1, first..len);
+            let seen = problem.visible.range(lowest..highest + 1, first..len);
             let begin = seen.start / problem.tile;
             let end = if seen.is_empty() { begin } else { seen.end.div_ceil(problem.tile) };
             for kv_head in 0..problem.kv_heads {
@@ -289,7 +287,8 @@ mod tests {
             for (kv_heads, group, rows) in [(8, 4, 8), (2, 1, 8), (1, 20, 32), (3, 3, 16)] {
                 for tile in [16, 64] {
                     for (causal, window) in [(true, None), (false, None), (true, Some(5)), (true, Some(4000))] {
-                        let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, causal, window };
+                        let visible = Visible { causal, window };
+                        let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, visible };
                         let plan = plan(&problem, &spans);
                         let work = walk(&plan, 132);
                         for wanted in groups(&problem, &spans) {
@@ -322,8 +321,8 @@ mod tests {
 
     #[test]
     fn long_contexts_fill_the_device_evenly() {
-        let problem =
-            Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, causal: true, window: None };
+        let visible = Visible { causal: true, window: None };
+        let problem = Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, visible };
         for lens in [vec![(0, 131_072, 1)], vec![(0, 32_768, 1); 8], vec![(0, 8192, 1); 32]] {
             let plan = plan(&problem, &spans(&lens));
             let tiles = |items: &[Item]| items.iter().map(|i| i.tile_end - i.tile_begin).sum::<u32>();

@@ -1,37 +1,32 @@
-// Rows by groups of lanes: load, rotate, encode, decode, store. The arithmetic is the CPU's (backend/cpu/coder.rs) to the last
-// bit: the same order of every sum, no contraction (compile with --fmad=false), IEEE division and square root.
+// Vectors by groups of lanes: load, rotate, sum squares, store. For encoding and decoding the arithmetic is that of format/exact.rs to
+// the last bit: the same order of every sum, no contraction (compile with --fmad=false), IEEE division and square root.
 //
-// A row is a few Walsh-Hadamard blocks. GROUP lanes share it; lane l holds of each block the runs of eight elements
-// l, l + GROUP, l + 2 GROUP, ... So a lane loads and stores whole vectors, eight codes are whole bytes at every width, the low
-// stages of the transform and the high ones stay in registers, and only log2(GROUP) stages go through shuffles.
+// The rotation is T S. S negates the elements whose bit in `signs` is set; T is a Walsh-Hadamard transform of every block of the largest
+// power of two that divides the row, and across blocks, where there are several, a Householder reflection. T is symmetric and its
+// own inverse, so the way back is S T.
+//
+// GROUP lanes share a row; lane l holds of each block the runs of STEP elements l, l + GROUP, l + 2 GROUP, ... With runs of eight a lane
+// loads and stores whole vectors, eight codes are whole bytes at every width, and only log2(GROUP) stages of the transform go
+// through shuffles. With runs of one a warp reads rows in shared memory without bank conflicts.
 #pragma once
 #include "common.cuh"
-
-#define PACK_DENSE 0
-#define PACK_BYTE 1
-#define PACK_F16 2
-#define PACK_F32 3
-#define PACK_PLANES 4  // 3 bits: three planes of nibbles, see docs/format.md
-
-#define SCALE_NONE 0
-#define SCALE_CORRECTED 1
-#define SCALE_NORM 2
-#define SCALE_BLOCK_RMS 3
 
 constexpr int power_of_two_above(int n) { return n <= 1 ? 1 : 2 * power_of_two_above((n + 1) / 2); }
 
 // LANES: how many share a row, if not the usual number.
-template <int HEAD_DIM_, int LANES = 0> struct Shape {
-    static constexpr int D = HEAD_DIM_;
+template <int D_, int LANES = 0, int STEP_ = 8> struct Shape {
+    static constexpr int D = D_, STEP = STEP_;
     static constexpr int BLOCK = D & -D;
     static constexpr int BLOCKS = D / BLOCK;
     static constexpr int WANTED = LANES ? LANES : power_of_two_above((D + 31) / 32);
-    static constexpr int GROUP = WANTED < BLOCK / 8 ? WANTED : BLOCK / 8;
-    static constexpr int RUNS = BLOCK / 8 / GROUP;  // of eight elements, a lane and block
-    static constexpr int N = D / GROUP;             // elements a lane
-    // The first element of a lane's run `r` of BLOCKS * RUNS.
-    static DEVICE int element(int r, int lane) { return r / RUNS * BLOCK + (r % RUNS * GROUP + lane) * 8; }
+    static constexpr int GROUP = WANTED < BLOCK / STEP ? WANTED : BLOCK / STEP;
+    static constexpr int RUNS = BLOCK / STEP / GROUP;  // a lane and block
+    static constexpr int N = D / GROUP;               // elements a lane
+    // The first element of a lane's run `r` of N / STEP.
+    static DEVICE int element(int r, int lane) { return r / RUNS * BLOCK + (r % RUNS * GROUP + lane) * STEP; }
 };
+// A row shared by a warp, element by element. If the blocks are short its halves do the same.
+template <int D> using WarpShape = Shape<D, 32, 1>;
 
 // Constants of the transform, computed by the host as the CPU backend does.
 struct Turn {
@@ -44,11 +39,11 @@ struct Turn {
 
 template <typename S> DEVICE void apply_signs(float (&x)[S::N], const u32* signs, int lane) {
 #pragma unroll
-    for (int r = 0; r < S::N / 8; r++) {
+    for (int r = 0; r < S::N / S::STEP; r++) {
         const int e = S::element(r, lane);
         const u32 word = __ldg(signs + (e >> 5)) >> (e & 31);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[r * 8 + i] = __uint_as_float(__float_as_uint(x[r * 8 + i]) ^ ((word >> i) << 31));
+        for (int i = 0; i < S::STEP; i++) x[r * S::STEP + i] = __uint_as_float(__float_as_uint(x[r * S::STEP + i]) ^ ((word >> i) << 31));
     }
 }
 
@@ -64,11 +59,11 @@ template <typename S> DEVICE void transform_runs(float (&x)[S::N]) {
     for (int h = 1; h < S::RUNS; h <<= 1)
 #pragma unroll
         for (int k = 0; k < S::N; k++)
-            if (!(k / 8 & h)) butterfly(x[k], x[k + 8 * h]);
+            if (!(k / S::STEP & h)) butterfly(x[k], x[k + S::STEP * h]);
 }
 template <typename S> DEVICE void reflect(float (&x)[S::N], const Turn& t) {
     if constexpr (S::BLOCKS > 1) {
-        constexpr int PER = S::RUNS * 8;
+        constexpr int PER = S::RUNS * S::STEP;
 #pragma unroll
         for (int j = 0; j < PER; j++) {
             float sum = x[j];
@@ -82,7 +77,7 @@ template <typename S> DEVICE void reflect(float (&x)[S::N], const Turn& t) {
 }
 template <typename S> DEVICE void transform(float (&x)[S::N], const Turn& t, int lane) {
 #pragma unroll
-    for (int h = 1; h < 8; h <<= 1)
+    for (int h = 1; h < S::STEP; h <<= 1)
 #pragma unroll
         for (int k = 0; k < S::N; k++)
             if (!(k & h)) butterfly(x[k], x[k + h]);
@@ -198,10 +193,18 @@ template <int TYPE, bool ALIGNED> DEVICE void store8(void* p, u64 i, const float
     }
 }
 
-// The same for a lane's run of a row, by all lanes of a warp. Neighbours' runs are neighbours: of f32 they exchange halves, so
-// that each store of a pair of lanes fills a sector of 32 bytes.
-template <typename S, int TYPE, bool ALIGNED> DEVICE void store_run(void* p, u64 i, const float* x, bool valid) {
-    if constexpr (TYPE == TYPE_F32 && ALIGNED && S::GROUP > 1) {
+// Eight elements of row `row` from element `e` on, of rows that have WIDTH elements in memory: those past them are zero.
+template <int D, int WIDTH, int TYPE, bool ALIGNED> DEVICE void load_run(const void* p, u64 row, int e, float* x) {
+    if (WIDTH == D || e + 8 <= WIDTH) return load8<TYPE, ALIGNED>(p, row * WIDTH + e, x);
+#pragma unroll
+    for (int k = 0; k < 8; k++) x[k] = e + k < WIDTH ? load_element<TYPE>(p, row * WIDTH + e + k) : 0.f;
+}
+
+// Stores a lane's run, by all lanes of a warp. Neighbours' runs are neighbours: of f32 they exchange halves, so that each store of
+// a pair of lanes fills a sector of 32 bytes.
+template <typename S, int WIDTH, int TYPE, bool ALIGNED> DEVICE void store_run(void* p, u64 row, int e, const float* x, bool valid) {
+    const u64 i = row * WIDTH + e;
+    if constexpr (WIDTH == S::D && TYPE == TYPE_F32 && ALIGNED && S::GROUP > 1) {
         const bool odd = threadIdx.x & 1;
         float4 own = make_float4(x[0], x[1], x[2], x[3]), given = make_float4(x[4], x[5], x[6], x[7]);
         if (odd) {
@@ -214,104 +217,9 @@ template <typename S, int TYPE, bool ALIGNED> DEVICE void store_run(void* p, u64
         float4* const to = (float4*)((float*)p + i) - (odd ? 1 : 0);
         if (valid) __stcs(to, odd ? given : own), __stcs(to + 2, odd ? own : given);
     } else if (valid) {
-        store8<TYPE, ALIGNED>(p, i, x);
-    }
-}
-
-// N bytes, little-endian, from an address that is a multiple of ALIGN.
-template <int N, int ALIGN> DEVICE u64 load_bytes(const u8* p) {
-    if constexpr (N == 8 && ALIGN >= 8) return *(const u64*)p;
-    u64 v = 0;
-    constexpr int STEP = ALIGN >= 4 && N % 4 == 0 ? 4 : ALIGN >= 2 && N % 2 == 0 ? 2 : 1;
+        if (WIDTH == S::D || e + 8 <= WIDTH) return store8<TYPE, ALIGNED>(p, i, x);
 #pragma unroll
-    for (int k = 0; k < N; k += STEP) {
-        const u32 part = STEP == 4 ? *(const u32*)(p + k) : STEP == 2 ? *(const u16*)(p + k) : p[k];
-        v |= (u64)part << (8 * k);
+        for (int k = 0; k < 8; k++)
+            if (e + k < WIDTH) store_element<TYPE>(p, i + k, x[k]);
     }
-    return v;
-}
-template <int N, int ALIGN> DEVICE void store_bytes(u8* p, u64 v) {
-    if constexpr (N == 8 && ALIGN >= 8) {
-        *(u64*)p = v;
-        return;
-    }
-    constexpr int STEP = ALIGN >= 4 && N % 4 == 0 ? 4 : ALIGN >= 2 && N % 2 == 0 ? 2 : 1;
-#pragma unroll
-    for (int k = 0; k < N; k += STEP) {
-        const u32 part = (u32)(v >> (8 * k));
-        if (STEP == 4) *(u32*)(p + k) = part;
-        else if (STEP == 2) *(u16*)(p + k) = (u16)part;
-        else p[k] = (u8)part;
-    }
-}
-
-// How a row is stored.
-template <int D_, int BITS_, int PACKING_, int SCALING_, int ALIGN_, int LANES = 0> struct Row : Shape<D_, LANES> {
-    static constexpr int BITS = BITS_;
-    static constexpr int PACKING = PACKING_;
-    static constexpr int SCALING = SCALING_;
-    static constexpr int ALIGN = ALIGN_;  // of every row of codes
-    static constexpr bool CODED = PACKING != PACK_F16 && PACKING != PACK_F32;
-    static constexpr int STORED = PACKING == PACK_BYTE ? 8 : BITS;            // bits a code takes
-    static constexpr int FIELD = PACKING == PACK_PLANES ? 4 : STORED;         // bits it takes in the word that load_run gives
-    static constexpr int BYTES = D_ * STORED / 8;
-    static constexpr int LEVELS = CODED ? 1 << BITS : 0;
-    static constexpr int SCALES = SCALING == SCALE_NONE ? 0 : SCALING == SCALE_BLOCK_RMS ? D_ / 256 : 1;
-    static constexpr int SCALE_BYTES = SCALING == SCALE_CORRECTED ? 2 : 4;
-    // Copies of a table of levels in shared memory: neighbouring lanes read different banks.
-    static constexpr int REPLICAS = LEVELS <= 32 ? 32 : 1024 / (LEVELS ? LEVELS : 1);
-    static constexpr int TABLE = LEVELS * REPLICAS;
-};
-
-// The codes of eight elements from `element` on, as fields of FIELD bits; what lies above a code is anything.
-template <typename R> DEVICE u64 load_run(const u8* codes, int element) {
-    if constexpr (R::PACKING == PACK_PLANES) {
-        const u32 a = codes[element / 8], b = codes[(R::D + element) / 8], c = codes[(2 * R::D + element) / 8];
-        return a | b << 8 | c << 16 | ((a >> 3 & 0x11) | (b >> 2 & 0x22) | (c >> 1 & 0x44)) << 24;
-    } else {
-        constexpr int OWN = R::STORED & -R::STORED;
-        return load_bytes<R::STORED, (OWN < R::ALIGN ? OWN : R::ALIGN)>(codes + element / 8 * R::STORED);
-    }
-}
-// Stores them; nothing may lie above a code.
-template <typename R> DEVICE void store_run_codes(u8* codes, int element, u64 fields) {
-    if constexpr (R::PACKING == PACK_PLANES) {
-        const u32 run = (u32)fields;
-#pragma unroll
-        for (int plane = 0; plane < 3; plane++)
-            codes[(plane * R::D + element) / 8] = (u8)(run >> 8 * plane | (run >> (24 + plane) & 0x11) << 3);
-    } else {
-        constexpr int OWN = R::STORED & -R::STORED;
-        store_bytes<R::STORED, (OWN < R::ALIGN ? OWN : R::ALIGN)>(codes + element / 8 * R::STORED, fields);
-    }
-}
-
-// What a row's levels are multiplied by. `unit`: what a stored norm is multiplied by, or a block's scale divided by.
-template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) {
-    if (R::SCALING == SCALE_CORRECTED) return f32_from_f16(((const u16*)scales)[i]);
-    const float scale = ((const float*)scales)[i];
-    return R::SCALING == SCALE_NORM ? __fmul_rn(scale, unit) : __fdiv_rn(scale, unit);
-}
-
-// Where positions are: ops::Span, and page tables [sequences, width].
-struct Span {
-    u32 first, len, start, new_;
-};
-// A number that many are divided by: its reciprocal is made once.
-struct Divisor {
-    u32 value, reciprocal;
-    DEVICE Divisor(u32 value) : value(value), reciprocal(~0u / value) {}
-    DEVICE u32 divide(u32 n, u32& rest) const {
-        u32 quotient = __umulhi(n, reciprocal);  // or one less
-        rest = n - quotient * value;
-        if (rest >= value) quotient++, rest -= value;
-        return quotient;
-    }
-};
-DEVICE u32 locate(const u32* table, u32 position, Divisor page_size, u32 width, u32 kv_heads, u32 head) {
-    const u32 capacity = page_size.value * width;
-    if (position >= capacity) position %= capacity;
-    u32 slot;
-    const u32 page = page_size.divide(position, slot);
-    return (table[page] * kv_heads + head) * page_size.value + slot;
 }

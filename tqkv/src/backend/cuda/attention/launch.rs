@@ -1,0 +1,119 @@
+//! The tensor-core kernel: its parameters and its launch.
+
+use super::plan::{self, Item, Plan, Problem};
+use super::variant::Variant;
+use crate::backend::cuda::driver::{Memory, lock};
+use crate::backend::cuda::gpu::{Gpu, Recording, address};
+use crate::backend::cuda::kernel::kernel_struct;
+use crate::backend::cuda::tables::{Side, Turn, scale_unit};
+use crate::error::{Result, to_u32};
+use crate::format::{RowFormat, Scaling};
+use crate::problem::op::Attention;
+use crate::problem::{Batch, Domain, Visible};
+use std::sync::Arc;
+
+kernel_struct! {
+    struct Params as "Params" {
+        key: Side,
+        value: Side,
+        page_table: u64,
+        items: u64,
+        q: u64,
+        out: u64,
+        lse: u64,
+        sink_logits: u64,
+        partial: u64,
+        partial_ml: u64,
+        counters: u64,
+        kv_heads: u32,
+        group: u32,
+        page_size: u32,
+        table_width: u32,
+        causal: u32,
+        window: u32,
+        q_scale: f32,
+        out_scale: f32,
+        softcap: f32,
+        pad: u32,
+    }
+}
+
+pub(super) fn asserts() -> String {
+    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Params::asserts()
+}
+
+/// A plan on the device, kept with its batch.
+struct DevicePlan {
+    problem: Problem,
+    plan: Plan,
+    items: Arc<Memory>,
+}
+
+impl DevicePlan {
+    fn get(gpu: &Gpu, batch: &Batch, problem: Problem) -> Result<Arc<DevicePlan>> {
+        batch.plans().get(
+            |p: &DevicePlan| p.problem == problem,
+            || {
+                let plan = plan::plan(&problem, batch.spans());
+                let items = Arc::new(gpu.stream.upload(bytemuck::cast_slice(&plan.items))?);
+                Ok(DevicePlan { problem, plan, items })
+            },
+        )
+    }
+}
+
+/// What every stored scale lacks of its factor.
+fn lacking(row: &RowFormat) -> f32 {
+    match row.scaling() {
+        Scaling::None | Scaling::Corrected => 1.0,
+        Scaling::Norm => scale_unit(row),
+        Scaling::BlockRms => 1.0 / scale_unit(row),
+    }
+}
+
+pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Recording) -> Result<()> {
+    let (key, value) = (op.key.row(), op.value.row());
+    let (k_tables, v_tables) = (gpu.tables(key)?, gpu.tables(value)?);
+    let (kv_heads, group, rows) = (op.key.kv_heads(), op.heads / op.key.kv_heads(), 8 * variant.tiles_n);
+    let problem = Problem {
+        kv_heads,
+        group,
+        rows,
+        tile: variant.tile,
+        warps: variant.warps,
+        blocks: gpu.multiprocessors(),
+        visible: Visible { causal: op.params.causal, window: op.params.window },
+    };
+    let planned = DevicePlan::get(gpu, &op.batch, problem)?;
+    let parts = planned.plan.parts.max(1);
+    let sums = parts * rows * value.row_dim() * 4;
+    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
+    let original = op.params.domain == Domain::Original;
+    let params = Params {
+        key: Side::new(&op.key, &k_tables, k_tables.tensor_levels, original),
+        value: Side::new(&op.value, &v_tables, v_tables.tensor_levels, original),
+        page_table: address(op.batch.device_table()),
+        items: planned.items.address,
+        q: address(&op.q),
+        out: address(&op.out),
+        lse: op.lse.as_ref().map_or(0, address),
+        sink_logits: op.params.sink_logits.as_ref().map_or(0, address),
+        partial: partial.address,
+        partial_ml: partial.address + sums as u64,
+        counters: counters.address,
+        kv_heads: kv_heads as u32,
+        group: to_u32("heads", group)?,
+        page_size: op.key.page_size() as u32,
+        table_width: op.batch.width() as u32,
+        causal: op.params.causal as u32,
+        // A window past 32 bits sees everything.
+        window: op.params.window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32)),
+        q_scale: op.params.scale * lacking(key) / k_tables.gain,
+        out_scale: lacking(value) / v_tables.gain,
+        softcap: op.params.softcap.unwrap_or(0.0),
+        pad: 0,
+    };
+    gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
+    to.memory.extend([partial, counters, planned.items.clone()]);
+    Ok(())
+}

@@ -1,0 +1,54 @@
+//! What of a problem decides how the tensor-core kernel is compiled.
+
+use crate::backend::cuda::gpu::address;
+use crate::format::{DType, RowFormat};
+use crate::problem::op::Attention;
+use crate::problem::{Domain, PagePool};
+
+#[derive(Clone, Copy, Debug)]
+pub(in crate::backend::cuda) struct Shape {
+    pub key: RowFormat,
+    pub value: RowFormat,
+    pub page_size: usize,
+    /// Query rows of the longest sequence: queries times heads of a KV head.
+    pub query_rows: usize,
+    pub q: DType,
+    pub out: DType,
+    /// Whether queries and outputs are in the model's own domain, of head_dim elements.
+    pub original: bool,
+    /// Whether rows may be copied 16 bytes at a time.
+    pub aligned: bool,
+    /// Whether there is little for each block to do: finer tiles spread it better over its warps.
+    pub short: bool,
+}
+
+impl Shape {
+    /// Whether the eight columns of the tensor cores can be four pairs.
+    pub fn narrow(&self) -> bool {
+        self.query_rows <= 4
+    }
+
+    /// `None` for what the kernel does not take.
+    pub fn of(op: &Attention, multiprocessors: usize) -> Option<Self> {
+        let queries = op.batch.spans().iter().map(|s| s.new as usize).max()?;
+        let buffers = || [&op.key, &op.value].into_iter().flat_map(PagePool::buffers);
+        if op.q.dtype() == DType::F32 {
+            return None;
+        }
+        let at = |unit: u64| buffers().all(|b| address(b).is_multiple_of(unit));
+        // Less than two tiles of 64 positions for each of eight warps.
+        let positions: usize = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).sum();
+        let short = positions * op.key.kv_heads() < 2 * 64 * 8 * multiprocessors;
+        at(2).then(|| Shape {
+            key: *op.key.row(),
+            value: *op.value.row(),
+            page_size: op.key.page_size(),
+            query_rows: queries * (op.heads / op.key.kv_heads()),
+            q: op.q.dtype(),
+            out: op.out.dtype(),
+            original: op.params.domain == Domain::Original,
+            aligned: at(16),
+            short,
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! Kernels before they are compiled: a text and the values of its macros, which are all that tells two of them apart.
+
+use super::nvrtc::Source;
+use crate::format::{DType, Packing, RowFormat, Scaling};
+use std::hash::{Hash, Hasher};
+
+/// A kernel's text. There is one of each.
+pub(super) struct KernelText {
+    /// Its function, and what errors call it.
+    pub name: &'static str,
+    pub text: &'static str,
+    pub options: &'static [&'static str],
+    /// Names of its macros, all of which are numbers. `SHARED_BYTES` is its dynamic shared memory.
+    pub macros: &'static [&'static str],
+    /// What holds its parameters to the host's layout: see `kernel_struct`.
+    pub asserts: fn() -> String,
+    /// The module's variable that holds its dynamic shared memory, where no macro does.
+    pub shared_memory_symbol: Option<&'static str>,
+}
+
+/// The most macros of a kernel.
+const MOST: usize = 24;
+
+/// A specialisation: what a kernel is looked up by.
+#[derive(Clone, Copy)]
+pub(super) struct KernelKey {
+    text: &'static KernelText,
+    values: [u32; MOST],
+}
+
+impl KernelText {
+    /// With these values, in the order of the macros.
+    pub fn with<const N: usize>(&'static self, values: [u32; N]) -> KernelKey {
+        debug_assert_eq!(N, self.macros.len(), "{}", self.name);
+        let mut all = [0; MOST];
+        all[..N].copy_from_slice(&values);
+        KernelKey { text: self, values: all }
+    }
+}
+
+impl PartialEq for KernelKey {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.text, other.text) && self.values == other.values
+    }
+}
+
+impl Eq for KernelKey {}
+
+impl Hash for KernelKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        std::ptr::from_ref(self.text).hash(state);
+        bytemuck::bytes_of(&self.values).hash(state);
+    }
+}
+
+impl KernelKey {
+    /// What the compiler gets: made when there is no such kernel yet.
+    pub fn source(&self) -> Source {
+        let KernelText { name, text, options, macros, asserts, shared_memory_symbol } = self.text;
+        let defines = macros.iter().zip(&self.values);
+        let shared_memory = defines.clone().find(|(name, _)| **name == "SHARED_BYTES").map_or(0, |(_, &bytes)| bytes);
+        let options = options.iter().map(|&o| o.to_owned());
+        Source {
+            name: (*name).to_owned(),
+            entry: (*name).to_owned(),
+            text: format!("{text}{}", asserts()),
+            options: options.chain(defines.map(|(name, value)| format!("-D{name}={value}"))).collect(),
+            shared_memory,
+            shared_memory_symbol: *shared_memory_symbol,
+        }
+    }
+}
+
+/// How kernels number float types.
+pub(super) fn type_number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F16 => 1,
+        DType::BF16 => 2,
+        _ => 0,
+    }
+}
+
+/// How kernels are told of a row: elements, bits, packing and scaling as codec/row.cuh counts them.
+pub(super) fn row_values(row: &RowFormat) -> [u32; 4] {
+    let packing = match row.packing() {
+        Packing::Dense => 0,
+        Packing::Byte => 1,
+        Packing::Float(dtype) if dtype.size() == 2 => 2,
+        Packing::Float(_) => 3,
+        Packing::Planes => 4,
+    };
+    let scaling = match row.scaling() {
+        Scaling::None => 0,
+        Scaling::Corrected => 1,
+        Scaling::Norm => 2,
+        Scaling::BlockRms => 3,
+    };
+    [row.row_dim() as u32, row.bits() as u32, packing, scaling]
+}
+
+/// Declares a struct that kernels get, with the name that it has there, and `asserts`: what fails to compile there unless every field
+/// lies where it lies here.
+macro_rules! kernel_struct {
+    ($(#[$meta:meta])* $visibility:vis struct $name:ident as $c:literal { $($field:ident: $type:ty),* $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+        #[repr(C)]
+        $visibility struct $name {
+            $(pub $field: $type),*
+        }
+
+        impl $name {
+            $visibility fn asserts() -> String {
+                let mut text = format!("\nstatic_assert(sizeof({}) == {}, \"as on the host\");", $c, size_of::<Self>());
+                $(
+                    let (field, offset) = (stringify!($field), std::mem::offset_of!($name, $field));
+                    text += &format!("\nstatic_assert(__builtin_offsetof({}, {field}) == {offset}, \"as on the host\");", $c);
+                )*
+                text + "\n"
+            }
+        }
+    };
+}
+pub(super) use kernel_struct;

@@ -1,0 +1,133 @@
+// What the warps of a block, and the parts of a split output, add up to; and the output.
+#pragma once
+#include "attention/softmax.cuh"
+
+// A block's sums in shared memory.
+struct BlockSums {
+    float* acc;               // [ROWS][ACC_ROW]
+    float *m, *l;             // [ROWS]
+    float *warp_m, *warp_l;   // [WARPS][ROWS]
+    float* scratch;           // [WARPS][512]
+    u32* last;
+};
+
+// The block's sum, four rows by 128 elements at a time. `meanwhile` is called once between two barriers.
+template <typename F> DEVICE void sum_warps(const BlockSums& b, const Softmax& mine, u32 rows, int warp, int g, int t, F&& meanwhile) {
+#pragma unroll
+    for (int quad = 0; quad < ROWS / 4; quad++) {
+        if (quad * 4 >= rows) break;
+#pragma unroll
+        for (int from = 0; from < FRAGMENTS; from += 8) {
+            constexpr int FULL = FRAGMENTS < 8 ? FRAGMENTS : 8;
+            if (NARROW || t >> 1 == (quad & 1))
+#pragma unroll
+                for (int i = 0; i < FULL; i++)
+                    if (from + i < FRAGMENTS)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const float* x = mine.o[quad >> 1][from + i] + 2 * e;
+                            float* const to = b.scratch + warp * 512 + ((i * 8 + g) * 2 + e) * 4 + (NARROW ? t : 2 * (t & 1));
+                            if (NARROW) *to = x[0];
+                            else *(float2*)to = make_float2(x[0], x[1]);
+                        }
+            __syncthreads();
+            if (quad + from == 0) meanwhile();
+            float top = -1e30f, factor[WARPS];
+            const int thread = threadIdx.x, row = quad * 4 + (thread & 3);
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) factor[k] = b.warp_m[k * ROWS + row], top = fmaxf(top, factor[k]);
+#pragma unroll
+            for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx(factor[k] - top);
+            if (from == 0 && thread < 4) {
+                float sum = 0.f;
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) sum += factor[k] * b.warp_l[k * ROWS + row];
+                b.m[row] = top, b.l[row] = sum;
+            }
+            for (int i = thread; i < FULL * 64; i += THREADS) {
+                const int fragment = from + i / 64;
+                if (fragment >= FRAGMENTS) break;
+                float sum = 0.f;
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) sum += factor[k] * b.scratch[k * 512 + i];
+                const int d = ValueCodec::element(fragment, i >> 3 & 7, i >> 2 & 1);
+                if (d >= 0) b.acc[row * Layout::ACC_ROW + d] = sum;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Leaves a part in the workspace; whether this block came last, and is to sum the parts.
+DEVICE bool leave_part(const Params& p, const Item& it, const BlockSums& b) {
+    const int thread = threadIdx.x;
+    for (int i = thread; i < it.rows * (V::D / 4); i += THREADS) {
+        const int r = i / (V::D / 4), d = i % (V::D / 4) * 4;
+        __stcg((float4*)(p.partial + ((u64)it.part * ROWS + r) * V::D + d), *(const float4*)(b.acc + r * Layout::ACC_ROW + d));
+    }
+    if (thread < it.rows) __stcg(p.partial_ml + (u64)it.part * ROWS + thread, make_float2(b.m[thread], b.l[thread]));
+    __syncthreads();
+    if (thread == 0) {
+        *b.last = atomic_add_acq_rel(p.counters + it.part_first, 1) == it.part_count - 1;
+        if (*b.last) p.counters[it.part_first] = 0;
+    }
+    __syncthreads();
+    return *b.last;
+}
+
+DEVICE void sum_parts(const Params& p, const Item& it, const BlockSums& b) {
+    constexpr int BATCH = 16;
+    for (int i = threadIdx.x; i < it.rows * (V::D / 2); i += THREADS) {
+        const int r = i / (V::D / 2), d = i % (V::D / 2) * 2;
+        float top = -1e30f, weight = 0.f, sum0 = 0.f, sum1 = 0.f;
+        for (u32 k = 0; k < it.part_count; k += BATCH) {
+            float2 ml[BATCH], x[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const u64 part = (u64)(it.part_first + min(k + j, it.part_count - 1)) * ROWS + r;
+                ml[j] = __ldcg(p.partial_ml + part);
+                x[j] = __ldcg((const float2*)(p.partial + part * V::D + d));
+                if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float2(0.f, 0.f);
+            }
+            float higher = top;
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) higher = fmaxf(higher, ml[j].x);
+            const float shrink = exp2_approx(top - higher);
+            top = higher, weight *= shrink, sum0 *= shrink, sum1 *= shrink;
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const float f = exp2_approx(ml[j].x - top);
+                weight += f * ml[j].y, sum0 += f * x[j].x, sum1 += f * x[j].y;
+            }
+        }
+        *(float2*)(b.acc + r * Layout::ACC_ROW + d) = make_float2(sum0, sum1);
+        if (d == 0) b.m[r] = top, b.l[r] = weight;
+    }
+    __syncthreads();
+}
+
+// Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
+DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, float m, float l, int lane) {
+    typedef WarpShape<V::D> S;
+    u64 to = query_row(p, it, row);
+    float scale = p.out_scale;
+    if (p.sink_logits) {
+        float sink = p.sink_logits[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
+        scale *= exp2_approx(m - top);
+        l = l * exp2_approx(m - top) + exp2_approx(sink - top);
+        m = top;
+    }
+    // No weight: nothing was seen. What is not a number stays so.
+    scale = l == 0.f ? 0.f : scale / l;
+    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (m + log2_approx(l)) * 0.6931471805599453f;
+    float x[S::N];
+#pragma unroll
+    for (int k = 0; k < S::N; k++) x[k] = acc[S::element(k, lane % S::GROUP)] * scale;
+    restore<S>(x, p.value.turn, lane % S::GROUP);
+    if (lane >= S::GROUP) return;
+#pragma unroll
+    for (int k = 0; k < S::N; k++) {
+        const int e = S::element(k, lane);
+        if (OUT_WIDTH == V::D || e < OUT_WIDTH) store_element<OUT_TYPE>(p.out, to * OUT_WIDTH + e, x[k]);
+    }
+}
