@@ -2,6 +2,7 @@
 //! never a dead lock.
 
 use crate::compute::Buffer;
+use crate::compute::driver::Storage;
 use crate::error::{Error, Result};
 use crate::problem::PagePool;
 use atomic_refcell::{AtomicRef, AtomicRefCell, AtomicRefMut};
@@ -15,7 +16,7 @@ pub(super) struct Line(pub [u8; 64]);
 /// Ends with a line of padding, so that kernels may read whole vectors up to 64 bytes past what they need.
 pub(crate) struct Memory(AtomicRefCell<Vec<Line>>);
 
-impl crate::compute::driver::Storage for Memory {}
+impl Storage for Memory {}
 
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
@@ -37,6 +38,12 @@ impl Memory {
     }
 }
 
+/// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.
+pub(super) fn memory_of(storage: &dyn Storage) -> Result<&Memory> {
+    let other = || Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cpu".into() };
+    storage.downcast().ok_or_else(other)
+}
+
 fn range(buffer: &Buffer) -> Range<usize> {
     buffer.offset()..buffer.offset() + buffer.bytes()
 }
@@ -51,7 +58,7 @@ impl View<'_> {
 }
 
 pub(super) fn view(buffer: &Buffer) -> Result<View<'_>> {
-    Ok(View(super::memory_of(buffer.storage())?.read()?, range(buffer)))
+    Ok(View(memory_of(buffer.storage())?.read()?, range(buffer)))
 }
 
 /// A buffer's bytes, held for writing.
@@ -64,23 +71,23 @@ impl ViewMut<'_> {
 }
 
 pub(super) fn view_mut(buffer: &Buffer) -> Result<ViewMut<'_>> {
-    Ok(ViewMut(super::memory_of(buffer.storage())?.write()?, range(buffer)))
+    Ok(ViewMut(memory_of(buffer.storage())?.write()?, range(buffer)))
 }
 
 /// Rows of a pool's codes or scales, for reading. Without scales every row is empty.
-pub(super) struct Rows<'a> {
+pub(super) struct RowView<'a> {
     view: Option<View<'a>>,
     row: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a> RowView<'a> {
     pub fn codes(pool: &'a PagePool) -> Result<Self> {
-        Ok(Rows { view: Some(view(pool.codes())?), row: pool.row().row_bytes() })
+        Ok(RowView { view: Some(view(pool.codes())?), row: pool.row().row_bytes() })
     }
 
     pub fn scales(pool: &'a PagePool) -> Result<Self> {
         let view = pool.scales().map(view).transpose()?;
-        Ok(Rows { view, row: pool.row().scales_per_row() * pool.row().scale_dtype().size() })
+        Ok(RowView { view, row: pool.row().scales_per_row() * pool.row().scale_dtype().size() })
     }
 
     /// `count` rows from `index` on.
@@ -102,7 +109,7 @@ impl<'a> Rows<'a> {
 }
 
 /// Rows of a pool's codes or scales, for writing from several threads.
-pub(super) struct RowsMut<'a> {
+pub(super) struct RowViewMut<'a> {
     bytes: *mut u8,
     len: usize,
     row: usize,
@@ -111,9 +118,9 @@ pub(super) struct RowsMut<'a> {
 }
 
 // SAFETY: the pointer is used only through `row_mut`, whose callers keep threads on different rows.
-unsafe impl Sync for RowsMut<'_> {}
+unsafe impl Sync for RowViewMut<'_> {}
 
-impl<'a> RowsMut<'a> {
+impl<'a> RowViewMut<'a> {
     pub fn codes(pool: &'a PagePool) -> Result<Self> {
         Ok(Self::new(Some(view_mut(pool.codes())?), pool.row().row_bytes()))
     }
@@ -134,7 +141,7 @@ impl<'a> RowsMut<'a> {
             None => (std::ptr::NonNull::dangling().as_ptr(), 0),
         };
         let row = if view.is_some() { row } else { 0 };
-        RowsMut { bytes, len, row, _hold: view }
+        RowViewMut { bytes, len, row, _hold: view }
     }
 
     /// # Safety

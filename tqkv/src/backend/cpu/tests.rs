@@ -1,19 +1,16 @@
 //! Every instruction set that this machine has, against the oracle and the definition of each bit.
 
-use super::simd::{self, Kernels};
-use super::{Cpu, rows::RowCoder};
+use super::Cpu;
+use super::codec::RowCoder;
+use super::isa::Isa;
 use crate::compute::{Buffer, DType, Device};
 use crate::format::exact::Coder;
 use crate::format::{Codec, RowFormat};
 use crate::ops::*;
 use crate::reference;
 
-fn available() -> impl Iterator<Item = &'static Kernels> {
-    simd::ALL.iter().copied().filter(|k| (k.is_available)())
-}
-
-fn device(kernels: &'static Kernels, threads: usize) -> Device {
-    Device::from_driver(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
+fn device(isa: Isa, threads: usize) -> Device {
+    Device::from_driver(Box::new(Cpu::with_isa(isa, threads).unwrap()))
 }
 
 /// Numbers near N(0, 1): sums of uniform ones.
@@ -60,10 +57,10 @@ fn rotation_is_the_same_to_the_bit() {
                 Direction::Forward => definition.rotate(v),
                 Direction::Inverse => definition.restore(v),
             });
-            for kernels in available() {
+            for isa in Isa::available() {
                 let mut got = x.clone();
-                RowCoder::new(&row, kernels).rotate(direction, &mut got);
-                assert_eq!(bits(&got), bits(&want), "{} {direction:?} {row:?}", kernels.name);
+                RowCoder::new(&row, isa).rotate(direction, &mut got);
+                assert_eq!(bits(&got), bits(&want), "{} {direction:?} {row:?}", isa.name());
             }
             for (x, got) in x.chunks(d).zip(want.chunks(d)) {
                 let want = match direction {
@@ -87,8 +84,8 @@ fn decoding_is_the_definition_to_the_bit() {
             codes.iter_mut().for_each(|b| *b &= 0x3f);
         }
         let factors: Vec<f32> = random(n * row.scales_per_row(), 9);
-        for kernels in available() {
-            let coder = RowCoder::new(&row, kernels);
+        for isa in Isa::available() {
+            let coder = RowCoder::new(&row, isa);
             let mut padded = codes.clone();
             padded.resize(codes.len() + 64, 0xa5);
             for scaled in [false, true] {
@@ -106,7 +103,7 @@ fn decoding_is_the_definition_to_the_bit() {
                         factors.map_or(level, |f| level * f[i / (d / row.scales_per_row())])
                     })
                     .collect();
-                assert_eq!(bits(&out), bits(&want), "{} {row:?}", kernels.name);
+                assert_eq!(bits(&out), bits(&want), "{} {row:?}", isa.name());
             }
         }
     }
@@ -131,9 +128,9 @@ fn encoding_is_the_definition_to_the_bit() {
         };
         for (i, x) in inputs.iter().enumerate() {
             let want = encode(&|v, c, s| Coder::new(&row).encode(v, c, s), x);
-            for kernels in available() {
-                let got = encode(&|v, c, s| RowCoder::new(&row, kernels).encode(v, c, s), x);
-                assert_eq!(got, want, "{} {row:?} input {i}", kernels.name);
+            for isa in Isa::available() {
+                let got = encode(&|v, c, s| RowCoder::new(&row, isa).encode(v, c, s), x);
+                assert_eq!(got, want, "{} {row:?} input {i}", isa.name());
             }
         }
     }
@@ -152,10 +149,10 @@ fn gains_may_overflow() {
         for v in [x, random(d, 1).iter().map(|x| x * 1e-3).collect()] {
             let (mut want, mut scales) = (vec![0; row.row_bytes()], [0; 8]);
             Coder::new(&row).encode(&mut v.clone(), &mut want, &mut scales);
-            for kernels in available() {
+            for isa in Isa::available() {
                 let (mut got, mut got_scales) = (vec![0; row.row_bytes()], [0; 8]);
-                RowCoder::new(&row, kernels).encode(&mut v.clone(), &mut got, &mut got_scales);
-                assert_eq!((got, got_scales), (want.clone(), scales), "{} {bits}", kernels.name);
+                RowCoder::new(&row, isa).encode(&mut v.clone(), &mut got, &mut got_scales);
+                assert_eq!((got, got_scales), (want.clone(), scales), "{} {bits}", isa.name());
             }
         }
     }
@@ -163,8 +160,8 @@ fn gains_may_overflow() {
 
 #[test]
 fn large_outputs_are_the_same() {
-    for kernels in available() {
-        let device = device(kernels, 2);
+    for isa in Isa::available() {
+        let device = device(isa, 2);
         let row = RowFormat::new(Codec::tq(5), 128).unwrap();
         let (kv, n) = (2, 8192 + 3);
         let pool = PagePool::new(&device, row, kv, n, 1).unwrap();
@@ -288,15 +285,15 @@ fn attention_agrees_with_the_oracle() {
     for (key, value) in pairs {
         for d in [16, 64, 80, 128, 512] {
             let (Ok(key), Ok(value)) = (RowFormat::new(key, d), RowFormat::new(value, d)) else { continue };
-            for kernels in available() {
-                let device = device(kernels, 1);
+            for isa in Isa::available() {
+                let device = device(isa, 1);
                 for (group, new, window, causal) in
                     [(1, 1, None, true), (4, 3, Some(40), true), (3, 2, None, false), (6, 21, None, true)]
                 {
                     let shape = Shape { kv_heads: 2, group, first: 0, len: 150, new, capacity: 160, page_size: 16 };
                     let case = Case::new(&device, key, value, shape);
                     let params = AttentionParams { window, causal, ..AttentionParams::for_head_dim(d) };
-                    case.check(&device, &params, None, &format!("{} {key:?} {value:?} group {group}", kernels.name));
+                    case.check(&device, &params, None, &format!("{} {key:?} {value:?} group {group}", isa.name()));
                 }
             }
         }
@@ -305,8 +302,8 @@ fn attention_agrees_with_the_oracle() {
 
 #[test]
 fn rings_sinks_softcaps_and_large_scores() {
-    for kernels in available() {
-        let device = device(kernels, 1);
+    for isa in Isa::available() {
+        let device = device(isa, 1);
         let row = RowFormat::new(Codec::tq(4), 128).unwrap();
         let shape = Shape { kv_heads: 2, group: 4, first: 37, len: 101, new: 2, capacity: 64, page_size: 16 };
         let case = Case::new(&device, row, row, shape);
@@ -324,11 +321,11 @@ fn rings_sinks_softcaps_and_large_scores() {
 
 #[test]
 fn results_do_not_depend_on_threads() {
-    let kernels = available().next().unwrap();
+    let isa = Isa::available()[0];
     let row = RowFormat::new(Codec::tq(4), 64).unwrap();
     for new in [1, 40] {
         let results = [1, 2, 3, 7].map(|threads| {
-            let device = device(kernels, threads);
+            let device = device(isa, threads);
             let shape = Shape { kv_heads: 2, group: 4, first: 0, len: 3000, new, capacity: 3008, page_size: 64 };
             let (out, lse) = Case::new(&device, row, row, shape).run(&device, &AttentionParams::for_head_dim(64));
             (bits(&out), bits(&lse))
@@ -340,8 +337,8 @@ fn results_do_not_depend_on_threads() {
 /// A NaN is heard by the queries that see it, and by no other.
 #[test]
 fn nan_is_loud_where_it_is_seen() {
-    for kernels in available() {
-        let device = device(kernels, 2);
+    for isa in Isa::available() {
+        let device = device(isa, 2);
         for (codec, side) in [(Codec::tq(4), 0), (Codec::tq(4), 1), (Codec::F16, 0), (Codec::F16, 1)] {
             let row = RowFormat::new(codec, 64).unwrap();
             let (n, bad) = (24, 10);
@@ -363,7 +360,7 @@ fn nan_is_loud_where_it_is_seen() {
             run(&device, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out, Some(&lse)));
             for (p, out) in out.read::<f32>().unwrap().chunks(128).enumerate() {
                 let seen = (bad..bad + 8).contains(&p);
-                assert_eq!(out.iter().any(|x| x.is_nan()), seen, "{} {codec} side {side} position {p}", kernels.name);
+                assert_eq!(out.iter().any(|x| x.is_nan()), seen, "{} {codec} side {side} position {p}", isa.name());
             }
             for (i, lse) in lse.read::<f32>().unwrap().iter().enumerate() {
                 assert_eq!(lse.is_nan(), side == 0 && (bad..bad + 8).contains(&(i / 2)), "{codec} lse {i}");
@@ -374,7 +371,7 @@ fn nan_is_loud_where_it_is_seen() {
 
 #[test]
 fn merging_keeps_nan() {
-    let device = device(available().next().unwrap(), 1);
+    let device = device(Isa::available()[0], 1);
     let part = |x: f32, lse: [f32; 2]| -> (Buffer, Buffer) {
         (device.upload(&[x; 32], &[2, 1, 16]).unwrap(), device.upload(&lse, &[2, 1]).unwrap())
     };
@@ -387,10 +384,11 @@ fn merging_keeps_nan() {
 }
 
 #[test]
-fn only_available_kernels_are_given() {
-    assert!(matches!(simd::named("sse9"), Err(crate::Error::DeviceUnavailable { .. })));
-    assert_eq!(simd::named("portable").unwrap().name, "portable");
-    for kernels in simd::ALL {
-        assert_eq!(simd::named(kernels.name).is_ok(), (kernels.is_available)());
+fn only_available_instructions_are_given() {
+    assert!(matches!(Isa::named("sse9"), Err(crate::Error::DeviceUnavailable { .. })));
+    assert_eq!(Isa::named("portable").unwrap().name(), "portable");
+    let available: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
+    for name in ["avx512", "avx2", "neon", "portable"] {
+        assert_eq!(Isa::named(name).is_ok(), available.contains(&name), "{name}");
     }
 }

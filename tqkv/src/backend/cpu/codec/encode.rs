@@ -1,0 +1,119 @@
+//! Vectors into codes and scales: to the last bit what `format::exact` says.
+
+use super::tables::RowTables;
+use super::{bytes, choose, rotate};
+use crate::backend::cpu::isa::Simd;
+use crate::format::{MAX_HEAD_DIM, Scaling, ZERO_NORM};
+use crate::problem::Direction;
+use half::f16;
+use std::mem::MaybeUninit;
+
+/// Elements that one scale of the seed codec covers at head_dim 512.
+const RMS_BLOCK: usize = 256;
+
+/// Stores the vector `v` of D elements, which is overwritten, as `codes` and `scales`.
+#[inline(always)]
+pub(super) fn encode<S: Simd>(isa: S, tables: &RowTables, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+    let (d, block, row) = (tables.d, tables.block, &tables.row);
+    let root = (d as f32).sqrt();
+    // Decoding may read 64 bytes past.
+    let mut code = [0u8; MAX_HEAD_DIM + 64];
+    rotate::rotate(isa, tables, Direction::Forward, v);
+    match row.scaling() {
+        Scaling::Norm => {
+            let norm = sum_of_squares(isa, v, block).sqrt();
+            assign(isa, tables, v, root, norm, &mut code);
+            scales.copy_from_slice(&(if norm.is_finite() { norm } else { f32::NAN }).to_le_bytes());
+        }
+        Scaling::BlockRms => {
+            for ((v, code), scale) in v.chunks(RMS_BLOCK).zip(code.chunks_mut(RMS_BLOCK)).zip(scales.chunks_mut(4)) {
+                let rms = (sum_of_squares(isa, v, RMS_BLOCK) / RMS_BLOCK as f32).sqrt();
+                assign(isa, tables, v, row.scale_factor_d512(), rms, code);
+                scale.copy_from_slice(&(if rms.is_finite() { rms } else { f32::NAN }).to_le_bytes());
+            }
+        }
+        Scaling::Corrected => {
+            let norm = sum_of_squares(isa, v, block).sqrt();
+            assign(isa, tables, v, root, norm, &mut code);
+            // SAFETY: D codes and 64 bytes more.
+            unsafe { bytes::decode(isa, tables, code.as_ptr(), None, v) };
+            let scale = norm / sum_of_squares(isa, v, block).sqrt();
+            let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
+            scales.copy_from_slice(&scale.to_le_bytes());
+        }
+        Scaling::None => unreachable!("dense floats have no codes"),
+    }
+    choose::pack(row, &code[..d], codes);
+}
+
+/// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.
+#[inline(always)]
+fn assign<S: Simd>(isa: S, tables: &RowTables, v: &[f32], unit: f32, norm: f32, codes: &mut [u8]) {
+    let Some(book) = tables.row.codebook() else { unreachable!("codes have a codebook") };
+    if !norm.is_finite() || norm <= ZERO_NORM {
+        return codes[..v.len()].fill(if norm.is_finite() { book.zero_code() as u8 } else { 0 });
+    }
+    let (bits, bounds, cells) = (tables.row.bits(), tables.bounds().as_ptr(), tables.cells());
+    assert!(codes.len() >= v.len() && book.boundaries.len() + 1 == 1 << bits && v.len().is_multiple_of(16));
+    let gain = isa.splat(1.0 / norm * unit);
+    let (limit, per_unit, first) = (isa.splat(cells.limit), isa.splat(cells.per_unit), isa.splat(cells.first));
+    for i in (0..v.len()).step_by(S::LANES) {
+        // SAFETY: whole vectors, by the assertion.
+        let x = isa.mul(unsafe { isa.load(v.as_ptr().add(i)) }, gain);
+        // The number of boundaries below.
+        let mut n = isa.integers(0);
+        if bits <= 4 {
+            // By bisection: boundaries are in registers.
+            let mut step = 1 << (bits - 1);
+            while step > 0 {
+                // SAFETY: n is at most 15, and 16 more boundaries follow any of the first 15.
+                n = isa.count(x, unsafe { isa.gather16(bounds.add(step - 1), n) }, n, step as i32);
+                step /= 2;
+            }
+        } else {
+            // Those below the cell, and one more if the cell's own is.
+            let cell = isa.integer(isa.fma(isa.clamp(x, limit), per_unit, first));
+            // SAFETY: within its limits an element is in a cell that the table has.
+            let [bound, below] = unsafe { isa.pairs(cells.entries.as_ptr(), cell) };
+            n = isa.count(x, bound, isa.bits(below), 1);
+        }
+        // SAFETY: there are as many codes as elements, by the assertion.
+        unsafe { isa.store_bytes(codes.as_mut_ptr().add(i), n) };
+    }
+}
+
+/// Σ v², summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
+/// folded onto each other.
+#[inline(always)]
+fn sum_of_squares<S: Simd>(isa: S, v: &[f32], block: usize) -> f32 {
+    let mut sums = [MaybeUninit::<f32>::uninit(); MAX_HEAD_DIM];
+    let sums = sums.as_mut_ptr().cast::<f32>();
+    assert!(block <= MAX_HEAD_DIM && v.len().is_multiple_of(block) && block.is_multiple_of(16));
+    // SAFETY: whole vectors within v, and within sums up to a block, which the first loop fills.
+    unsafe {
+        for j in (0..block).step_by(S::LANES) {
+            let x = isa.load(v.as_ptr().add(j));
+            let mut sum = isa.mul(x, x);
+            for i in (block + j..v.len()).step_by(block) {
+                let x = isa.load(v.as_ptr().add(i));
+                sum = isa.add(sum, isa.mul(x, x));
+            }
+            isa.store(sums.add(j), sum);
+        }
+        let mut half = block / 2;
+        while half >= S::LANES {
+            for j in (0..half).step_by(S::LANES) {
+                let to = sums.add(j);
+                isa.store(to, isa.add(isa.load(to), isa.load(to.add(half))));
+            }
+            half /= 2;
+        }
+        while half > 0 {
+            for j in 0..half {
+                *sums.add(j) += *sums.add(j + half);
+            }
+            half /= 2;
+        }
+        *sums
+    }
+}

@@ -1,0 +1,121 @@
+//! Codes of 3 bits in three planes: of eight, six are nibbles of three bytes, and the other two these nibbles' top bits.
+
+use super::tables::RowTables;
+use crate::backend::cpu::isa::Simd;
+
+/// The nibbles of `LANES` runs of eight codes, from their bytes in the three planes. Their top bits may be anything.
+///
+/// # Safety
+/// The planes must be readable for `LANES` bytes.
+#[inline(always)]
+unsafe fn nibbles<S: Simd>(isa: S, planes: [*const u8; 3]) -> S::I {
+    // SAFETY: the caller's promise.
+    let (a, b, c) = unsafe { (isa.load_bytes(planes[0]), isa.load_bytes(planes[1]), isa.load_bytes(planes[2])) };
+    let rest = isa.or(
+        isa.and(isa.right(a, 3), isa.integers(0x11)),
+        isa.or(isa.and(isa.right(b, 2), isa.integers(0x22)), isa.and(isa.right(c, 1), isa.integers(0x44))),
+    );
+    isa.or(isa.or(a, isa.left(b, 8)), isa.or(isa.left(c, 16), isa.left(rest, 24)))
+}
+
+/// Rewrites a row of `d` codes, a multiple of `8 · LANES`, as d / 2 bytes of nibbles.
+///
+/// # Safety
+/// `row` must be a row, and `to` writable for d / 2 bytes.
+#[inline(always)]
+pub(super) unsafe fn prepare<S: Simd>(isa: S, row: *const u8, d: usize, to: *mut u8) {
+    for k in (0..d / 8).step_by(S::LANES) {
+        // SAFETY: the caller's promise; whole vectors within each plane.
+        unsafe {
+            let x = nibbles(isa, [row.add(k), row.add(d / 8 + k), row.add(2 * (d / 8) + k)]);
+            isa.store_integers(to.add(4 * k), x);
+        }
+    }
+}
+
+/// The levels of `LANES` runs, in order.
+///
+/// # Safety
+/// The planes must be readable for 64 bytes.
+#[inline(always)]
+unsafe fn runs<S: Simd>(isa: S, planes: [*const u8; 3], low: S::F, levels: &S::Levels<'_>) -> [S::F; 8] {
+    // SAFETY: the caller's promise.
+    let nibbles = unsafe { nibbles(isa, planes) };
+    let mut out = [isa.splat(0.0); 8];
+    if S::LOOK_UP >= 3 {
+        // SAFETY: sixteen integers are enough for every instruction set.
+        let (shifts, of) =
+            unsafe { (isa.load_integers(SHIFTS.as_ptr().cast()), isa.load_integers(OF.as_ptr().cast())) };
+        // So many runs a vector.
+        let mut j = 0;
+        while j < 8 {
+            let of = isa.plus(of, (j * S::LANES / 8) as i32);
+            out[j] = isa.look_up(low, isa.pick_right(nibbles, of, shifts));
+            j += 1;
+        }
+    } else {
+        // Half of it is the 64 bytes that may be read.
+        let mut codes = [0u8; 128];
+        // SAFETY: 4 · LANES bytes are written, and 64 more can be read.
+        unsafe {
+            isa.store_integers(codes.as_mut_ptr(), nibbles);
+            out[..4].copy_from_slice(&isa.decode4::<4, false>(codes.as_ptr(), levels));
+            out[4..].copy_from_slice(&isa.decode4::<4, false>(codes.as_ptr().add(2 * S::LANES), levels));
+        }
+    }
+    out
+}
+
+/// Where the eight nibbles of a run start, and the run of each lane.
+const SHIFTS: [u32; 16] = [0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28];
+const OF: [u32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1];
+
+/// Decodes consecutive rows.
+///
+/// # Safety
+/// `codes` must be readable for 64 bytes past the rows that `out` holds.
+#[inline(always)]
+pub(super) unsafe fn decode<S: Simd>(
+    isa: S,
+    tables: &RowTables,
+    codes: *const u8,
+    factors: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    let (d, plane) = (tables.d, tables.d / 8);
+    let levels = isa.levels::<3>(tables.levels());
+    // SAFETY: the table is longer than any vector.
+    let low = unsafe { isa.load(tables.levels().levels.as_ptr()) };
+    for (i, out) in out.chunks_exact_mut(d).enumerate() {
+        let factor = isa.splat(factors.map_or(1.0, |factors| factors[i]));
+        for first in (0..plane).step_by(S::LANES) {
+            // SAFETY: the caller's promise about codes; whole vectors within a row.
+            unsafe {
+                let at = codes.add(3 * i * plane + first);
+                let x = runs(isa, [at, at.add(plane), at.add(2 * plane)], low, &levels);
+                // A count that is known keeps `x` in registers.
+                for j in 0..8 {
+                    if 8 * first + j * S::LANES < d {
+                        let x = if factors.is_some() { isa.mul(x[j], factor) } else { x[j] };
+                        isa.store(out.as_mut_ptr().add(8 * first + j * S::LANES), x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn pack(codes: &[u8], row: &mut [u8]) {
+    let (first, rest) = row.split_at_mut(codes.len() / 8);
+    let (second, third) = rest.split_at_mut(codes.len() / 8);
+    for (i, eight) in codes.as_chunks::<8>().0.iter().enumerate() {
+        let x = u64::from_le_bytes(*eight);
+        // Neighbours as nibbles of one byte, in every other byte.
+        let pairs = x | x >> 4;
+        let last = pairs >> 48;
+        first[i] = (pairs | (last & 0x11) << 3) as u8;
+        second[i] = (pairs >> 16 | (last >> 1 & 0x11) << 3) as u8;
+        third[i] = (pairs >> 32 | (last >> 2 & 0x11) << 3) as u8;
+    }
+}

@@ -1,0 +1,134 @@
+//! The device: memory, and operations that run at submission, in order, each spread over threads.
+
+use super::isa::Isa;
+use super::memory::{Memory, memory_of};
+use super::{attention, ops};
+use crate::compute::driver::{Completion, Driver, Recorder, Storage};
+use crate::compute::{DeviceInfo, DeviceKind, KernelSource};
+use crate::error::{Error, Result};
+use crate::problem::op::{Custom, Op};
+use std::any::Any;
+use std::sync::Arc;
+
+pub(crate) struct Cpu {
+    /// Threads of its own; rayon's global ones if `None`.
+    threads: Option<Arc<rayon::ThreadPool>>,
+    /// Or why none can be used: then every allocation and every recording fails.
+    isa: Result<Isa>,
+}
+
+impl Cpu {
+    pub fn new() -> Self {
+        Cpu { threads: None, isa: Isa::choose() }
+    }
+
+    pub fn with_threads(threads: usize) -> Result<Self> {
+        Cpu::with_isa(Isa::choose()?, threads)
+    }
+
+    pub(super) fn with_isa(isa: Isa, threads: usize) -> Result<Self> {
+        if threads == 0 {
+            return Err(Error::Zero { what: "threads" });
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .map_err(|e| Error::DeviceUnavailable { device: "cpu".to_owned(), reason: e.to_string() })?;
+        Ok(Cpu { threads: Some(Arc::new(pool)), isa: Ok(isa) })
+    }
+}
+
+impl Driver for Cpu {
+    fn info(&self) -> DeviceInfo {
+        let threads = self.threads.as_ref().map_or_else(rayon::current_num_threads, |t| t.current_num_threads());
+        DeviceInfo {
+            kind: DeviceKind::Cpu,
+            id: "cpu".to_owned(),
+            name: format!("{} processor", std::env::consts::ARCH),
+            details: vec![
+                ("threads", threads.to_string()),
+                ("kernels", self.isa.as_ref().map_or_else(ToString::to_string, |isa| isa.name().to_owned())),
+            ],
+        }
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
+        self.isa.clone()?;
+        Ok(Box::new(Memory::zeroed(bytes)?))
+    }
+
+    fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()> {
+        let bytes = memory_of(storage)?.read()?;
+        out.copy_from_slice(&bytes[offset..offset + out.len()]);
+        Ok(())
+    }
+
+    fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()> {
+        let mut bytes = memory_of(storage)?.write()?;
+        bytes[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn recorder(&self) -> Result<Box<dyn Recorder>> {
+        Ok(Box::new(CpuRecorder { threads: self.threads.clone(), isa: self.isa.clone()?, ops: Vec::new() }))
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        0
+    }
+}
+
+struct CpuRecorder {
+    threads: Option<Arc<rayon::ThreadPool>>,
+    isa: Isa,
+    ops: Vec<Op>,
+}
+
+impl CpuRecorder {
+    fn take(&mut self, op: Op) -> Result<()> {
+        if let Op::Custom(Custom { name, source, .. }) = &op
+            && !matches!(source, KernelSource::Cpu(_))
+        {
+            let what = format!("run kernel {name}, whose source is for another kind of device");
+            return Err(Error::Unsupported { device: "cpu".to_owned(), what });
+        }
+        self.ops.push(op);
+        Ok(())
+    }
+}
+
+impl Recorder for CpuRecorder {
+    fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
+        self.take(Op::from_any(op))
+    }
+
+    fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
+        let ops = &self.ops;
+        let run = || ops.iter().try_for_each(|op| run(op, self.isa));
+        match &self.threads {
+            Some(threads) => threads.install(run)?,
+            None => run()?,
+        }
+        Ok(Box::new(Done))
+    }
+}
+
+struct Done;
+
+impl Completion for Done {
+    fn wait(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn run(op: &Op, isa: Isa) -> Result<()> {
+    match op {
+        Op::Rotate(op) => ops::rotate(op, isa),
+        Op::Quantize(op) => ops::quantize(op, isa),
+        Op::Dequantize(op) => ops::dequantize(op, isa),
+        Op::Attention(op) => attention::attention(op, isa),
+        Op::Merge(op) => attention::merge(op),
+        Op::Copy(op) => ops::copy(op),
+        Op::Custom(op) => ops::custom(op),
+    }
+}

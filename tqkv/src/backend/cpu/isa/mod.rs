@@ -1,0 +1,16 @@
+//! Instruction sets.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod choice;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+mod table;
+mod token;
+
+pub(super) use choice::Isa;
+pub(super) use table::LevelTable;
+pub(super) use token::{Job, Simd};

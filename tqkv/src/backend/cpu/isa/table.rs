@@ -1,0 +1,23 @@
+//! A codebook as instruction sets look it up.
+
+use crate::format::Codebook;
+
+/// Levels, and their bytes.
+#[repr(C, align(64))]
+pub(in crate::backend::cpu) struct LevelTable {
+    /// With fewer than 8 bits they repeat, so that bits above the code do not matter.
+    pub levels: [f32; 256],
+    /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one. With fewer bits level i is
+    /// at \[b\]\[i\].
+    pub planes: [[u8; 128]; 4],
+}
+
+impl LevelTable {
+    /// Zeros without a codebook.
+    pub fn new(book: Option<&Codebook>) -> Self {
+        let levels = book.map_or(&[0.0][..], |book| &book.levels);
+        let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
+        let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
+        LevelTable { levels, planes }
+    }
+}

@@ -1,0 +1,168 @@
+//! Operations on rows and bytes, each spread over threads. Attention has a folder.
+
+use super::codec::RowCoder;
+use super::isa::Isa;
+use super::memory::memory_of;
+use super::{float, memory};
+use crate::compute::{DType, KernelSource};
+use crate::error::Result;
+use crate::problem::op::{Copy, Custom, Dequantize, Quantize, Rotate};
+use crate::problem::{Direction, Domain, RowOrder};
+use rayon::prelude::*;
+
+/// Rows that one task encodes, decodes or rotates.
+const ROWS_PER_TASK: usize = 32;
+/// Decoded output from this size on is written past the caches, which it would not fit anyway.
+const STREAM_BYTES: usize = 8 << 20;
+
+pub(super) fn rotate(op: &Rotate, isa: Isa) -> Result<()> {
+    let coder = RowCoder::new(&op.row, isa);
+    let (head_dim, d) = (op.row.head_dim(), op.row.row_dim());
+    // What is not rotated yet, or no longer, has head_dim elements.
+    let (x_dim, out_dim) = if op.direction == Direction::Forward { (head_dim, d) } else { (d, head_dim) };
+    let in_place = op.x.shares_memory(&op.out);
+    let x = if in_place { None } else { Some(memory::view(&op.x)?) };
+    let mut out = memory::view_mut(&op.out)?;
+    let (from, to) = (op.x.dtype(), op.out.dtype());
+    let (x_row, out_row) = (x_dim * from.size(), out_dim * to.size());
+    let tasks = out.bytes().par_chunks_mut(ROWS_PER_TASK * out_row).enumerate();
+    tasks.for_each_init(Vec::new, |scratch, (task, rows)| {
+        let n = rows.len() / out_row;
+        let x = x.as_ref().map(|x| &x.bytes()[task * ROWS_PER_TASK * x_row..][..n * x_row]);
+        if to == DType::F32 && head_dim == d {
+            let v = bytemuck::cast_slice_mut(rows);
+            if let Some(x) = x {
+                float::load(from, x, v);
+            }
+            coder.rotate(op.direction, v);
+        } else {
+            scratch.resize(n * d, 0f32);
+            load_rows(from, x.unwrap_or(rows), x_dim, scratch, d);
+            coder.rotate(op.direction, scratch);
+            store_rows(to, scratch, d, rows, out_dim);
+        }
+    });
+    Ok(())
+}
+
+/// Rows of `x_dim` elements into rows of `d`, which end with zeros.
+fn load_rows(dtype: DType, x: &[u8], x_dim: usize, rows: &mut [f32], d: usize) {
+    for (x, row) in x.chunks_exact(x_dim * dtype.size()).zip(rows.chunks_exact_mut(d)) {
+        let (given, rest) = row.split_at_mut(x_dim);
+        float::load(dtype, x, given);
+        rest.fill(0.0);
+    }
+}
+
+/// The first `out_dim` elements of rows of `d`.
+fn store_rows(dtype: DType, rows: &[f32], d: usize, out: &mut [u8], out_dim: usize) {
+    for (row, out) in rows.chunks_exact(d).zip(out.chunks_exact_mut(out_dim * dtype.size())) {
+        float::store(dtype, &row[..out_dim], out);
+    }
+}
+
+pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
+    for (x, pool) in &op.parts {
+        let coder = RowCoder::new(pool.row(), isa);
+        let input = memory::view(x)?;
+        let codes = memory::RowViewMut::codes(pool)?;
+        let scales = memory::RowViewMut::scales(pool)?;
+        let (head_dim, d) = (pool.row().head_dim(), pool.row().row_dim());
+        let (kv_heads, dtype) = (pool.kv_heads(), x.dtype());
+        let x_bytes = head_dim * dtype.size();
+        let spans = op.batch.spans();
+        let tokens = (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
+        tokens.for_each_init(
+            || vec![0f32; d],
+            |v, token| {
+                // The span that holds the token: the last that starts at or before it and has new tokens.
+                let s = spans.partition_point(|s| (s.start + s.new) as usize <= token);
+                let span = &spans[s];
+                let position = (span.len - span.new) as usize + token - span.start as usize;
+                let (page, slot) = op.batch.locate(s, position);
+                for head in 0..kv_heads {
+                    let index = (page * kv_heads + head) * pool.page_size() + slot;
+                    let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
+                    load_rows(dtype, x, head_dim, v, d);
+                    // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
+                    // one task only.
+                    let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
+                    coder.encode(v, codes, scales);
+                }
+            },
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
+    let coder = RowCoder::new(op.pool.row(), isa);
+    let codes = memory::RowView::codes(&op.pool)?;
+    let scales = memory::RowView::scales(&op.pool)?;
+    let mut out = memory::view_mut(&op.out)?;
+    let (kv_heads, n, to) = (op.pool.kv_heads(), op.positions.len(), op.out.dtype());
+    let (d, per_row) = (op.pool.row().row_dim(), op.pool.row().scales_per_row());
+    let out_dim = if op.domain == Domain::Original { op.pool.row().head_dim() } else { d };
+    let large = op.out.bytes() >= STREAM_BYTES;
+    let row_at = |r: usize| {
+        let (head, i) = match op.order {
+            RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
+            RowOrder::HeadMajor => (r / n, r % n),
+        };
+        let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
+        (page * kv_heads + head) * op.pool.page_size() + slot
+    };
+    // Rows from `start` on, in f32.
+    let fill = |start: usize, v: &mut [f32], factors: &mut [f32]| {
+        let (count, mut i) = (v.len() / d, 0);
+        while i < count {
+            // As many rows as lie one after the other.
+            let first = row_at(start + i);
+            let run = (1..count - i).take_while(|&j| row_at(start + i + j) == first + j).count() + 1;
+            let factors = (per_row > 0).then(|| {
+                coder.factors(scales.rows(first, run), &mut factors[..run * per_row]);
+                &factors[..run * per_row]
+            });
+            // SAFETY: `padded` gives a pointer that is readable for 64 bytes past the rows.
+            unsafe { coder.decode(codes.padded(first, run), factors, &mut v[i * d..][..run * d]) };
+            i += run;
+        }
+        if op.domain == Domain::Original {
+            coder.rotate(Direction::Inverse, v);
+        }
+    };
+    let scratch = || (vec![0f32; ROWS_PER_TASK * d], vec![0f32; ROWS_PER_TASK * per_row]);
+    let tasks = out.bytes().par_chunks_mut(out_dim * to.size() * ROWS_PER_TASK).enumerate();
+    tasks.for_each_init(scratch, |(v, factors), (task, rows)| {
+        let start = task * ROWS_PER_TASK;
+        let whole = to == DType::F32 && out_dim == d;
+        if whole && !large {
+            return fill(start, bytemuck::cast_slice_mut(rows), factors);
+        }
+        let v = &mut v[..rows.len() / (out_dim * to.size()) * d];
+        fill(start, v, factors);
+        match whole {
+            true => coder.stream(v, bytemuck::cast_slice_mut(rows)),
+            false => store_rows(to, v, d, rows, out_dim),
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn copy(op: &Copy) -> Result<()> {
+    let (from, to) = (op.from.offset(), op.to.offset());
+    if op.from.shares_memory(&op.to) {
+        memory_of(op.to.storage())?.write()?.copy_within(from..from + op.from.bytes(), to);
+    } else {
+        memory::view_mut(&op.to)?.bytes().copy_from_slice(memory::view(&op.from)?.bytes());
+    }
+    Ok(())
+}
+
+pub(super) fn custom(op: &Custom) -> Result<()> {
+    let KernelSource::Cpu(kernel) = &op.source else { unreachable!("checked when it was recorded") };
+    let mut views = op.bindings.iter().map(memory::view_mut).collect::<Result<Vec<_>>>()?;
+    let mut bindings: Vec<&mut [u8]> = views.iter_mut().map(|v| v.bytes()).collect();
+    kernel(&mut bindings, &op.constants);
+    Ok(())
+}
