@@ -39,5 +39,5 @@ pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};
 pub use generate::{GenerateOptions, Generated, StopReason, generate};
 pub use model::Llama;
-pub use tokenizer::{Decoder, Encoded, Tokenizer, Vocabulary};
+pub use tokenizer::{Decoder, Encoded, GgufTokenizer, Tokenizer, Vocabulary};
 pub use weights::Weights;

@@ -188,7 +188,8 @@ proptest! {
             prop_assert_eq!(&text, &vocabulary.decode(&tokens).unwrap());
             // Where there is nothing but spaces to strip, or no token at all, the crate panics.
             let blank = tokens.iter().all(|token| [3, 13].contains(token));
-            if !blank && !(bytes_differ && tokens.iter().any(|&token| byte(token).is_some())) {
+            let has_bytes = tokens.iter().any(|&token| byte(token).is_some());
+            if !(blank || bytes_differ && has_bytes) {
                 prop_assert_eq!(&text, &crates_own(&tokenizer, &tokens), "{}", decoder);
             }
             if decoder["decoders"][2]["type"] == "Fuse" && bytes_differ {

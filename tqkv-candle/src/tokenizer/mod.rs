@@ -2,9 +2,11 @@
 
 mod contain;
 mod directory;
+mod gguf;
 mod stream;
 mod utf8;
 
+pub use gguf::GgufTokenizer;
 pub use stream::Decoder;
 
 use crate::config::LlamaConfig;
