@@ -73,6 +73,11 @@ impl Vocabulary {
         let mut tokenizer = Tokenizer::new(inner, path)?;
         tokenizer.start = gguf.bos.filter(|_| add_bos);
         tokenizer.end = gguf.eos.filter(|_| gguf.add_eos == Some(true));
+        let names =
+            [("bos_token", gguf.bos), ("eos_token", gguf.eos), ("unk_token", gguf.unk), ("pad_token", gguf.pad)];
+        let string = |(name, token): (_, Option<u32>)| Some((name, gguf.tokens[token? as usize].clone()));
+        tokenizer.names = names.into_iter().filter_map(string).collect();
+        tokenizer.chat_template = gguf.chat_template;
         Ok(Self::Tokenizer(Box::new(tokenizer)))
     }
 }

@@ -1,11 +1,13 @@
 //! Text to tokens and back.
 
+mod chat;
 mod contain;
 mod directory;
 mod gguf;
 mod stream;
 mod utf8;
 
+pub use chat::{ChatTemplate, Message};
 pub use gguf::GgufTokenizer;
 pub use stream::Decoder;
 
@@ -13,6 +15,7 @@ use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use contain::contain;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::{
@@ -39,6 +42,10 @@ pub struct Tokenizer {
     /// Those of `inner`, but without the space that some put before a text: for text that follows other text.
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
+    /// The source of the chat template.
+    chat_template: Option<String>,
+    /// Strings of tokens by the names that templates have for them: `bos_token` and the like.
+    names: BTreeMap<&'static str, String>,
 }
 
 /// Tokens of a text, and where in the text each one stands.
@@ -137,6 +144,32 @@ impl Vocabulary {
         Ok(text + &decoder.finish())
     }
 
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// [`Error::NoChatTemplate`]; [`Error::ChatTemplate`] if it is no template.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        match self {
+            Self::Bytes => Err(Error::NoChatTemplate { path: "a vocabulary of bytes".into() }),
+            Self::Tokenizer(tokenizer) => tokenizer.chat_template(),
+        }
+    }
+
+    /// Puts another chat template in place of the model's.
+    pub fn set_chat_template(&mut self, source: String) {
+        if let Self::Tokenizer(tokenizer) = self {
+            tokenizer.chat_template = Some(source);
+        }
+    }
+
+    /// The tokens of a conversation's text, as a [`ChatTemplate`] gives it: the template says where it begins.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer fails on the text.
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.encode(text.as_bytes())?.tokens)
+    }
+
     /// A decoder for tokens that arrive one by one.
     pub fn decoder(&self) -> Decoder<'_> {
         Decoder::new(self)
@@ -155,6 +188,8 @@ impl Tokenizer {
             end: None,
             normalizer: serde_json::from_value(normalizer).map_err(json)?,
             pre_tokenizer: serde_json::from_value(pre_tokenizer).map_err(json)?,
+            chat_template: None,
+            names: BTreeMap::new(),
             inner,
         })
     }
