@@ -75,30 +75,23 @@ fn every_architecture_from_gguf() {
     }
 }
 
-/// Mean divergence of one model's predictions from another's, in nats.
-fn divergence(got: &[Vec<f32>], reference: &[Vec<f32>]) -> f64 {
-    let probabilities = |row: &[f32]| -> Vec<f64> {
-        let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
-        row.iter().map(|&l| f64::from(l).exp() / sum).collect()
-    };
-    let of_row = |(got, reference): (&Vec<f32>, &Vec<f32>)| -> f64 {
-        let (q, p) = (probabilities(got), probabilities(reference));
-        p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum()
-    };
-    got.iter().zip(reference).map(of_row).sum::<f64>() / got.len() as f64
-}
-
+/// Weights that stay in blocks give what they stand for gives.
 #[test]
-fn quantized_products_stay_close() {
+fn quantized_weights_are_what_they_stand_for() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("tiny.gguf");
     for name in ["llama3", "qwen3", "gemma2", "gemma3", "phi3-longrope"] {
-        for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::F16] {
+        for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::F16] {
             named(name).write_gguf(&path, dtype);
-            let quantized = logits(&Model::load(&path).unwrap(), 64);
-            let divergence = divergence(&quantized, &logits(&Model::load_dequantized(&path).unwrap(), 64));
-            assert!(divergence < 0.002, "{name} {dtype:?}: {divergence:e}");
-            assert_eq!(divergence == 0.0, dtype == GgmlDType::F16, "{name} {dtype:?}");
+            let expected = logits(&Model::load_dequantized(&path).unwrap(), 64);
+            let model = Model::load(&path).unwrap();
+            // Many tokens at once and few go different ways.
+            for chunk in [64, 3] {
+                let got = logits(&model, chunk).concat();
+                let error = got.iter().zip(expected.concat()).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
+                assert!(error < 1e-4, "{name} {dtype:?}, chunks of {chunk}: {error:e}");
+            }
+            assert!(error(&expected, name) > if dtype == GgmlDType::F16 { 0.0 } else { 1e-3 }, "{name} {dtype:?}");
         }
     }
 }
