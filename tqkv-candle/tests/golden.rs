@@ -188,3 +188,25 @@ fn gguf_says_what_config_json_says() {
         assert_eq!(format!("{:?}", gguf.config()), format!("{:?}", json.config()), "{name}");
     }
 }
+
+/// Layers with a window take what the window needs, however long the context.
+#[test]
+fn windows_take_no_more_than_they_need() {
+    let dir = tempdir().unwrap();
+    named("gemma3").write(dir.path());
+    let model = Model::load(dir.path()).unwrap();
+    for step in [1, 8, 40] {
+        let config = model.config().cache_config_for(1, 128, step).codec("f32".parse().unwrap()).page_size(8);
+        let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+        let expected = logits(&model, 64);
+        let mut got = Vec::new();
+        for chunk in tokens().chunks(step) {
+            got.extend(model.logits(&model.forward(chunk, &mut cache).unwrap()).unwrap().to_vec2::<f32>().unwrap());
+        }
+        let error = got.concat().iter().zip(expected.concat()).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
+        assert!(error < 1e-4, "{step}: {error:e}");
+    }
+    // 6 layers of 7 have a window of 8: two pages of 64 positions a sequence, where the other has 16.
+    let layer = model.config().cache_config().capacity(2 * 128).bytes().unwrap() / 7;
+    assert_eq!(model.config().cache_config_for(2, 1024, 1).bytes().unwrap(), layer * 8 + 6 * layer);
+}

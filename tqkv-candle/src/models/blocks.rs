@@ -84,8 +84,8 @@ fn five_bits(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(i32) -> f32) {
     let fifth = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     let bytes: &[u8; 16] = part(bytes, 4);
     for i in 0..16 {
-        out[i] = value(i32::from(bytes[i] & 15) | (fifth >> i & 1) as i32 * 16);
-        out[i + 16] = value(i32::from(bytes[i] >> 4) | (fifth >> (i + 16) & 1) as i32 * 16);
+        out[i] = value(i32::from(bytes[i] & 15) + (fifth >> i & 1) as i32 * 16);
+        out[i + 16] = value(i32::from(bytes[i] >> 4) + (fifth >> (i + 16) & 1) as i32 * 16);
     }
 }
 

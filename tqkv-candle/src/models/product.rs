@@ -44,16 +44,19 @@ pub(super) fn product(x: &Tensor, weights: &QTensor) -> Result<Tensor> {
         let out = Tensor::from_vec(out, (outputs, tokens), &Device::Cpu)?;
         return Ok(out.t()?.contiguous()?);
     }
-    let turned = x.t()?;
-    let tile = |rows: &[u8]| -> candle_core::Result<Tensor> {
+    let mut out = vec![0.0; tokens * outputs];
+    for (i, rows) in bytes.chunks(TILE * row_bytes).enumerate() {
         let count = rows.len() / row_bytes;
         let mut decoded = vec![0.0; count * inputs];
         let tasks = decoded.par_chunks_mut(TASK * inputs).zip(rows.par_chunks(TASK * row_bytes));
         tasks.for_each(|(out, rows)| decoder.decode(rows, out));
-        Tensor::from_vec(decoded, (count, inputs), &Device::Cpu)?.matmul(&turned)
-    };
-    let tiles = bytes.chunks(TILE * row_bytes).map(tile).collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(Tensor::cat(&tiles, 0)?.t()?.contiguous()?)
+        let tile = x.matmul(&Tensor::from_vec(decoded, (count, inputs), &Device::Cpu)?.t()?)?;
+        let tile: Vec<f32> = tile.flatten_all()?.to_vec1()?;
+        for (out, tile) in out.chunks_exact_mut(outputs).zip(tile.chunks_exact(count)) {
+            out[i * TILE..][..count].copy_from_slice(tile);
+        }
+    }
+    Ok(Tensor::from_vec(out, (tokens, outputs), &Device::Cpu)?)
 }
 
 /// What rows of a matrix are.
