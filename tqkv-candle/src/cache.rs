@@ -41,21 +41,10 @@ impl SequenceCache {
         Ok(self.kv().save(&[self.sequence], path, label)?)
     }
 
-    /// Takes the sequence of a file in place of its own; see [`KvCache::load`]. On an error the cache holds what it held
-    /// before.
+    /// Takes the sequence of a file in place of its own, whose pages it may use; see [`KvCache::load_into`]. On an error the
+    /// cache holds what it held before.
     pub fn load(&mut self, path: &Path, fingerprint: &[u8]) -> Result<()> {
-        let cache = self.attention.cache_mut();
-        let loaded = cache.load(path, fingerprint)?;
-        let &[sequence] = &loaded[..] else {
-            for &sequence in &loaded {
-                cache.free_sequence(sequence)?;
-            }
-            let (what, expected) = ("sequences of the snapshot", "1".to_owned());
-            return Err(tqkv::Error::Mismatch { what, got: loaded.len(), expected }.into());
-        };
-        cache.free_sequence(self.sequence)?;
-        self.sequence = sequence;
-        Ok(())
+        Ok(self.attention.cache_mut().load_into(self.sequence, path, fingerprint)?)
     }
 
     /// The sequence.

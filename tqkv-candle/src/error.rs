@@ -1,4 +1,6 @@
 //! What can go wrong, one variant a violated rule.
+//!
+//! A cause is part of its error's text, and therefore no `source`: who prints the chain of sources prints it once.
 
 use std::path::PathBuf;
 
@@ -7,20 +9,20 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A JSON file is no JSON, or not what it should be.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// A field has a value of the wrong type.
     #[error("{}: {field} is {got}, expected {expected}", path.display())]
@@ -81,12 +83,12 @@ pub enum Error {
         dir: PathBuf,
     },
     /// A safetensors file is truncated, or its header lies.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: safetensors::SafeTensorError,
+        cause: safetensors::SafeTensorError,
     },
     /// A GGUF file is damaged, or says what it does not hold.
     #[error("{}: {cause}", path.display())]
@@ -157,9 +159,11 @@ pub enum Error {
         vocab_size: usize,
     },
     /// The tokenizer could not be loaded or failed on a text.
-    #[error("tokenizer: {message}")]
+    #[error("{}: {message}", path.display())]
     Tokenizer {
-        /// What the `tokenizers` crate said.
+        /// The file that it comes from.
+        path: PathBuf,
+        /// What is wrong with it.
         message: String,
     },
     /// A token is not in the model's vocabulary.

@@ -3,7 +3,8 @@
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
 use crate::model::Llama;
-use crate::text::Encoded;
+use crate::room;
+use crate::tokenizer::Encoded;
 use candle_core::{IndexOp, Tensor};
 
 /// A text cut into windows of equal length, one after the other from its beginning.
@@ -53,6 +54,20 @@ impl Windows {
     /// Tokens of a window.
     pub fn length(&self) -> usize {
         self.length
+    }
+
+    /// Tokens of a window that run through the model: the last is only predicted.
+    pub fn run_length(&self) -> usize {
+        self.length - 1
+    }
+
+    /// Whether a model's context is long enough.
+    ///
+    /// # Errors
+    /// [`Error::ContextOverflow`].
+    pub fn expect_context(&self, limit: usize) -> Result<()> {
+        let got = self.run_length();
+        if got > limit { Err(Error::ContextOverflow { got, limit }) } else { Ok(()) }
     }
 }
 
@@ -111,6 +126,11 @@ impl Fidelity {
 /// Runs every window through the model, with the reference cache and with each of `caches`, and
 /// compares their predictions. Returns the reference compared with itself, and each of the others.
 /// The caches are emptied for each window. `on_window` is called after each with the number done.
+///
+/// # Errors
+/// [`Error::ChunkSize`]; [`Error::ContextOverflow`] and [`tqkv::Error::OutOfPages`] for windows that the model's context or
+/// one of the caches has no room for: all of these before anything is changed. [`Error::NonFiniteLogits`]; those of the caches
+/// and of candle.
 pub fn evaluate(
     model: &Llama,
     reference: &mut SequenceCache,
@@ -121,6 +141,10 @@ pub fn evaluate(
 ) -> Result<(Fidelity, Vec<Fidelity>)> {
     if chunk == 0 {
         return Err(Error::ChunkSize);
+    }
+    windows.expect_context(model.config().max_position_embeddings)?;
+    for cache in caches.iter().chain([&*reference]) {
+        room::expect(cache, 0, windows.run_length(), chunk)?;
     }
     let mut baseline = Fidelity::default();
     let mut results = vec![Fidelity::default(); caches.len()];

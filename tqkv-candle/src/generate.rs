@@ -3,6 +3,7 @@
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
 use crate::model::Llama;
+use crate::room;
 use candle_core::IndexOp;
 use rand::SeedableRng;
 use rand::distr::Distribution;
@@ -37,7 +38,7 @@ pub enum StopReason {
     MaxTokens,
     /// The model said that the text is over.
     EndToken,
-    /// The model's context is full.
+    /// The model's context or the cache is full.
     ContextFull,
     /// The caller's callback said so.
     Callback,
@@ -77,6 +78,12 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// Runs the prompt, then one token after the other, and hands each new one to `on_token`.
 ///
 /// `cache` may hold tokens already; the prompt follows them.
+///
+/// # Errors
+/// [`Error::Temperature`], [`Error::NoTokens`], [`Error::ChunkSize`]; [`Error::ContextOverflow`] and
+/// [`tqkv::Error::OutOfPages`] for a prompt that the model's context or the cache has no room for; [`Error::Token`] for one
+/// with tokens that the model does not have; [`Error::NonFiniteLogits`]; those of the cache and of candle. After an error
+/// with the prompt the cache holds what it held before.
 pub fn generate(
     model: &Llama,
     cache: &mut SequenceCache,
@@ -85,7 +92,7 @@ pub fn generate(
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated> {
     let mut sampler = Sampler::new(options.temperature, options.seed)?;
-    let limit = model.config().max_position_embeddings;
+    let context = model.config().max_position_embeddings;
     if prompt.is_empty() {
         return Err(Error::NoTokens);
     }
@@ -94,17 +101,21 @@ pub fn generate(
     }
     // Before any work is done, and not after the chunks that fit.
     let held = cache.tokens()?;
-    if prompt.len() > limit.saturating_sub(held) {
-        return Err(Error::ContextOverflow { got: held.saturating_add(prompt.len()), limit });
+    if prompt.len() > context.saturating_sub(held) {
+        return Err(Error::ContextOverflow { got: held.saturating_add(prompt.len()), limit: context });
     }
+    let vocab_size = model.config().vocab_size;
+    if let Some(&got) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+        return Err(Error::Token { got, vocab_size });
+    }
+    room::expect(cache, held, prompt.len(), options.chunk)?;
+    let limit = context.min(room::positions(cache)?);
 
     let started = Instant::now();
-    let mut logits = Vec::new();
-    for chunk in prompt.chunks(options.chunk) {
-        let hidden = model.forward(chunk, cache)?;
-        // Only the last token's are used, and with a large vocabulary all would be much work.
-        logits = model.logits(&hidden.i(chunk.len() - 1..)?)?.flatten_all()?.to_vec1()?;
-    }
+    let mut logits = run_prompt(model, cache, prompt, options.chunk).or_else(|error| {
+        cache.truncate(held)?;
+        Err(error)
+    })?;
     let prompt_time = started.elapsed();
 
     let started = Instant::now();
@@ -131,6 +142,20 @@ pub fn generate(
         logits = model.logits(&model.forward(&[token], cache)?)?.flatten_all()?.to_vec1()?;
     };
     Ok(Generated { tokens, stop, prompt_tokens: prompt.len(), prompt_time, decode_time: started.elapsed() })
+}
+
+/// The logits after a prompt, which runs chunk by chunk.
+fn run_prompt(model: &Llama, cache: &mut SequenceCache, prompt: &[u32], chunk: usize) -> Result<Vec<f32>> {
+    let mut logits: Vec<f32> = Vec::new();
+    for chunk in prompt.chunks(chunk) {
+        let hidden = model.forward(chunk, cache)?;
+        // Only the last token's are used, and with a large vocabulary all would be much work.
+        logits = model.logits(&hidden.i(chunk.len() - 1..)?)?.flatten_all()?.to_vec1()?;
+    }
+    if logits.iter().any(|l| l.is_nan()) {
+        return Err(Error::NonFiniteLogits { position: cache.tokens()?.saturating_sub(1) });
+    }
+    Ok(logits)
 }
 
 /// Picks tokens.

@@ -32,7 +32,8 @@ mod eval;
 mod fields;
 mod generate;
 mod models;
-mod text;
+mod room;
+mod tokenizer;
 
 pub use attention::Attention;
 pub use cache::SequenceCache;
@@ -40,7 +41,7 @@ pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};
 pub use generate::{GenerateOptions, Generated, StopReason, generate};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
-pub use text::{Decoder, Encoded, Vocabulary};
+pub use tokenizer::{Decoder, Encoded, Tokenizer, Vocabulary};
 
 /// The name that [`Model`] had when it was only this.
 pub type Llama = Model;
@@ -49,7 +50,7 @@ pub type Llama = Model;
 pub type LlamaConfig = ModelConfig;
 
 mod config {
-    pub(crate) use crate::models::{ModelConfig as LlamaConfig, read};
+    pub(crate) use crate::models::ModelConfig as LlamaConfig;
 }
 
 mod model {

@@ -6,6 +6,7 @@ use common::{HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, TinyModel};
 use std::ops::ControlFlow;
 use std::path::Path;
 use tempfile::tempdir;
+use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
     Encoded, Error, GenerateOptions, Model, ModelConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
@@ -253,6 +254,53 @@ fn windows_need_text() {
     assert_eq!(Windows::new(&text, 2, 5, None).unwrap().len(), 2);
 }
 
+/// Every window starts anew, whatever the layers' own windows have dropped by then.
+#[test]
+fn windowed_layers_are_emptied_between_windows_of_text() {
+    let model = load(&TinyModel::new());
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog, and so on and on.").unwrap();
+    let config = |window| model.config().cache_config().page_size(8).kind_at(1, LayerKind::Window(window));
+    let cache = |window| SequenceCache::new(&Device::cpu(), config(window), model.config()).unwrap();
+    for window in [1, 4] {
+        let run = |text: &Encoded, windows| {
+            let windows = Windows::new(text, windows, 30, Some(0)).unwrap();
+            // A cache that held another text before.
+            let mut used = cache(window);
+            model.forward(&[7; 40], &mut used).unwrap();
+            let result = evaluate(&model, &mut used, &mut [cache(window)], &windows, 7, |_| ()).unwrap();
+            assert_eq!(result.1, [result.0]);
+            result.0
+        };
+        let second = Encoded { tokens: text.tokens[30..].to_vec(), spans: text.spans[30..].to_vec() };
+        let (both, first, second) = (run(&text, 2), run(&text, 1), run(&second, 1));
+        let sum = first.bits_per_byte() * first.bytes as f64 + second.bits_per_byte() * second.bytes as f64;
+        assert_eq!(both.tokens, 58);
+        assert!((both.bits_per_byte() * both.bytes as f64 / sum - 1.0).abs() < 1e-12, "window {window}");
+    }
+}
+
+/// A file of 200 tokens into a cache with room for 256, one of which is held.
+#[test]
+fn a_cache_gives_up_its_own_tokens_for_a_file() {
+    let mut tiny = TinyModel::new();
+    tiny.config["max_position_embeddings"] = serde_json::json!(256);
+    let model = load(&tiny);
+    let path = tempfile::tempdir().unwrap();
+    let path = path.path().join("saved");
+    let mut saved = cache(&model);
+    let tokens: Vec<u32> = (0..200).collect();
+    model.forward(&tokens, &mut saved).unwrap();
+    saved.save(&path, b"tiny").unwrap();
+    let mut other = cache(&model);
+    model.forward(&[1], &mut other).unwrap();
+    assert!(matches!(other.load(&path, b"large"), Err(Error::Cache(tqkv::Error::Fingerprint { .. }))));
+    assert_eq!(other.tokens().unwrap(), 1);
+    other.load(&path, b"tiny").unwrap();
+    assert_eq!(other.tokens().unwrap(), 200);
+    let next = |cache: &mut SequenceCache| model.forward(&[5], cache).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(next(&mut other), next(&mut saved));
+}
+
 #[test]
 fn more_bits_diverge_less() {
     let model = load(&TinyModel::new());
@@ -286,4 +334,59 @@ fn a_cache_for_another_model_is_an_error() {
         assert!(matches!(model.forward(&[1, 2], &mut cache), Err(Error::Cache(_))));
         assert_eq!(cache.tokens().unwrap(), 0);
     }
+}
+
+#[test]
+fn a_prompt_without_room_is_refused_before_anything_is_appended() {
+    let model = load(&TinyModel::new());
+    let config = model.config().cache_config().page_size(16).capacity(32);
+    let options = GenerateOptions { chunk: 8, max_tokens: 100, ..GenerateOptions::default() };
+    let run = |cache: &mut SequenceCache, prompt: &[u32]| {
+        generate(&model, cache, prompt, &options, |_| ControlFlow::Continue(()))
+    };
+    let mut cache = SequenceCache::new(&Device::cpu(), config.clone(), model.config()).unwrap();
+    model.forward(&[1; 3], &mut cache).unwrap();
+    let error = run(&mut cache, &[1; 30]);
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { needed: 2, free: 1, pages: 2 }))), "{error:?}");
+    let error = run(&mut cache, &[&[1; 20][..], &[256]].concat());
+    assert!(matches!(error, Err(Error::Token { got: 256, vocab_size: 256 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 3);
+    // What fits runs, until the cache is full: the last token comes from the logits of the 32nd.
+    let generated = run(&mut cache, &[1; 27]).unwrap();
+    assert_eq!((generated.tokens.len(), generated.stop), (3, StopReason::ContextFull));
+    assert_eq!(cache.tokens().unwrap(), 32);
+
+    // A window's layers have room again as their pages are given up, but not for a chunk of any length.
+    let windows = |capacity| {
+        let window = tqkv::cache::LayerKind::Window(16);
+        let config = config.clone().capacity(64).window_capacity(capacity).kind_at(0, window);
+        SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+    };
+    let (mut narrow, mut wide) = (windows(16), windows(48));
+    assert!(matches!(run(&mut narrow, &[1; 40]), Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
+    assert_eq!(narrow.tokens().unwrap(), 0);
+    run(&mut wide, &[1; 40]).unwrap();
+
+    let windows = |length| Windows::new(&Vocabulary::Bytes.encode(&[7; 80]).unwrap(), 1, length, Some(0)).unwrap();
+    let (mut short, mut long) = (cache, self::cache(&model));
+    model.forward(&[1; 5], &mut long).unwrap();
+    let error = evaluate(&model, &mut long, std::slice::from_mut(&mut short), &windows(34), 8, |_| ());
+    assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))), "{error:?}");
+    let error = evaluate(&model, &mut long, &mut [], &windows(66), 8, |_| ());
+    assert!(matches!(error, Err(Error::ContextOverflow { got: 65, limit: 64 })), "{error:?}");
+    assert_eq!((short.tokens().unwrap(), long.tokens().unwrap()), (32, 5));
+}
+
+#[test]
+fn a_prompt_that_fails_leaves_the_cache_as_it_was() {
+    let mut tiny = TinyModel::new();
+    // Token 7 has no logits.
+    tiny.tensors.get_mut("model.embed_tokens.weight").unwrap().1[7 * HIDDEN] = f32::NAN;
+    let model = load(&tiny);
+    let mut cache = cache(&model);
+    model.forward(&[1, 2], &mut cache).unwrap();
+    let options = GenerateOptions { chunk: 2, ..GenerateOptions::default() };
+    let error = generate(&model, &mut cache, &[1, 2, 3, 7], &options, |_| ControlFlow::Continue(()));
+    assert!(matches!(error, Err(Error::NonFiniteLogits { position: 5 })), "{error:?}");
+    assert_eq!(cache.tokens().unwrap(), 2);
 }

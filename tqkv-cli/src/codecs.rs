@@ -1,5 +1,6 @@
 //! Codecs as arguments.
 
+use crate::output;
 use tqkv::CodecPair;
 
 /// What `demo` and `eval` compare unless told otherwise.
@@ -9,7 +10,24 @@ pub const USUAL: [&str; 8] = ["f16", "seed4", "seed8", "k8v8", "k6v6", "k5v4", "
 pub const HELP: &str = "Codecs, separated by commas: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys \
                         and Y for values (2 to 8)";
 
+/// The same, with what is compared unless told otherwise.
+pub fn help() -> String {
+    format!("{HELP} [default: {}]", USUAL.join(","))
+}
+
 /// For clap: names that are unknown are an error that lists the known ones.
 pub fn parse(name: &str) -> tqkv::Result<CodecPair> {
     name.parse()
+}
+
+/// The usual codecs that exist for vectors of this size; says on standard error which do not.
+pub fn usual(head_dim: usize) -> Vec<CodecPair> {
+    let mut codecs = Vec::new();
+    for name in USUAL {
+        match parse(name).and_then(|codec| codec.bits_per_element(head_dim).map(|_| codec)) {
+            Ok(codec) => codecs.push(codec),
+            Err(error) => output::note(&format!("{name} is left out: {error}")),
+        }
+    }
+    codecs
 }

@@ -1,10 +1,12 @@
 //! What the program prints, and where: results on standard output, all else on standard error.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use std::fs::OpenOptions;
 use std::io::Write;
+use std::path::Path;
 
 /// Writes to standard output at once. Unlike `print!` it returns an error when the reader has gone.
 pub fn print(text: &str) -> Result<()> {
@@ -24,7 +26,44 @@ pub fn note(text: &str) {
 
 /// What ended the program.
 pub fn report(error: &anyhow::Error) {
-    note(&format!("error: {error:#}"));
+    note(&format!("error: {}", causes(error.chain())));
+}
+
+/// An error and what caused it. Some crates say the cause in the error too: it is not said again.
+fn causes<'a>(chain: impl Iterator<Item = &'a (dyn std::error::Error + 'static)>) -> String {
+    let mut text = String::new();
+    for cause in chain.map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &cause;
+        }
+    }
+    text
+}
+
+/// Fails unless a file can be written, or made, under this name. A file that is there is not changed.
+pub fn expect_writable(path: &Path) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    match path.try_exists().with_context(context)? {
+        true => OpenOptions::new().append(true).open(path).map(drop).with_context(context),
+        false => expect_new_file(path),
+    }
+}
+
+/// Fails unless a file can be put under this name in place of what is there.
+pub fn expect_replaceable(path: &Path) -> Result<()> {
+    ensure!(!path.is_dir(), "cannot write {}: it is a directory", path.display());
+    expect_new_file(path)
+}
+
+/// Fails unless new files can be made beside this one, and it has a name.
+fn expect_new_file(path: &Path) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    ensure!(path.file_name().is_some(), "cannot write {}: expected the name of a file", path.display());
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let made = tempfile::Builder::new().prefix(".tqkv").tempfile_in(dir);
+    // Without the name of the file that was tried.
+    made.map(drop).map_err(|e| std::io::Error::from(e.kind())).with_context(context)
 }
 
 /// A table whose columns after the first are numbers.
@@ -48,4 +87,41 @@ pub fn progress(what: &'static str, length: usize) -> Result<ProgressBar> {
 /// A number of bytes for people.
 pub fn bytes(n: usize) -> String {
     indicatif::BinaryBytes(n as u64).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer: {source}")]
+    struct Twice {
+        source: std::io::Error,
+    }
+
+    #[test]
+    fn a_cause_is_printed_once() {
+        let error = || anyhow::Error::from(Twice { source: std::io::Error::other("inner") });
+        assert_eq!(causes(error().chain()), "outer: inner");
+        assert_eq!(causes(error().context("while testing").chain()), "while testing: outer: inner");
+        assert_eq!(causes(anyhow::anyhow!("inner").context("outer").chain()), "outer: inner");
+    }
+
+    #[test]
+    fn files_are_looked_at_without_being_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let (there, new) = (dir.path().join("there"), dir.path().join("new"));
+        std::fs::write(&there, "text").unwrap();
+        for path in [&there, &new] {
+            expect_writable(path).unwrap();
+            expect_replaceable(path).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&there).unwrap(), "text");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        for path in [dir.path(), &there.join("x"), &new.join("x"), Path::new("/"), Path::new("")] {
+            let error = format!("{:#}", expect_writable(path).unwrap_err());
+            assert!(error.starts_with(&format!("cannot write {}: ", path.display())), "{error}");
+            assert!(expect_replaceable(path).is_err(), "{}", path.display());
+        }
+    }
 }

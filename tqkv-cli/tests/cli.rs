@@ -8,6 +8,7 @@ use tempfile::tempdir;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/byte-llama-4m");
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/heldout.txt");
+const LLAMA2: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tqkv-candle/testdata/llama2.json");
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/golden");
 
 fn command(arguments: &[&str]) -> Command {
@@ -157,7 +158,7 @@ fn eval_refuses_what_it_cannot_evaluate() {
     eval(TEXT, &["--windows", "18446744073709551615"], &["8192 tokens"]);
     eval(TEXT, &["--window-tokens", "1"], &["windows of 1 tokens"]);
     eval(TEXT, &["--window-tokens", "0"], &["windows of 0 tokens"]);
-    eval(TEXT, &["--window-tokens", "2048", "--windows", "1"], &["context is 1024"]);
+    eval(TEXT, &["--window-tokens", "2048", "--windows", "1"], &["2047 tokens", "context is 1024"]);
     eval(TEXT, &["--codec", "k9v4"], &["k9v4", "kXvY"]);
     eval(TEXT, &["--codec", ""], &["kXvY"]);
     eval(TEXT, &["--device", "tpu"], &["\"tpu\"", "cpu, wgpu, wgpu:N, cuda or cuda:N"]);
@@ -166,6 +167,134 @@ fn eval_refuses_what_it_cannot_evaluate() {
         &["--window-tokens", "16", "--windows", "1", "--plot", "no/such/dir/x.svg"],
         &["cannot write no/such/dir/x.svg"],
     );
+}
+
+#[test]
+fn a_plot_that_is_not_drawn_does_not_touch_its_file() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("x.svg");
+    let plot = path.to_str().unwrap();
+    std::fs::write(&path, "a plot").unwrap();
+    let common = ["eval", "--model", MODEL, "--text", TEXT, "--windows", "1", "--window-tokens", "16", "--plot", plot];
+    fails(&[&common[..], &["--codec", "f32"]].concat(), &["--plot has nothing to draw"]);
+    fails(&["eval", "--model", MODEL, "--text", TEXT, "--window-tokens", "1026", "--plot", plot], &["context is 1024"]);
+    fails(&["eval", "--model", "no/such/model", "--text", TEXT, "--plot", plot], &["no/such/model"]);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "a plot");
+    stdout(&[&common[..], &["--codec", "k4v4"]].concat());
+    assert!(std::fs::read_to_string(&path).unwrap().starts_with("<svg"));
+    fails(&["eval", "--model", MODEL, "--text", TEXT, "--plot", dir.path().to_str().unwrap()], &["cannot write"]);
+}
+
+/// Writes a model of one layer without sense.
+fn write_model(dir: &Path, vocab: usize, head_dim: usize) {
+    let config = serde_json::json!({
+        "vocab_size": vocab, "hidden_size": head_dim, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": true,
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let matrices = [("self_attn.q_proj", [head_dim, head_dim]), ("self_attn.k_proj", [head_dim, head_dim])];
+    let matrices = matrices.into_iter().chain([("self_attn.v_proj", [head_dim, head_dim])]);
+    let matrices = matrices.chain([("self_attn.o_proj", [head_dim, head_dim]), ("mlp.gate_proj", [8, head_dim])]);
+    let matrices = matrices.chain([("mlp.up_proj", [8, head_dim]), ("mlp.down_proj", [head_dim, 8])]);
+    let mut tensors: Vec<(String, Vec<usize>)> =
+        matrices.map(|(name, shape)| (format!("model.layers.0.{name}.weight"), shape.to_vec())).collect();
+    for norm in ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"] {
+        tensors.push((format!("{norm}.weight"), vec![head_dim]));
+    }
+    tensors.push(("model.embed_tokens.weight".into(), vec![vocab, head_dim]));
+    let mut state = 1u32;
+    let mut data = |shape: &[usize]| -> Vec<u8> {
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state as f32 / u32::MAX as f32 - 0.5
+        };
+        (0..shape.iter().product()).flat_map(|_| next().to_le_bytes()).collect()
+    };
+    let data: Vec<_> = tensors.iter().map(|(name, shape)| (name, shape, data(shape))).collect();
+    let view =
+        |shape: &[usize], data| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.into(), data);
+    let views = data.iter().map(|(name, shape, data)| (name, view(shape, data).unwrap()));
+    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn eval_leaves_out_what_does_not_exist() {
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 256, 80);
+    let model = dir.path().to_str().unwrap();
+    let common = ["eval", "--model", model, "--text", TEXT, "--windows", "1", "--window-tokens", "32", "--json"];
+    let output = run_ok(&common);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(["seed4 is left out", "seed8 is left out", "power of two"].iter().all(|w| error.contains(w)), "{error}");
+    let rows = String::from_utf8(output.stdout).unwrap();
+    let codec = |row: &str| serde_json::from_str::<Value>(row).unwrap()["codec"].as_str().unwrap().to_owned();
+    let codecs: Vec<_> = rows.lines().map(codec).collect();
+    assert_eq!(codecs, ["f32", "f16", "k8v8", "k6v6", "k5v4", "k4v4", "k3v3"]);
+    // Who asks for it is told.
+    fails(&[&common[..], &["--codec", "k4v4,seed4"]].concat(), &["seed4", "power of two"]);
+}
+
+#[test]
+fn every_cause_is_printed_once() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    let once = |arguments: &[&str], cause: &str| {
+        let error = String::from_utf8(run(arguments).stderr).unwrap();
+        assert_eq!(error.matches(cause).count(), 1, "{arguments:?}: {error}");
+    };
+    let generate = ["generate", "--prompt", "x", "--model"];
+    once(&[&generate[..], &["no/such/model"]].concat(), "No such file");
+    once(&["eval", "--text", "no/such/text", "--model", MODEL], "No such file");
+    once(&["snapshot", "verify", "no/such/file"], "No such file");
+    once(&["verify", "--golden", "no/such/dir"], "No such file");
+    once(&[&generate[..], &[MODEL, "--load", "no/such/file"]].concat(), "No such file");
+    std::fs::write(dir.path().join("config.json"), "{\"vocab_size\": 1").unwrap();
+    once(&[&generate[..], &[path]].concat(), "EOF while parsing");
+    write_model(dir.path(), 256, 64);
+    std::fs::write(dir.path().join("model.safetensors"), b"\x02\0\0\0\0\0\0\0{{").unwrap();
+    once(&[&generate[..], &[path]].concat(), "line 1");
+}
+
+#[test]
+fn a_damaged_tokenizer_is_an_error_and_no_panic() {
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 400, 64);
+    for name in ["cut-within-decoder.json", "merge-longer-than-any-token.json"] {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tqkv-candle/testdata").join(name);
+        std::fs::copy(from, dir.path().join("tokenizer.json")).unwrap();
+        fails(&["generate", "--model", dir.path().to_str().unwrap(), "--prompt", "q the cat"], &["tokenizer.json: "]);
+    }
+}
+
+#[test]
+fn whatever_tokens_are_drawn_the_text_is_printed_and_saved() {
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 281, 64);
+    std::fs::copy(LLAMA2, dir.path().join("tokenizer.json")).unwrap();
+    let (model, path) = (dir.path().to_str().unwrap(), dir.path().join("saved"));
+    for seed in 0..8 {
+        let common = ["generate", "--model", model, "--temperature", "3", "--json", "--save", path.to_str().unwrap()];
+        let seed = seed.to_string();
+        let report = json(&[&common[..], &["--prompt", "the", "--max-tokens", "40", "--seed", &seed]].concat());
+        assert_eq!(report[0]["tokens"], 40);
+        assert!(path.exists());
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn text_that_goes_on_gets_no_space_before_it() {
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 281, 64);
+    std::fs::copy(LLAMA2, dir.path().join("tokenizer.json")).unwrap();
+    let (model, path) = (dir.path().to_str().unwrap(), dir.path().join("saved"));
+    let common = ["generate", "--model", model, "--temperature", "0", "--json", "--max-tokens", "1"];
+    let first = json(&[&common[..], &["--prompt", "he", "--save", path.to_str().unwrap()]].concat());
+    // The start token, the space, `he`.
+    assert_eq!(first[0]["prompt_tokens"], 3);
+    let more = json(&[&common[..], &["--prompt", "he", "--load", path.to_str().unwrap()]].concat());
+    // The token that the saved cache lacks, and `he`.
+    assert_eq!(more[0]["prompt_tokens"], 2);
 }
 
 fn generate(arguments: &[&str]) -> Vec<Value> {
@@ -217,6 +346,9 @@ fn generate_refuses_what_it_cannot_generate() {
     fails(MODEL, "x", &["--codec", "tq4"], &["tq4", "seed4, seed5, seed6, seed8 or kXvY"]);
     fails(MODEL, "x", &["--device", "cuda:x"], &["cuda:x"]);
     fails("no/such/model", "x", &[], &["no/such/model/config.json"]);
+    // Before the model is looked for.
+    fails("no/such/model", "x", &["--save", "no/such/dir/f"], &["cannot write no/such/dir/f: "]);
+    fails("no/such/model", "x", &["--save", MODEL], &["cannot write", "is a directory"]);
 
     let dir = tempdir().unwrap();
     let path = dir.path().to_str().unwrap();

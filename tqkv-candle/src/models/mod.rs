@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 use std::path::Path;
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })
+    std::fs::read(path).map_err(|cause| Error::Read { path: path.into(), cause })
 }
 
 pub(crate) fn parse_json(json: &[u8], path: &Path) -> Result<serde_json::Value> {
-    serde_json::from_slice(json).map_err(|source| Error::Json { path: path.into(), source })
+    serde_json::from_slice(json).map_err(|cause| Error::Json { path: path.into(), cause })
 }

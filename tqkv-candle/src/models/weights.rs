@@ -226,7 +226,7 @@ impl Weights {
             Ok(())
         };
         let blocks = blocks(info.dtype, range.len() * row, fill);
-        let blocks = blocks.map_err(|source| Error::Read { path: path.clone(), source })?;
+        let blocks = blocks.map_err(|cause| Error::Read { path: path.clone(), cause })?;
         let tensor = QTensor::new(QStorage::Cpu(blocks), shape)?;
         self.taken.insert(name.into());
         Ok(tensor)
@@ -243,13 +243,13 @@ impl Weights {
 }
 
 fn open(path: &Path) -> Result<File> {
-    File::open(path).map_err(|source| Error::Read { path: path.into(), source })
+    File::open(path).map_err(|cause| Error::Read { path: path.into(), cause })
 }
 
 /// Where the data of a safetensors file begin, and what it says of them.
 fn safetensors_header(path: &Path, source: &mut dyn Source) -> Result<(u64, Metadata)> {
-    let io = |source| Error::Read { path: path.into(), source };
-    let wrong = |source| Error::Safetensors { path: path.into(), source };
+    let io = |cause| Error::Read { path: path.into(), cause };
+    let wrong = |cause| Error::Safetensors { path: path.into(), cause };
     let size = source.seek(SeekFrom::End(0)).map_err(io)?;
     source.rewind().map_err(io)?;
     if size < 8 {

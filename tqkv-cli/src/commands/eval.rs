@@ -1,11 +1,9 @@
 //! `tqkv eval`
 
 use crate::{codecs, output, plot};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{Fidelity, Llama, SequenceCache, Vocabulary, Windows, evaluate};
@@ -25,9 +23,8 @@ pub struct Eval {
     /// Text to predict
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse,
-          default_values = codecs::USUAL, help = codecs::HELP)]
-    codec: Vec<CodecPair>,
+    #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse, help = codecs::help())]
+    codec: Option<Vec<CodecPair>>,
     /// Windows of the text [default: as many as it holds, at most 120]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
@@ -65,7 +62,9 @@ impl Eval {
         let device = Device::open(&self.device)?;
         let text = std::fs::read(&self.text).with_context(|| format!("cannot read {}", self.text.display()))?;
         // Before the work, which may take long.
-        let plot = self.plot.map(|path| Ok::<_, anyhow::Error>((create(&path)?, path))).transpose()?;
+        if let Some(path) = &self.plot {
+            output::expect_writable(path)?;
+        }
         let model = Llama::load(&self.model).context("cannot load the model")?;
         let config = model.config();
         let vocabulary = Vocabulary::load(&self.model, config)?;
@@ -74,11 +73,13 @@ impl Eval {
         let count = self.windows.unwrap_or((text.tokens.len() / length.max(1)).clamp(1, 120));
         let start = if vocabulary.is_bytes() { Some(0) } else { config.bos_token };
         let windows = Windows::new(&text, count, length, start)?;
+        windows.expect_context(config.max_position_embeddings)?;
 
         let cache = |codec| SequenceCache::new(&device, config.cache_config().codec(codec).capacity(length), config);
         let reference = CodecPair::both(Codec::F32);
-        let mut codecs = self.codec;
+        let mut codecs = self.codec.unwrap_or_else(|| codecs::usual(config.head_dim));
         codecs.retain(|&codec| codec != reference);
+        ensure!(self.plot.is_none() || !codecs.is_empty(), "--plot has nothing to draw: expected a codec besides f32");
         let mut caches = codecs.iter().map(|&codec| cache(codec)).collect::<Result<Vec<_>, _>>()?;
         let bar = output::progress("windows", windows.len())?;
         let (baseline, results) = evaluate(&model, &mut cache(reference)?, &mut caches, &windows, CHUNK, |done| {
@@ -122,19 +123,15 @@ impl Eval {
             let tokens = baseline.tokens;
             output::print(&format!("{} windows of {length} tokens, {tokens} predicted, on {device}\n", windows.len()))?;
         }
-        if let Some((mut file, path)) = plot {
+        if let Some(path) = self.plot {
             let points: Vec<_> = rows
                 .iter()
                 .skip(1)
                 .map(|row| plot::Point { name: &row.codec, bits: row.bits_per_element, kld: row.kld })
                 .collect();
             let svg = plot::draw(&points)?;
-            file.write_all(svg.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+            std::fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(ExitCode::SUCCESS)
     }
-}
-
-fn create(path: &Path) -> Result<File> {
-    File::create(path).with_context(|| format!("cannot write {}", path.display()))
 }

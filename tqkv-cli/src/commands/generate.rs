@@ -64,6 +64,13 @@ struct Report {
 
 impl Generate {
     pub fn run(self) -> Result<ExitCode> {
+        // Before the work, which may take long.
+        if self.max_tokens == 0 {
+            bail!("--max-tokens is 0, expected at least 1");
+        }
+        if let Some(path) = &self.save {
+            output::expect_replaceable(path)?;
+        }
         let device = Device::open(&self.device)?;
         let model = Llama::load(&self.model).context("cannot load the model")?;
         let vocabulary = Vocabulary::load(&self.model, model.config())?;
@@ -74,14 +81,11 @@ impl Generate {
         let (mut tokens, codec, known) = match loaded {
             Some((Saved { mut tokens }, codec)) => {
                 let known = tokens.len();
-                tokens.extend(vocabulary.encode(prompt.as_bytes())?.tokens);
+                tokens.extend(vocabulary.encode_continuation(prompt)?);
                 (tokens, self.codec.unwrap_or(codec), known)
             }
             None => (vocabulary.encode_prompt(prompt)?, self.codec.unwrap_or(DEFAULT_CODEC), 0),
         };
-        if self.max_tokens == 0 {
-            bail!("--max-tokens is 0, expected at least 1");
-        }
         // Room for what can come, and not for the whole context.
         let capacity = tokens.len().saturating_add(self.max_tokens).min(model.config().max_position_embeddings);
         let config = model.config().cache_config().codec(codec).capacity(capacity);
