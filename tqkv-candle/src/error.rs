@@ -16,7 +16,7 @@ pub enum Error {
         /// What the operating system said.
         cause: std::io::Error,
     },
-    /// A JSON file is not what it should be: no JSON, a field of the wrong type, a field missing.
+    /// A JSON file is no JSON, or not what it should be.
     #[error("{}: {cause}", path.display())]
     Json {
         /// The file.
@@ -24,21 +24,53 @@ pub enum Error {
         /// What the parser said.
         cause: serde_json::Error,
     },
+    /// A field has a value of the wrong type.
+    #[error("{}: {field} is {got}, expected {expected}", path.display())]
+    FieldType {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A field is missing.
+    #[error("{}: {field} is missing", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+    },
+    /// A field stands at two places with different values.
+    #[error("config: {field} is {got}, but {other} is {expected}")]
+    FieldConflict {
+        /// The field, with the names of the objects that it stands in.
+        field: String,
+        /// Its value.
+        got: String,
+        /// The same field elsewhere.
+        other: String,
+        /// Its value there.
+        expected: String,
+    },
     /// The configuration asks for something that this crate does not compute.
     #[error("config: {field} is {got}, but only {expected} is supported")]
     Unsupported {
-        /// The field of `config.json`.
+        /// The field, with the names of the objects that it stands in.
         field: String,
         /// Its value.
         got: String,
         /// What is supported.
-        expected: &'static str,
+        expected: String,
     },
     /// A field of the configuration has a value that makes no sense.
     #[error("config: {field} is {got}, expected {expected}")]
     ConfigValue {
-        /// The field of `config.json`.
-        field: &'static str,
+        /// The field, with the names of the objects that it stands in.
+        field: String,
         /// Its value.
         got: String,
         /// What it should be.
@@ -57,6 +89,14 @@ pub enum Error {
         path: PathBuf,
         /// What the parser said.
         cause: safetensors::SafeTensorError,
+    },
+    /// A GGUF file is damaged, or says what it does not hold.
+    #[error("{}: {cause}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: crate::models::GgufError,
     },
     /// The index names a shard outside of the model's directory.
     #[error("{}: shard {got:?} of tensor {tensor}, expected a plain file name", path.display())]
@@ -104,9 +144,8 @@ pub enum Error {
         /// Its element type.
         got: safetensors::Dtype,
     },
-    /// The files hold a tensor that a Llama model with this configuration does not have, so the
-    /// model is another one.
-    #[error("tensor {name} is no part of a Llama model with this configuration")]
+    /// The files hold a tensor that the model of this configuration does not have, so they are another one's.
+    #[error("tensor {name} is no part of the model that the configuration describes")]
     UnexpectedTensor {
         /// The tensor.
         name: String,
@@ -134,6 +173,12 @@ pub enum Error {
         got: u32,
         /// The size of the vocabulary.
         vocab_size: usize,
+    },
+    /// A tensor handed to [`Attention`](crate::Attention) is of a type that caches do not take.
+    #[error("a tensor of {got:?}, expected F32, F16 or BF16")]
+    TensorType {
+        /// Its type.
+        got: candle_core::DType,
     },
     /// No tokens were given.
     #[error("no tokens given, expected at least one")]
@@ -215,6 +260,16 @@ pub enum Error {
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+/// So that a candle model whose functions return candle's results can use [`Attention`](crate::Attention) within.
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
 }
 
 /// This crate's results.

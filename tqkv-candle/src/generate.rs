@@ -2,7 +2,7 @@
 
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
-use crate::model::Llama;
+use crate::models::Model;
 use crate::room;
 use crate::sampling::Sampler;
 use candle_core::IndexOp;
@@ -108,7 +108,7 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// # Errors
 /// Those of [`generate_with`].
 pub fn generate(
-    model: &Llama,
+    model: &Model,
     cache: &mut SequenceCache,
     prompt: &[u32],
     options: &GenerateOptions,
@@ -131,7 +131,7 @@ pub fn generate(
 /// with tokens that the model does not have; [`Error::NonFiniteLogits`]; those of the cache and of candle. After an error
 /// with the prompt the cache holds what it held before.
 pub fn generate_with(
-    model: &Llama,
+    model: &Model,
     cache: &mut SequenceCache,
     prompt: &[u32],
     options: &GenerateOptions,
@@ -190,7 +190,7 @@ pub fn generate_with(
 
 /// Before any work is done, and not after the chunks that fit.
 fn check_prompt(
-    model: &Llama,
+    model: &Model,
     cache: &SequenceCache,
     held: usize,
     prompt: &[u32],
@@ -215,7 +215,7 @@ fn check_prompt(
 
 /// The logits after a prompt, which runs chunk by chunk; none if `on_chunk` ends it before. And how many tokens have run.
 fn run_prompt(
-    model: &Llama,
+    model: &Model,
     cache: &mut SequenceCache,
     prompt: &[u32],
     chunk: usize,

@@ -1,14 +1,16 @@
-//! Llama models on [candle](candle_core) whose attention runs on a tqkv compressed KV cache.
+//! Language models on [candle](candle_core) whose attention runs on a tqkv compressed KV cache: Llama, Mistral, Qwen 2 and
+//! 3, Gemma 2 and 3, Phi 3, from GGUF files and from Hugging Face directories.
 //!
-//! The model computes in f32 on the CPU; its keys (after the rotary embedding) and values live in a
-//! [`tqkv::KvCache`], on any device that tqkv has.
+//! A model computes in f32 on the CPU, from quantized weights if the file has them; its keys (after the rotary embedding)
+//! and values live in a [`tqkv::KvCache`], on any device that tqkv has. [`Attention`] does the same for a candle model of
+//! your own.
 //!
 //! ```no_run
 //! use std::{ops::ControlFlow, path::Path};
-//! use tqkv_candle::{GenerateOptions, Llama, SequenceCache, Vocabulary, generate};
+//! use tqkv_candle::{GenerateOptions, Model, SequenceCache, Vocabulary, generate};
 //!
 //! let dir = Path::new("models/Llama-3.2-1B");
-//! let model = Llama::load(dir)?;
+//! let model = Model::load(dir)?;
 //! let vocabulary = Vocabulary::load(dir, model.config())?;
 //! // Keys in 5 bits, values in 4; room for 4096 tokens.
 //! let config = model.config().cache_config().codec("k5v4".parse()?).capacity(4096);
@@ -23,25 +25,30 @@
 //! # Ok::<(), tqkv_candle::Error>(())
 //! ```
 
+mod attention;
 mod cache;
-mod config;
 mod error;
 mod eval;
+mod fields;
 mod generate;
-mod model;
+mod models;
 mod room;
 mod sampling;
 mod text;
 mod tokenizer;
-mod weights;
 
+pub use attention::Attention;
 pub use cache::SequenceCache;
-pub use config::{Llama3Rope, LlamaConfig};
 pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};
 pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with};
-pub use model::Llama;
+pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
 pub use sampling::Sampler;
 pub use text::{TextProgress, generate_text};
 pub use tokenizer::{ChatTemplate, Decoder, Encoded, GgufTokenizer, Message, Tokenizer, Vocabulary};
-pub use weights::Weights;
+
+/// The name that [`Model`] had when it was only this.
+pub type Llama = Model;
+
+/// The name that [`ModelConfig`] had when it was only this.
+pub type LlamaConfig = ModelConfig;

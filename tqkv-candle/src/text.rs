@@ -3,7 +3,7 @@
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
 use crate::generate::{GenerateOptions, Generated, Progress, StopReason, generate_with};
-use crate::model::Llama;
+use crate::models::Model;
 use crate::tokenizer::Decoder;
 use std::ops::ControlFlow;
 
@@ -24,7 +24,7 @@ pub enum TextProgress<'a> {
 /// # Errors
 /// Those of [`generate_with`], and [`Error::StopString`] for an empty one.
 pub fn generate_text(
-    model: &Llama,
+    model: &Model,
     cache: &mut SequenceCache,
     prompt: &[u32],
     options: &GenerateOptions,

@@ -1,8 +1,7 @@
 //! Tokenizers of GGUF files, against what `golden/tokenizers.py` computed.
 
-use candle_core::quantized::gguf_file::{Content, Value};
 use std::path::{Path, PathBuf};
-use tqkv_candle::{Error, GgufTokenizer, Vocabulary};
+use tqkv_candle::{Error, GgufTokenizer, Metadata, Vocabulary};
 
 /// A file of the folder that `TQKV_MODELS` names. Without it the test is skipped, unless `TQKV_REQUIRE` has "models".
 fn model(file: &str) -> Option<PathBuf> {
@@ -16,41 +15,13 @@ fn model(file: &str) -> Option<PathBuf> {
     path
 }
 
-fn metadata(path: &Path) -> GgufTokenizer {
-    let content = Content::read(&mut std::fs::File::open(path).unwrap()).unwrap();
-    let get = |name: &str| content.metadata.get(&format!("tokenizer.ggml.{name}"));
-    let list = |name: &str| get(name).map(|v| v.to_vec().unwrap());
-    let strings = |name: &str| list(name).map(|v| v.iter().map(|s| s.to_string().unwrap().clone()).collect::<Vec<_>>());
-    let token = |name: &str| get(&format!("{name}_token_id")).map(|v| v.to_u32().unwrap());
-    let flag = |name: &str| get(name).map(|v| v.to_bool().unwrap());
-    GgufTokenizer {
-        model: get("model").unwrap().to_string().unwrap().clone(),
-        pre: get("pre").map(|v| v.to_string().unwrap().clone()),
-        tokens: strings("tokens").unwrap(),
-        scores: list("scores").map(|v| v.iter().map(|s| s.to_f32().unwrap()).collect()),
-        token_types: list("token_type").map(|v| v.iter().map(|t| t.to_i32().unwrap()).collect()),
-        merges: strings("merges"),
-        bos: token("bos"),
-        eos: token("eos"),
-        unk: token("unknown"),
-        pad: token("padding"),
-        add_bos: flag("add_bos_token"),
-        add_eos: flag("add_eos_token"),
-        add_space_prefix: flag("add_space_prefix"),
-        chat_template: content
-            .metadata
-            .get("tokenizer.chat_template")
-            .and_then(|v: &Value| v.to_string().ok().cloned()),
-    }
-}
-
 fn agrees(name: &str, file: &str, start: Option<u32>) {
     let Some(path) = model(file) else { return };
     let golden: serde_json::Value = serde_json::from_str(include_str!("golden/tokenizers.json")).unwrap();
     let lines: Vec<String> = serde_json::from_value(golden["lines"].clone()).unwrap();
     let expected: Vec<Vec<u32>> = serde_json::from_value(golden[name].clone()).unwrap();
     assert_eq!((lines.len(), expected.len()), (200, 200));
-    let gguf = metadata(&path);
+    let gguf = GgufTokenizer::new(&Metadata::load(&path).unwrap()).unwrap();
     let special = |token: u32| gguf.token_types.as_ref().unwrap()[token as usize] == 3;
     let vocabulary = Vocabulary::from_gguf(gguf.clone(), &path).unwrap();
     for (line, expected) in lines.iter().zip(&expected) {

@@ -6,31 +6,32 @@ use common::{HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, TinyModel};
 use std::ops::ControlFlow;
 use std::path::Path;
 use tempfile::tempdir;
+use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Llama, LlamaConfig, Progress, SequenceCache, StopReason, TextProgress, Vocabulary,
+    Encoded, Error, GenerateOptions, Model, ModelConfig, Progress, SequenceCache, StopReason, TextProgress, Vocabulary,
     Windows, evaluate, generate, generate_text, generate_with,
 };
 
-fn load(tiny: &TinyModel) -> Llama {
+fn load(tiny: &TinyModel) -> Model {
     let dir = tempdir().unwrap();
     tiny.write(dir.path());
-    Llama::load(dir.path()).unwrap()
+    Model::load(dir.path()).unwrap()
 }
 
-fn cache(model: &Llama) -> SequenceCache {
+fn cache(model: &Model) -> SequenceCache {
     cache_with(model, "f32")
 }
 
-fn cache_with(model: &Llama, codec: &str) -> SequenceCache {
+fn cache_with(model: &Model, codec: &str) -> SequenceCache {
     let codec: CodecPair = codec.parse().unwrap();
     SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
 }
 
 /// Logits of the last token, computed in f64 with plain loops, one position at a time.
 fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
-    let config = LlamaConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
-    let frequencies = config.inverse_frequencies();
+    let config = ModelConfig::parse(tiny.config.to_string().as_bytes(), Path::new("")).unwrap();
+    let frequencies = config.rope.inverse_frequencies();
     let get = |name: &str| tiny.tensors.get(name).map(|(_, values)| values);
     let linear = |name: &str, x: &[f64]| -> Vec<f64> {
         let weight = get(&format!("{name}.weight")).unwrap();
@@ -99,7 +100,7 @@ fn oracle(tiny: &TinyModel, tokens: &[u32]) -> Vec<f64> {
     logits
 }
 
-fn last_row(model: &Llama, hidden: &candle_core::Tensor) -> Vec<f32> {
+fn last_row(model: &Model, hidden: &candle_core::Tensor) -> Vec<f32> {
     model.logits(hidden).unwrap().to_vec2().unwrap().pop().unwrap()
 }
 
@@ -146,7 +147,7 @@ fn truncating_rolls_back() {
     assert!(last_row(&model, &model.forward(&[9], &mut cache).unwrap()) == expected);
 }
 
-fn tokens_of(model: &Llama, options: &GenerateOptions) -> Vec<u32> {
+fn tokens_of(model: &Model, options: &GenerateOptions) -> Vec<u32> {
     let mut streamed = Vec::new();
     let generated = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |token| {
         streamed.push(token);
@@ -179,7 +180,7 @@ fn generation_is_reproducible() {
 fn generation_stops() {
     let mut tiny = TinyModel::new();
     let model = load(&tiny);
-    let run = |model: &Llama, prompt: &[u32], options: &GenerateOptions| {
+    let run = |model: &Model, prompt: &[u32], options: &GenerateOptions| {
         generate(model, &mut cache(model), prompt, options, |_| ControlFlow::Continue(()))
     };
     let options = GenerateOptions { max_tokens: 1000, ..GenerateOptions::default() };
@@ -251,6 +252,53 @@ fn windows_need_text() {
     assert!(matches!(Windows::new(&text, usize::MAX, 5, None), Err(Error::TextTooShort { .. })));
     assert!(matches!(Windows::new(&Encoded::default(), 1, 5, None), Err(Error::TextTooShort { got: 0, .. })));
     assert_eq!(Windows::new(&text, 2, 5, None).unwrap().len(), 2);
+}
+
+/// Every window starts anew, whatever the layers' own windows have dropped by then.
+#[test]
+fn windowed_layers_are_emptied_between_windows_of_text() {
+    let model = load(&TinyModel::new());
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog, and so on and on.").unwrap();
+    let config = |window| model.config().cache_config().page_size(8).kind_at(1, LayerKind::Window(window));
+    let cache = |window| SequenceCache::new(&Device::cpu(), config(window), model.config()).unwrap();
+    for window in [1, 4] {
+        let run = |text: &Encoded, windows| {
+            let windows = Windows::new(text, windows, 30, Some(0)).unwrap();
+            // A cache that held another text before.
+            let mut used = cache(window);
+            model.forward(&[7; 40], &mut used).unwrap();
+            let result = evaluate(&model, &mut used, &mut [cache(window)], &windows, 7, |_| ()).unwrap();
+            assert_eq!(result.1, [result.0]);
+            result.0
+        };
+        let second = Encoded { tokens: text.tokens[30..].to_vec(), spans: text.spans[30..].to_vec() };
+        let (both, first, second) = (run(&text, 2), run(&text, 1), run(&second, 1));
+        let sum = first.bits_per_byte() * first.bytes as f64 + second.bits_per_byte() * second.bytes as f64;
+        assert_eq!(both.tokens, 58);
+        assert!((both.bits_per_byte() * both.bytes as f64 / sum - 1.0).abs() < 1e-12, "window {window}");
+    }
+}
+
+/// A file of 200 tokens into a cache with room for 256, one of which is held.
+#[test]
+fn a_cache_gives_up_its_own_tokens_for_a_file() {
+    let mut tiny = TinyModel::new();
+    tiny.config["max_position_embeddings"] = serde_json::json!(256);
+    let model = load(&tiny);
+    let path = tempfile::tempdir().unwrap();
+    let path = path.path().join("saved");
+    let mut saved = cache(&model);
+    let tokens: Vec<u32> = (0..200).collect();
+    model.forward(&tokens, &mut saved).unwrap();
+    saved.save(&path, b"tiny").unwrap();
+    let mut other = cache(&model);
+    model.forward(&[1], &mut other).unwrap();
+    assert!(matches!(other.load(&path, b"large"), Err(Error::Cache(tqkv::Error::Fingerprint { .. }))));
+    assert_eq!(other.tokens().unwrap(), 1);
+    other.load(&path, b"tiny").unwrap();
+    assert_eq!(other.tokens().unwrap(), 200);
+    let next = |cache: &mut SequenceCache| model.forward(&[5], cache).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(next(&mut other), next(&mut saved));
 }
 
 #[test]
@@ -417,7 +465,7 @@ fn tokens_before_the_prompt_count_as_repetitions() {
     assert!(others.iter().all(|token| !distinct.contains(token)), "{distinct:?} {others:?}");
 }
 
-fn tokens_with(model: &Llama, options: &GenerateOptions) -> Vec<u32> {
+fn tokens_with(model: &Model, options: &GenerateOptions) -> Vec<u32> {
     let run = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |_| ControlFlow::Continue(()));
     run.unwrap().tokens
 }

@@ -277,13 +277,13 @@ fn a_start_token_is_added_where_only_the_configuration_says_so() {
     }
     let refused = |config: Value, field: &str| {
         let error = load(&words.to_string(), Some(config)).err();
-        assert!(matches!(error, Some(Error::ConfigValue { field: f, .. }) if f == field), "{error:?}");
+        assert!(matches!(&error, Some(Error::ConfigValue { field: f, .. }) if f == field), "{error:?}");
     };
     refused(json!({"add_bos_token": "yes"}), "add_bos_token");
     refused(json!({"add_bos_token": true}), "bos_token");
     refused(json!({"add_bos_token": true, "bos_token": "<start>"}), "bos_token");
     refused(json!({"add_eos_token": true, "eos_token": 3}), "eos_token");
-    assert!(matches!(load(&words.to_string(), Some(json!([]))), Err(Error::Json { .. })));
+    assert!(matches!(load(&words.to_string(), Some(json!([]))), Err(Error::FieldType { .. })));
 
     // Without a name, the model's.
     let dir = tempfile::tempdir().unwrap();

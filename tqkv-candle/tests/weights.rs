@@ -7,20 +7,20 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::path::Path;
 use tempfile::tempdir;
-use tqkv_candle::{Error, Llama, LlamaConfig, SequenceCache, Vocabulary, Weights};
+use tqkv_candle::{Error, Model, ModelConfig, SequenceCache, Vocabulary, Weights};
 
 const TOKENS: [u32; 5] = [0, 72, 101, 108, 255];
 
-fn logits(model: &Llama) -> Vec<f32> {
+fn logits(model: &Model) -> Vec<f32> {
     let mut cache = SequenceCache::new(&tqkv::Device::cpu(), model.config().cache_config(), model.config()).unwrap();
     let hidden = model.forward(&TOKENS, &mut cache).unwrap();
     model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn load(tiny: &TinyModel) -> Result<Llama, Error> {
+fn load(tiny: &TinyModel) -> Result<Model, Error> {
     let dir = tempdir().unwrap();
     tiny.write(dir.path());
-    Llama::load(dir.path())
+    Model::load(dir.path())
 }
 
 fn load_error(tiny: &TinyModel) -> Error {
@@ -44,7 +44,7 @@ fn shards_give_the_same_model() {
         for parts in [1, 3] {
             let dir = tempdir().unwrap();
             tiny.write_sharded(dir.path(), parts);
-            assert!(logits(&Llama::load(dir.path()).unwrap()) == expected, "{parts} parts");
+            assert!(logits(&Model::load(dir.path()).unwrap()) == expected, "{parts} parts");
         }
     }
 }
@@ -131,10 +131,10 @@ fn truncated_and_lying_files_are_refused() {
 #[test]
 fn a_directory_that_is_no_model_is_refused() {
     let dir = tempdir().unwrap();
-    assert!(matches!(Llama::load(dir.path()), Err(Error::Read { .. })));
-    assert!(matches!(Llama::load(&dir.path().join("nothing")), Err(Error::Read { .. })));
+    assert!(matches!(Model::load(dir.path()), Err(Error::Read { .. })));
+    assert!(matches!(Model::load(&dir.path().join("nothing")), Err(Error::Read { .. })));
     std::fs::write(dir.path().join("config.json"), TinyModel::new().config.to_string()).unwrap();
-    assert!(matches!(Llama::load(dir.path()), Err(Error::NoWeights { .. })));
+    assert!(matches!(Model::load(dir.path()), Err(Error::NoWeights { .. })));
 }
 
 #[test]
@@ -147,11 +147,16 @@ fn malformed_indexes_are_refused() {
     let good = std::fs::read_to_string(&index).unwrap();
     let load = |text: &str| {
         std::fs::write(&index, text).unwrap();
-        Llama::load(dir.path()).err()
+        Model::load(dir.path()).err()
     };
     assert!(load(&good).is_none());
-    for text in ["", "{", "[]", "{}", r#"{"weight_map": []}"#, r#"{"weight_map": {"a": 1}}"#] {
+    for text in ["", "{"] {
         assert!(matches!(load(text), Some(Error::Json { .. })), "{text}");
+    }
+    assert!(matches!(load("[]"), Some(Error::FieldType { .. })));
+    assert!(matches!(load("{}"), Some(Error::MissingField { field, .. }) if field == "weight_map"));
+    for (text, named) in [(r#"{"weight_map": []}"#, "weight_map"), (r#"{"weight_map": {"a": 1}}"#, "weight_map.a")] {
+        assert!(matches!(load(text), Some(Error::FieldType { field, .. }) if field == named), "{text}");
     }
     assert!(matches!(load(r#"{"weight_map": {}}"#), Some(Error::MissingTensor { .. })));
     for name in ["../model.safetensors", "/model.safetensors", "", "..", "a/b", "a/"] {
@@ -169,7 +174,7 @@ fn malformed_indexes_are_refused() {
 fn without_a_tokenizer_only_bytes_are_a_vocabulary() {
     let dir = tempdir().unwrap();
     let mut config = TinyModel::new().config;
-    let parse = |c: &serde_json::Value| LlamaConfig::parse(c.to_string().as_bytes(), Path::new("")).unwrap();
+    let parse = |c: &serde_json::Value| ModelConfig::parse(c.to_string().as_bytes(), Path::new("")).unwrap();
     assert!(Vocabulary::load(dir.path(), &parse(&config)).unwrap().is_bytes());
     config["vocab_size"] = json!(257);
     let error = Vocabulary::load(dir.path(), &parse(&config)).err();
@@ -181,7 +186,7 @@ fn without_a_tokenizer_only_bytes_are_a_vocabulary() {
 #[test]
 fn a_tokenizer_neither_cuts_texts_nor_fills_them_up() {
     let dir = tempdir().unwrap();
-    let config = LlamaConfig::parse(TinyModel::new().config.to_string().as_bytes(), Path::new("")).unwrap();
+    let config = ModelConfig::parse(TinyModel::new().config.to_string().as_bytes(), Path::new("")).unwrap();
     // As it was left by training on batches of texts of four tokens.
     let tokenizer = json!({
         "version": "1.0", "normalizer": null, "decoder": null, "post_processor": null, "added_tokens": [],

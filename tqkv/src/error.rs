@@ -1,7 +1,6 @@
 //! One error type: every violated rule has a variant of its own, with what was got and what was expected.
 
-use crate::compute::{DType, Device};
-use crate::format::Codec;
+use std::fmt::{self, Display};
 
 /// The result of every fallible call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -23,8 +22,8 @@ pub enum Error {
     /// A codec cannot store vectors of this size.
     #[error("head_dim {got} with codec {codec}: expected {expected}")]
     HeadDim {
-        /// The codec.
-        codec: Codec,
+        /// The codec's name.
+        codec: String,
         /// head_dim asked for.
         got: usize,
         /// What it takes.
@@ -103,8 +102,8 @@ pub enum Error {
     DType {
         /// The argument.
         what: &'static str,
-        /// Its type.
-        got: DType,
+        /// Its type's name.
+        got: &'static str,
         /// What is taken.
         expected: &'static str,
     },
@@ -239,15 +238,15 @@ pub enum Error {
         /// The layer that it reads.
         source_layer: usize,
     },
-    /// Queries and output of [`Domain::Rotated`](crate::ops::Domain) in a layer whose sinks are rotated otherwise.
+    /// Queries and output in the rotated domain, in a layer whose sinks are rotated otherwise.
     #[error("layer {layer} holds sinks as {got} and the rest as {expected}: expected codecs of one rotation")]
     RotatedSinks {
         /// The layer.
         layer: usize,
         /// The codec of its sinks.
-        got: Codec,
+        got: String,
         /// The codec of its other positions.
-        expected: Codec,
+        expected: String,
     },
     /// Layers of a sequence hold different lengths where one length is needed: a step was left half done.
     #[error("layer {layer} of sequence {sequence} holds {got} positions: expected {expected} as in layer 0")]
@@ -354,8 +353,8 @@ pub enum SnapshotPart {
     Whole,
 }
 
-impl std::fmt::Display for SnapshotPart {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Display for SnapshotPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SnapshotPart::Header => f.write_str("the snapshot's header"),
             SnapshotPart::Page(page) => write!(f, "page {page} of the snapshot"),
@@ -369,7 +368,7 @@ impl Error {
         Error::Io { path: path.into(), kind: error.kind(), message: error.to_string() }
     }
 
-    pub(crate) fn wrong_device(what: &'static str, got: &Device, expected: &Device) -> Self {
+    pub(crate) fn wrong_device(what: &'static str, got: &dyn Display, expected: &dyn Display) -> Self {
         let (got, expected) = (got.to_string(), expected.to_string());
         let got = if got == expected { format!("another device ({got})") } else { got };
         Error::WrongDevice { what, got, expected }

@@ -17,12 +17,14 @@ pub mod compute;
 mod error;
 pub mod format;
 pub mod mlx;
+mod open;
 pub mod ops;
+mod problem;
 pub mod reference;
 
-#[cfg(feature = "prefix-store")]
-pub use cache::PrefixStore;
 pub use cache::{CacheConfig, KvCache, SequenceId, Snapshot};
+#[cfg(feature = "prefix-store")]
+pub use cache::{PrefixStore, Prompt};
 pub use compute::{Buffer, CommandEncoder, DType, Device, Element};
 pub use error::{Error, Result, SnapshotPart};
 pub use format::{Codec, CodecPair};

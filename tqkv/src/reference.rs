@@ -8,6 +8,7 @@ use half::f16;
 /// Signs, then transform: T·S·x (see [`RowFormat::block`]).
 pub fn rotate(row: &RowFormat, x: &[f32]) -> Vec<f64> {
     let mut y: Vec<f64> = x.iter().map(|&x| x as f64).collect();
+    y.resize(row.row_dim(), 0.0);
     if row.is_rotated() {
         negate(row, &mut y);
         transform(row, &mut y);
@@ -22,6 +23,7 @@ pub fn restore(row: &RowFormat, y: &[f64]) -> Vec<f64> {
         transform(row, &mut x);
         negate(row, &mut x);
     }
+    x.truncate(row.head_dim());
     x
 }
 
@@ -36,7 +38,7 @@ fn negate(row: &RowFormat, x: &mut [f64]) {
 
 /// The definition: the Hadamard matrix's entry (i, j) within a block is (-1)^popcount(i & j) / √block.
 fn transform(row: &RowFormat, x: &mut [f64]) {
-    let (block, blocks) = (row.block(), row.head_dim() / row.block());
+    let (block, blocks) = (row.block(), row.row_dim() / row.block());
     let hadamard: Vec<f64> = (0..x.len())
         .map(|i| {
             let start = i - i % block;
@@ -56,7 +58,7 @@ fn transform(row: &RowFormat, x: &mut [f64]) {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encoded {
     /// One code an element; empty for dense floats.
-    pub codes: Vec<u8>,
+    pub codes: Vec<u16>,
     /// The scales, as stored but widened to f32.
     pub scales: Vec<f32>,
     /// Distance of each scaled element from the nearest decision boundary: only under 1e-5 may a backend's code differ.
@@ -92,7 +94,7 @@ pub fn quantize(row: &RowFormat, x: &[f32]) -> Encoded {
             encoded.codes.push(if zero {
                 book.zero_code()
             } else {
-                book.boundaries.iter().filter(|&&b| u > b as f64).count() as u8
+                book.boundaries.iter().filter(|&&b| u > b as f64).count() as u16
             });
             let margin = book.boundaries.iter().map(|&b| (u - b as f64).abs()).fold(f64::INFINITY, f64::min);
             encoded.margins.push(if zero { f64::INFINITY } else { margin });
@@ -110,9 +112,9 @@ pub fn quantize(row: &RowFormat, x: &[f32]) -> Encoded {
 
 /// Decodes one stored row into the rotated domain, exactly as every backend must: level · factor in f32.
 pub fn dequantize(row: &RowFormat, codes: &[u8], scales: &[f32]) -> Vec<f32> {
-    let d = row.head_dim();
+    let d = row.row_dim();
     match row.packing() {
-        Packing::Float(crate::DType::F32) => {
+        Packing::Float(crate::format::DType::F32) => {
             codes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
         }
         Packing::Float(_) => codes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),

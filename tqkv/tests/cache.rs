@@ -15,12 +15,13 @@ const HEADS: usize = 4;
 const D: usize = 32;
 const PAGE: usize = 8;
 const WINDOW: usize = 12;
-const LAYERS: usize = 7;
+const LAYERS: usize = 9;
 const CAPACITY: usize = 40 * PAGE;
 const SINK_SEQUENCES: usize = 6;
 
 /// Full layers of two codecs, a windowed one, one that shares with the first; a windowed and a full layer with sinks, less
-/// than a page of them and more, and one that shares with the former.
+/// than a page of them and more, and one that shares with the former; layers that see nothing but the token itself, one of
+/// them its sinks too.
 fn config() -> CacheConfig {
     CacheConfig::new(LAYERS, KV_HEADS, D)
         .codec("k5v4".parse().unwrap())
@@ -31,6 +32,9 @@ fn config() -> CacheConfig {
         .sinks_at(4, Sinks { positions: 5, codec: CodecPair::both(Codec::F16) })
         .sinks_at(5, Sinks { positions: 11, codec: "k8v8".parse().unwrap() })
         .kind_at(6, LayerKind::Shared(4))
+        .kind_at(7, LayerKind::Window(1))
+        .kind_at(8, LayerKind::Window(1))
+        .sinks_at(8, Sinks { positions: 5, codec: CodecPair::both(Codec::F16) })
         .sink_sequences(SINK_SEQUENCES)
         .page_size(PAGE)
         .capacity(CAPACITY)
@@ -47,6 +51,13 @@ fn window_start(layer: usize, position: usize) -> usize {
         LayerKind::Window(window) => (position + 1).saturating_sub(window),
         _ => 0,
     }
+}
+
+/// Rolling back to `len` may fail only because a window has dropped positions that the next token would see: there must be
+/// some.
+fn expect_dropped(error: &Error, len: usize) {
+    let Error::Positions { start, first, .. } = *error else { panic!("{error}") };
+    assert!(start < len && start < first, "{error}: nothing stands in the way of {len}");
 }
 
 /// How many first positions a layer keeps apart.
@@ -77,6 +88,11 @@ enum Step {
     Load,
 }
 
+/// How many tokens are taken back: a few, or all.
+fn back() -> impl Strategy<Value = usize> {
+    prop_oneof![6 => 0..30usize, 1 => Just(usize::MAX)]
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let any = 0..1000usize;
     prop_oneof![
@@ -84,10 +100,10 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (prop::array::uniform3((any.clone(), 0..20usize)), 1..=3usize).prop_map(|(t, n)| Step::Append(t, n)),
         3 => (any.clone(), 1..6usize).prop_map(|(s, n)| Step::Attend(s, n)),
         2 => any.clone().prop_map(Step::Fork),
-        3 => (any.clone(), 0..30usize).prop_map(|(s, n)| Step::Truncate(s, n)),
+        3 => (any.clone(), back()).prop_map(|(s, n)| Step::Truncate(s, n)),
         1 => any.clone().prop_map(Step::Free),
         1 => any.clone().prop_map(Step::Check),
-        2 => prop::option::weighted(0.7, (any, 0..30usize)).prop_map(Step::Save),
+        2 => prop::option::weighted(0.7, (any, back())).prop_map(Step::Save),
         2 => Just(Step::Load),
     ]
 }
@@ -165,9 +181,7 @@ impl Model {
                     let len = tokens.len().saturating_sub(n);
                     match self.cache.truncate(*id, len) {
                         Ok(()) => tokens.truncate(len),
-                        // Only what the window has dropped may stand in the way.
-                        Err(Error::Positions { start, first, .. }) => assert!(start < first && first > 0),
-                        Err(e) => panic!("{e}"),
+                        Err(e) => expect_dropped(&e, len),
                     }
                 }
             }
@@ -201,9 +215,10 @@ impl Model {
         let mut bytes = vec![];
         match self.cache.write_snapshot(&lens, &mut bytes, b"model") {
             Ok(()) => self.saved = Some((bytes, prefixes.into_iter().map(|p| p.1).collect())),
-            // Only what the window has dropped may stand in the way.
-            Err(Error::Positions { start, first, .. }) => assert!(prefix.is_some() && start < first),
-            Err(e) => panic!("{e}"),
+            Err(e) => {
+                assert!(prefix.is_some());
+                expect_dropped(&e, lens[0].1);
+            }
         }
     }
 
@@ -411,12 +426,12 @@ fn random_schedules_on_cuda() {
 fn running_out_changes_nothing() {
     let device = Device::cpu();
     let no_sinks = Sinks { positions: 0, codec: CodecPair::both(Codec::F16) };
-    let config = config().capacity(2 * PAGE).sinks_at(4, no_sinks).sinks_at(5, no_sinks);
+    let config = config().capacity(2 * PAGE).sinks_at(4, no_sinks).sinks_at(5, no_sinks).sinks_at(8, no_sinks);
     let mut cache = KvCache::new(&device, config).unwrap();
     let (a, b) = (cache.add_sequence(), cache.add_sequence());
     let x = device.zeros(DType::F32, &[PAGE + 1, KV_HEADS, D]).unwrap();
     let mut encoder = device.encoder().unwrap();
-    for layer in [0, 1, 2, 4, 5] {
+    for layer in [0, 1, 2, 4, 5, 7, 8] {
         cache.append(&mut encoder, layer, &[(a, PAGE + 1)], &x, &x).unwrap();
     }
     let before = cache.usage();
@@ -523,6 +538,89 @@ fn sinks_stay_where_a_window_moves_on() {
     assert!(out.read::<f32>().unwrap().iter().zip(given).all(|(got, x)| *got == rounded(DType::F16, x)));
 }
 
+/// Without positions that the next token would see there is nothing that a window could have dropped.
+#[test]
+fn rolling_back_to_where_nothing_is_seen() {
+    let device = Device::cpu();
+    let sinks = Sinks { positions: 4, codec: CodecPair::both(Codec::F16) };
+    let base = || CacheConfig::new(1, KV_HEADS, D).page_size(PAGE).capacity(20 * PAGE);
+    let window = |w| base().kind_at(0, LayerKind::Window(w));
+    let x = device.upload(&Rng(1).normals(40 * KV_HEADS * D), &[40, KV_HEADS, D]).unwrap();
+    let q = device.upload(&Rng(2).normals(HEADS * D), &[1, HEADS, D]).unwrap();
+    let append = |cache: &mut KvCache, seq, position: usize| {
+        let x = x.slice(position..position + 1).unwrap();
+        run(&device, |e| cache.append(e, 0, &[(seq, 1)], &x, &x));
+    };
+    let attended = |cache: &mut KvCache, seq, queries: usize| {
+        let q = device.upload(&q.read::<f32>().unwrap().repeat(queries), &[queries, HEADS, D])?;
+        let out = device.zeros(DType::F32, &[queries, HEADS, D])?;
+        let mut encoder = device.encoder()?;
+        cache.attend(&mut encoder, 0, &[(seq, queries)], &q, &out, None, &AttentionParams::for_head_dim(D))?;
+        encoder.submit_and_wait()?;
+        out.read::<f32>()
+    };
+    let full = |config: CacheConfig, rollback: usize| {
+        let mut cache = KvCache::new(&device, config).unwrap();
+        let seq = cache.add_sequence();
+        (0..40).for_each(|i| append(&mut cache, seq, i));
+        // The prefix first: it is what truncation leaves.
+        let dir = tempfile::tempdir().unwrap();
+        cache.save_prefix(seq, rollback, dir.path().join("prefix"), b"m").unwrap();
+        cache.truncate(seq, rollback).unwrap();
+        assert_eq!(cache.len(seq), Ok(rollback));
+        let loaded = cache.load(dir.path().join("prefix"), b"m").unwrap()[0];
+        assert_eq!(cache.len(loaded), Ok(rollback));
+        (cache, [seq, loaded])
+    };
+    // From nothing on, as a new sequence; each step beside one that never went further.
+    let goes_on = |cache: &mut KvCache, seqs: [SequenceId; 2], from: usize, until: usize| {
+        let mut other = KvCache::new(&device, cache.config().clone()).unwrap();
+        let fresh = other.add_sequence();
+        (0..from).for_each(|i| append(&mut other, fresh, i));
+        for i in from..until {
+            append(&mut other, fresh, i);
+            let want = attended(&mut other, fresh, 1).unwrap();
+            for seq in seqs {
+                append(cache, seq, i);
+                assert_eq!(attended(cache, seq, 1).unwrap(), want, "position {i}");
+            }
+        }
+    };
+    for config in [window(4), window(1), base(), window(4).sinks(sinks), window(1).sinks(sinks)] {
+        let (mut cache, seqs) = full(config, 0);
+        assert_eq!(cache.usage().used, 0);
+        assert!(cache.is_empty());
+        goes_on(&mut cache, seqs, 0, 20);
+    }
+    for rollback in [35, 33, 32, 31, 16, 13, 1] {
+        for config in [window(1), window(1).sinks(sinks)] {
+            let (mut cache, seqs) = full(config.clone(), rollback);
+            goes_on(&mut cache, seqs, rollback, rollback + 2);
+            // The positions before are gone, though their page is there: nobody may see them.
+            let out = device.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+            if rollback > 5 && rollback < 32 {
+                for seq in seqs {
+                    let early = attended(&mut cache, seq, 3);
+                    assert!(matches!(early, Err(Error::Positions { first, .. }) if first >= rollback), "{early:?}");
+                    let mut encoder = device.encoder().unwrap();
+                    let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+                    let lost = cache.dequantize(&mut encoder, 0, Side::Key, seq, rollback - 1, domain, order, &out);
+                    assert!(matches!(lost, Err(Error::Positions { first, .. }) if first >= rollback), "{lost:?}");
+                }
+            }
+            for seq in seqs {
+                cache.free_sequence(seq).unwrap();
+            }
+            assert_eq!(cache.usage().used, 0);
+        }
+    }
+    // Where something is seen that was dropped, it is an error as ever.
+    let mut cache = KvCache::new(&device, window(4)).unwrap();
+    let seq = cache.add_sequence();
+    (0..40).for_each(|i| append(&mut cache, seq, i));
+    assert_eq!(cache.truncate(seq, 1), Err(Error::Positions { start: 0, end: 1, first: 32, len: 40 }));
+}
+
 #[test]
 fn shared_and_unknown_layers_are_named() {
     let device = Device::cpu();
@@ -532,7 +630,10 @@ fn shared_and_unknown_layers_are_named() {
     let mut encoder = device.encoder().unwrap();
     let shared = Err(Error::SharedLayer { layer: 3, source_layer: 0 });
     assert_eq!(cache.append(&mut encoder, 3, &[(seq, 1)], &x, &x), shared);
-    assert_eq!(cache.append(&mut encoder, 7, &[(seq, 1)], &x, &x), Err(Error::Layer { got: 7, layers: 7 }));
+    assert_eq!(
+        cache.append(&mut encoder, LAYERS, &[(seq, 1)], &x, &x),
+        Err(Error::Layer { got: LAYERS, layers: LAYERS })
+    );
     let twice = [(seq, 1), (seq, 1)];
     assert_eq!(cache.append(&mut encoder, 0, &twice, &x, &x), Err(Error::RepeatedSequence { got: number(seq) }));
     for (kind, layer) in [(LayerKind::Shared(2), 2), (LayerKind::Shared(3), 2), (LayerKind::Window(0), 1)] {

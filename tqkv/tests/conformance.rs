@@ -324,6 +324,42 @@ fn vectors_that_are_not_finite_decode_to_nan(device: &Device) {
     }
 }
 
+/// Scales of f16 that overflow: see "Range" in docs/format.md.
+fn infinite_scales_decode_to_what_is_not_finite(device: &Device) {
+    for (codec, d) in [(Codec::tq(2), 64), (Codec::tq(3), 80), (Codec::tq(4), 128), (Codec::tq(8), 512)] {
+        let row = RowFormat::new(codec, d).unwrap();
+        // One element, equal elements, a random vector; and one that is as usual.
+        let mut x = vec![0.0; d];
+        x[d / 3] = -1e7;
+        x.resize(2 * d, 1e6);
+        x.extend(Rng(4).normals(d).iter().map(|x| x * 1e6));
+        x.extend(Rng(5).normals(d));
+        let pool = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let batch = Batch::contiguous(device, 8, 0, 4, 4).unwrap();
+        let input = device.upload(&x, &[4, 1, d]).unwrap();
+        let usual = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let q = device.upload(&Rng(6).normals(4 * d), &[4, 1, d]).unwrap();
+        let [rotated, original, out] = [0; 3].map(|_| Guarded::new(device, DType::F32, &[4, 1, d]));
+        let params = AttentionParams { window: Some(1), ..AttentionParams::for_head_dim(d) };
+        run(device, |e| {
+            quantize(e, &[(&input, &pool), (&q, &usual)], &batch)?;
+            dequantize(e, &pool, &batch, 0, 0..4, Domain::Rotated, RowOrder::TokenMajor, &rotated.buffer)?;
+            dequantize(e, &pool, &batch, 0, 0..4, Domain::Original, RowOrder::TokenMajor, &original.buffer)?;
+            // Each query sees its own position.
+            attention(e, &q, &usual, &pool, &batch, &params, &out.buffer, None)
+        });
+        let (codes, rotated) = (pool.codes().read::<u8>().unwrap(), rotated.take());
+        for (i, x) in rotated[..3 * d].iter().enumerate() {
+            let code = row.get_code(&codes[i / d * row.row_bytes()..][..row.row_bytes()], i % d);
+            assert_eq!(*x, row.codebook().unwrap().levels[code as usize] * f32::INFINITY, "{codec} D={d} element {i}");
+        }
+        for x in [&original.take(), &out.take()] {
+            assert!(x[..3 * d].iter().all(|x| !x.is_finite()), "{codec} D={d}");
+            assert!(x[3 * d..].iter().all(|x| x.is_finite()), "{codec} D={d}: its neighbour");
+        }
+    }
+}
+
 fn dequantize_is_bit_exact(device: &Device) {
     let mut rng = Rng(4);
     for d in HEAD_DIMS {
@@ -578,7 +614,7 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
         params.window = case.window;
         params.softcap = case.softcap;
         params.domain = case.domain;
-        params.sinks = case.sinks.then(|| device.upload(&sinks, &[heads]).unwrap());
+        params.sink_logits = case.sinks.then(|| device.upload(&sinks, &[heads]).unwrap());
         let input = upload(device, case.q, &q, &[tokens, heads, d]);
         let out = Guarded::new(device, case.out, &[tokens, heads, d]);
         let lse = Guarded::new(device, DType::F32, &[tokens, heads]);
@@ -691,6 +727,63 @@ fn what_is_not_a_number_stays_so(device: &Device) {
     }
 }
 
+/// What is large or small on the way (a rotated query, a square, a product) but not in the end is as in f64.
+fn queries_of_any_size(device: &Device) {
+    let (heads, len) = (4, 70);
+    // Sizes of queries and of keys.
+    let sizes = [(1e37, 0.0), (1e37, 1.0), (1e9, 1e-9), (1e-30, 1e15), (1e30, 1e-30), (1e37, 1e-37), (1e-37, 1e37)];
+    let codecs = [Codec::tq(3), Codec::tq(4), Codec::tq(8), Codec::seed(4), Codec::seed(5), Codec::F16, Codec::F32];
+    for (codec, (d, (q_size, k_size))) in
+        codecs.into_iter().flat_map(|c| [128, 512].into_iter().flat_map(move |d| sizes.map(|s| (c, (d, s)))))
+    {
+        let row = RowFormat::new(codec, d).unwrap();
+        // What the codec cannot hold is another test's.
+        let most = match row.codec() {
+            Codec::F32 => f32::MAX,
+            Codec::Seed { .. } => 1e16,
+            _ => 1e4,
+        };
+        if k_size > most {
+            continue;
+        }
+        let mut rng = Rng(9);
+        let k: Vec<f32> = rng.normals(len * d).iter().map(|x| x * k_size).collect();
+        let pools = [k, rng.normals(len * d)].map(|x| {
+            let pool = PagePool::new(device, row, 1, len, 1).unwrap();
+            let x = device.upload(&x, &[len, 1, d]).unwrap();
+            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::contiguous(device, len, 0, len, len).unwrap()));
+            pool
+        });
+        // A query of equal elements is one large element after the rotation.
+        let mut q: Vec<f32> = rng.normals(heads * d).iter().map(|x| x * q_size).collect();
+        q[..d].fill(q_size);
+        let batch = Batch::contiguous(device, len, 0, len, 1).unwrap();
+        let params = AttentionParams::for_head_dim(d);
+        let input = device.upload(&q, &[1, heads, d]).unwrap();
+        let [out, keys, values] = [heads, len, len].map(|n| Guarded::new(device, DType::F32, &[1, n, d]));
+        let lse = Guarded::new(device, DType::F32, &[1, heads]);
+        run(device, |e| {
+            for (pool, out) in pools.iter().zip([&keys, &values]) {
+                dequantize(e, pool, &batch, 0, 0..len, Domain::Rotated, RowOrder::HeadMajor, &out.buffer)?;
+            }
+            attention(e, &input, &pools[0], &pools[1], &batch, &params, &out.buffer, Some(&lse.buffer))
+        });
+        let (keys, values, out, lse) = (keys.take(), values.take(), out.take(), lse.take());
+        for (head, q) in q.chunks(d).enumerate() {
+            let q: Vec<f32> = reference::rotate(&row, q).iter().map(|&x| x as f32).collect();
+            let query = reference::Query { q: &q, scale: params.scale as f64, softcap: None, sink: None };
+            let rows = |x| <[f32]>::chunks(x, d).collect::<Vec<_>>();
+            let (want, want_lse) = reference::attention(&query, &rows(&keys), &rows(&values));
+            let name = format!("{codec} D={d} queries of {q_size:e}, keys of {k_size:e}, head {head}");
+            let tolerance = attention_tolerance(device, DType::F32, DType::F32);
+            let error = relative_error(&out[head * d..][..d], &reference::restore(&row, &want));
+            assert!(error <= tolerance, "{name}: {error:e}");
+            let error = (lse[head] as f64 - want_lse).abs();
+            assert!(error <= tolerance * want_lse.abs().max(1.0), "{name}: lse {} {want_lse}", lse[head]);
+        }
+    }
+}
+
 fn merged_parts_equal_the_whole(device: &Device) {
     let mut rng = Rng(6);
     let (d, kv_heads, heads, len) = (128, 2, 8, 100);
@@ -728,6 +821,203 @@ fn merged_parts_equal_the_whole(device: &Device) {
     let (out, lse) = (Guarded::new(device, DType::F32, &[1, heads, d]), Guarded::new(device, DType::F32, &[1, heads]));
     run(device, |e| merge(e, &[(&nothing.0, &nothing.1)], &out.buffer, Some(&lse.buffer)));
     assert!(out.take().iter().all(|&x| x == 0.0) && lse.take().iter().all(|&x| x == f32::NEG_INFINITY));
+}
+
+/// A part without positions, whose lse is -∞, may hold anything; a part with positions that is no number stays none.
+fn merge_passes_over_empty_parts(device: &Device) {
+    let (heads, d) = (2, 64);
+    let part = |dtype: DType, x: f32, lse: f32| {
+        (
+            upload(device, dtype, &vec![x; heads * d], &[1, heads, d]),
+            device.upload(&vec![lse; heads], &[1, heads]).unwrap(),
+        )
+    };
+    let none = f32::NEG_INFINITY;
+    let anything = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1.0];
+    // Parts as (value, lse), and what they give.
+    let mut cases: Vec<(Vec<(f32, f32)>, f32, f32)> = vec![
+        (vec![(f32::NAN, none), (f32::INFINITY, none)], 0.0, none),
+        (vec![(f32::NAN, none)], 0.0, none),
+        (vec![(f32::NAN, -2.0), (3.0, 1.5)], f32::NAN, 1.5 + (-3.5f32).exp().ln_1p()),
+        // Its weight is 0, and none the less it has been seen.
+        (vec![(f32::NAN, -200.0), (3.0, 1.5)], f32::NAN, 1.5),
+        (vec![(5.0, f32::NAN), (3.0, 1.5)], f32::NAN, f32::NAN),
+        (vec![(5.0, f32::NAN), (f32::NAN, none)], f32::NAN, f32::NAN),
+        (vec![(3.0, -3.4e38), (f32::NAN, none)], 3.0, -3.4e38),
+    ];
+    for x in anything {
+        cases.push((vec![(x, none), (3.0, 1.5)], 3.0, 1.5));
+        cases.push((vec![(3.0, -1e30), (x, none)], 3.0, -1e30));
+    }
+    // More than any kernel takes at once, empty ones first, last and in between.
+    let many = |i: usize| if i % 12 == 7 { (3.0, 1.5) } else { (anything[i % 4], none) };
+    cases.push(((0..24).map(many).collect(), 3.0, 1.5 + 2f32.ln()));
+    cases.push(((0..24).map(|i| (anything[i % 4], none)).collect(), 0.0, none));
+    for (parts, want, want_lse) in cases {
+        for dtype in FLOATS {
+            let held: Vec<_> = parts.iter().map(|&(x, lse)| part(dtype, x, lse)).collect();
+            let views: Vec<_> = held.iter().map(|(o, l)| (o, l)).collect();
+            let out = Guarded::new(device, DType::F32, &[1, heads, d]);
+            let lse = Guarded::new(device, DType::F32, &[1, heads]);
+            run(device, |e| merge(e, &views, &out.buffer, Some(&lse.buffer)));
+            let same = |got: f32, want: f32| {
+                got == want || (got.is_nan() && want.is_nan()) || (got - want).abs() <= 1e-6 * want.abs()
+            };
+            let (out, lse) = (out.take(), lse.take());
+            let name = format!("{dtype} {parts:?}");
+            assert!(out.iter().all(|&x| same(x, want)), "{name}: {} instead of {want}", out[0]);
+            assert!(lse.iter().all(|&x| same(x, want_lse)), "{name}: lse {} instead of {want_lse}", lse[0]);
+        }
+    }
+}
+
+/// Scores of 1e8 and more, where f32 steps by more than exp can take: positions with the same key share the weight.
+fn large_scores_share_the_weight(device: &Device) {
+    let (d, most) = (64, 70);
+    let mut rng = Rng(10);
+    for (codec, size) in [
+        (Codec::tq(4), 1e4),
+        (Codec::tq(3), 1e4),
+        (Codec::tq(8), 3e4),
+        (Codec::seed(4), 3e4),
+        (Codec::seed(8), 3e4),
+        (Codec::F16, 3e4),
+        (Codec::F32, 3e4),
+        (Codec::seed(4), 1e9),
+    ] {
+        let row = RowFormat::new(codec, d).unwrap();
+        let values = rng.normals(most * d);
+        let pools = [vec![size; most * d], values].map(|x| {
+            let pool = PagePool::new(device, row, 1, 16, 5).unwrap();
+            let x = device.upload(&x, &[most, 1, d]).unwrap();
+            let span = Span { first: 0, len: most, new: most, pages: &[3, 0, 4, 1, 2] };
+            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, 16, &[span.clone()]).unwrap()));
+            let batch = Batch::new(device, 16, &[span]).unwrap();
+            let out = device.zeros(DType::F32, &[most, 1, d]).unwrap();
+            let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
+            run(device, |e| dequantize(e, &pool, &batch, 0, 0..most, domain, order, &out));
+            (pool, out.read::<f32>().unwrap())
+        });
+        let [(key, keys), (value, values)] = &pools;
+        let group = 3;
+        for (n, dtype, sign, softcap) in [1, 5, most].into_iter().flat_map(|n| {
+            let types = [DType::F32, DType::F16].into_iter().filter(move |&t| t == DType::F32 || size < 6e4);
+            let signs = move |t| [1.0, -1.0].map(move |s| (n, t, s));
+            types.flat_map(signs).flat_map(|(n, t, s)| [None, Some(50.0), Some(1e12)].map(move |c| (n, t, s, c)))
+        }) {
+            let q = upload(device, dtype, &vec![sign * size; group * d], &[1, group, d]);
+            let span = Span { first: 0, len: n, new: 1, pages: &[3, 0, 4, 1, 2] };
+            let batch = Batch::new(device, 16, &[span]).unwrap();
+            let out = Guarded::new(device, DType::F32, &[1, group, d]);
+            let lse = Guarded::new(device, DType::F32, &[1, group]);
+            let params = AttentionParams { softcap, ..AttentionParams::for_head_dim(d) };
+            run(device, |e| attention(e, &q, key, value, &batch, &params, &out.buffer, Some(&lse.buffer)));
+            let mean: Vec<f64> =
+                (0..d).map(|i| (0..n).map(|p| values[p * d + i] as f64).sum::<f64>() / n as f64).collect();
+            let score = (0..d).map(|i| (sign * size) as f64 * keys[i] as f64).sum::<f64>() * params.scale as f64;
+            let score = softcap.map_or(score, |c| c as f64 * (score / c as f64).tanh());
+            let want = score + (n as f64).ln();
+            let name = format!("{codec} {size:e} {n} positions, q {dtype} {sign}, softcap {softcap:?}");
+            for (got, lse) in out.take().chunks(d).zip(lse.take()) {
+                let error = relative_error(got, &mean);
+                assert!(error <= attention_tolerance(device, dtype, DType::F32), "{name}: {error:e}");
+                assert!((lse as f64 - want).abs() <= 2e-3 * want.abs(), "{name}: lse {lse} instead of {want}");
+            }
+        }
+    }
+}
+
+/// Large scores that differ by less than f32 steps there: weights come of their differences none the less.
+fn large_scores_are_told_apart(device: &Device) {
+    // CUDA adds products of four elements in f32.
+    if device.info().kind == DeviceKind::Cuda {
+        return;
+    }
+    let (d, n) = (64, 300);
+    let mut rng = Rng(11);
+    for (codec, size) in [(Codec::tq(4), 1e4), (Codec::tq(8), 3e4), (Codec::seed(4), 3e4), (Codec::seed(6), 3e5)] {
+        let row = RowFormat::new(codec, d).unwrap();
+        let levels = &row.codebook().unwrap().levels;
+        // Keys that differ in element 0 alone.
+        let mut codes = vec![0; n * row.row_bytes()];
+        for (p, bytes) in codes.chunks_mut(row.row_bytes()).enumerate() {
+            let mut own: Vec<u16> = (0..d).map(|i| (i % levels.len()) as u16).collect();
+            own[0] = ((p * 7) % levels.len()) as u16;
+            row.pack(&own, bytes);
+        }
+        let scale = rounded(row.scale_dtype(), size);
+        let decoded: Vec<_> = codes.chunks(row.row_bytes()).map(|c| reference::dequantize(&row, c, &[scale])).collect();
+        let scales = upload(device, row.scale_dtype(), &vec![scale; n], &[1, 1, n, 1]);
+        let codes = device.upload(&codes, &[1, 1, n, row.row_bytes()]).unwrap();
+        let key = PagePool::from_buffers(row, &codes, Some(&scales)).unwrap();
+        let value = Filled::new(device, &mut rng, RowFormat::new(Codec::tq(4), d).unwrap(), 1, n, 1);
+        let keys: Vec<_> = decoded.iter().map(Vec::as_slice).collect();
+        let values: Vec<_> = (0..n).map(|p| value.row(0, 0, p)).collect();
+        for sign in [1.0, -1.0] {
+            let mut q: Vec<f32> =
+                (0..d).map(|i| sign * if i % 5 == 0 { -size } else { size } * (1 + i % 3) as f32).collect();
+            q[0] = 4.0 / scale;
+            for count in [5, 70, n] {
+                let input = device.upload(&q, &[1, 1, d]).unwrap();
+                let batch = Batch::contiguous(device, n, 0, count, 1).unwrap();
+                let params = AttentionParams { domain: Domain::Rotated, ..AttentionParams::for_head_dim(d) };
+                let out = Guarded::new(device, DType::F32, &[1, 1, d]);
+                run(device, |e| attention(e, &input, &key, &value.pool, &batch, &params, &out.buffer, None));
+                let query = reference::Query { q: &q, scale: params.scale as f64, softcap: None, sink: None };
+                let (want, lse) = reference::attention(&query, &keys[..count], &values[..count]);
+                let error = relative_error(&out.take(), &want);
+                // Two floats hold 48 bits of a score, less what adding them up takes.
+                let tolerance = 2e-5 + lse.abs() * 2f64.powi(-45);
+                assert!(lse.abs() > 1e8, "the scores are not large: {lse}");
+                assert!(error <= tolerance, "{codec} {size:e} {count} positions, scores near {lse:e}: {error:e}");
+            }
+        }
+    }
+}
+
+/// What no query sees may be anything: rows outside windows, after the last position, and the rest of the pages.
+fn what_is_not_seen_does_not_matter(device: &Device) {
+    let (d, kv_heads, heads, page_size, len) = (64, 2, 4, 16, 150);
+    let mut rng = Rng(12);
+    for codec in [Codec::tq(4), Codec::tq(3), Codec::seed(8), Codec::F16, Codec::F32] {
+        let row = RowFormat::new(codec, d).unwrap();
+        let x = rng.normals(len * kv_heads * d);
+        let x = device.upload(&x, &[len, kv_heads, d]).unwrap();
+        let q = device.upload(&rng.normals(4 * heads * d), &[4, heads, d]).unwrap();
+        let pages: Vec<u32> = (0..10).rev().collect();
+        for (window, new) in [(Some(7), 1), (Some(33), 4), (None, 1)] {
+            let mut results = vec![];
+            for bad in [0u8, 0xff] {
+                let pool = PagePool::new(device, row, kv_heads, page_size, 11).unwrap();
+                let span = |first, new| [Span { first, len, new, pages: &pages }];
+                run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, page_size, &span(0, len)).unwrap()));
+                // All bits set is a NaN of every type.
+                let seen = window.map_or(20, |w| len - new + 1 - w);
+                for buffer in [Some(pool.codes()), pool.scales()].into_iter().flatten() {
+                    let mut bytes = vec![0; buffer.bytes()];
+                    buffer.read_bytes(&mut bytes).unwrap();
+                    let each = bytes.len() / (11 * kv_heads * page_size);
+                    for (i, row) in bytes.chunks_mut(each).enumerate() {
+                        let (page, slot) = (i / (kv_heads * page_size), i % page_size);
+                        let position = pages.iter().position(|&p| p as usize == page).map(|p| p * page_size + slot);
+                        if position.is_none_or(|p| p < seen || p >= len) {
+                            row.fill(bad);
+                        }
+                    }
+                    buffer.write_bytes(&bytes).unwrap();
+                }
+                let first = if window.is_none() { seen } else { 0 };
+                let batch = Batch::new(device, page_size, &span(first, new)).unwrap();
+                let params = AttentionParams { window, ..AttentionParams::for_head_dim(d) };
+                let out = Guarded::new(device, DType::F32, &[new, heads, d]);
+                let q = q.slice(0..new).unwrap();
+                run(device, |e| attention(e, &q, &pool, &pool, &batch, &params, &out.buffer, None));
+                results.push(out.take());
+            }
+            assert!(results[0].iter().all(|x| x.is_finite()), "{codec} window {window:?}");
+            assert_eq!(results[0], results[1], "{codec} window {window:?}, {new} queries");
+        }
+    }
 }
 
 /// Bytes of the positions that a sequence holds, by layer and side: decoded in the rotated domain, so bit-exact.
@@ -856,9 +1146,11 @@ macro_rules! suite {
     ($($device:ident),*) => { $(
         mod $device {
             suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
-                vectors_that_are_not_finite_decode_to_nan, dequantize_is_bit_exact, attention_of_every_codec,
-                attention_of_every_shape, attention_with_every_option,
-                what_is_not_a_number_stays_so, merged_parts_equal_the_whole, a_truncated_cache_forgets, a_batch_equals_its_sequences,
+                vectors_that_are_not_finite_decode_to_nan, infinite_scales_decode_to_what_is_not_finite, dequantize_is_bit_exact,
+                attention_of_every_codec, attention_of_every_shape, attention_with_every_option, queries_of_any_size,
+                what_is_not_a_number_stays_so, what_is_not_seen_does_not_matter, large_scores_share_the_weight,
+                large_scores_are_told_apart, merge_passes_over_empty_parts, merged_parts_equal_the_whole,
+                a_truncated_cache_forgets, a_batch_equals_its_sequences,
                 nothing_is_no_error);
         }
     )* };
@@ -881,6 +1173,8 @@ fn wgpu_without_subgroups() {
         // SAFETY: the queue is the device's, which nothing else uses.
         let device = unsafe { Device::from_wgpu(device, queue) }.unwrap();
         merged_parts_equal_the_whole(&device);
+        large_scores_share_the_weight(&device);
+        large_scores_are_told_apart(&device);
         a_batch_equals_its_sequences(&device);
         a_truncated_cache_forgets(&device);
     });

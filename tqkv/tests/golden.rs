@@ -104,7 +104,12 @@ fn codes_are_equal_away_from_boundaries(device: &Device) {
                 for i in 0..case.d {
                     let j = r * case.d + i;
                     let got = row.get_code(packed, i);
-                    assert!(got == want[j] || margin[j] < 1e-5, "d{} b{} row {r} element {i}", case.d, case.bits);
+                    assert!(
+                        got == u16::from(want[j]) || margin[j] < 1e-5,
+                        "d{} b{} row {r} element {i}",
+                        case.d,
+                        case.bits
+                    );
                 }
             }
             let norms = pool.scales().unwrap().read::<f32>().unwrap();
@@ -130,7 +135,7 @@ fn attention_is_close_to_float64(device: &Device) {
             ("len9", &nine, plain.clone()),
             ("window5", &full, AttentionParams { window: Some(5), ..plain.clone() }),
             ("softcap20", &full, AttentionParams { softcap: Some(20.0), ..plain.clone() }),
-            ("sinks", &full, AttentionParams { sinks: Some(sinks), ..plain.clone() }),
+            ("sinks", &full, AttentionParams { sink_logits: Some(sinks), ..plain.clone() }),
             ("ring4_window7", &ring, AttentionParams { window: Some(7), ..plain.clone() }),
         ];
         for (name, batch, params) in variants {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use support::*;
 use tqkv::cache::{LayerKind, Side, Sinks};
 use tqkv::ops::{AttentionParams, Domain, RowOrder};
-use tqkv::{CacheConfig, DType, Device, Error, KvCache, PrefixStore, SequenceId};
+use tqkv::{CacheConfig, DType, Device, Error, KvCache, PrefixStore, Prompt, SequenceId};
 
 const PAGE: usize = 8;
 const WINDOW: usize = 20;
@@ -210,6 +210,71 @@ fn sinks_are_found_with_their_prefix() {
             "without sinks: another name"
         );
     }
+}
+
+/// Names of prompts without salts, computed by `docs/prefix-store.md` with another implementation of BLAKE3: what is stored is
+/// found by later versions too.
+#[test]
+fn names_are_those_of_the_document() {
+    let inner: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = PrefixStore::new(inner.clone(), "").unwrap();
+    put(&store, &tokens(13, PAGE));
+    let (own, before) = (
+        "087ebc65a67d66851f6aa23e9dd6b632ffe5d7cb96993946bdd5cab56648a19b",
+        "cdcb73ecfd05d16c3b4bb6a558ee0d06adaf4234a77d51d5d19b21f47f23c583",
+    );
+    let names: Vec<String> = objects(&inner).into_iter().map(|path| path.to_string()).collect();
+    assert_eq!(names, [format!("pages/{own}-{before}-0"), format!("pages/{own}-{before}-1"), format!("used/{own}")]);
+}
+
+#[test]
+fn prompts_meet_as_far_as_their_salts_agree() {
+    let store = PrefixStore::new(Arc::new(InMemory::new()), "").unwrap();
+    let long = tokens(14, 40);
+    let mut writer = cache(config());
+    // While the window still holds what prefixes need.
+    let mut put = |salted: fn(Prompt) -> Prompt| {
+        let sequence = writer.add_sequence();
+        for end in (PAGE..=long.len()).step_by(PAGE) {
+            append(&mut writer, sequence, &long[end - PAGE..end]);
+            let stored = store.put(&writer, sequence, salted(Prompt::new(&long[..end])), b"model").unwrap();
+            assert_eq!(stored.len, end);
+        }
+        writer.free_sequence(sequence).unwrap();
+    };
+    let found = |prompt: Prompt| {
+        let found = store.get(&mut cache(config()), prompt, b"model").unwrap();
+        found.map_or(0, |found| found.len)
+    };
+    let prompt = || Prompt::new(&long);
+    put(|prompt| prompt.salt_at(19, b"cat"));
+    // Position 19 is in the third block: two are before it.
+    assert_eq!(found(prompt().salt_at(19, b"cat")), 40);
+    for other in [prompt().salt_at(19, b"dog"), prompt(), prompt().salt_at(18, b"cat"), prompt().salt_at(16, b"")] {
+        assert_eq!(found(other), 16);
+    }
+    assert_eq!(found(prompt().salt_at(19, b"cat").salt_at(19, b"dog")), 16);
+    assert_eq!(found(prompt().salt_at(19, b"cat").salt_at(33, b"dog")), 32);
+    assert_eq!(found(prompt().salt_at(19, b"cat").salt_at(0, b"dog")), 0);
+    // What lies behind the last whole block does not matter yet.
+    assert_eq!(found(prompt().salt_at(19, b"cat").salt_at(40, b"dog").salt_at(usize::MAX, b"")), 40);
+    // Salts of one position or more come in any order, and do not run into each other.
+    put(|prompt| prompt.salt_at(20, b"ab").salt_at(19, b"c").salt_at(19, b"b"));
+    assert_eq!(found(prompt().salt_at(19, b"b").salt_at(20, b"ab").salt_at(19, b"c")), 40);
+    assert_eq!(found(prompt().salt_at(19, b"bc").salt_at(20, b"ab")), 16);
+    assert_eq!(found(prompt().salt_at(19, b"b").salt_at(19, b"ca").salt_at(20, b"b")), 16);
+
+    // Tenants meet nowhere, and nobody's salt reads as part of a model's name.
+    put(|prompt| prompt.salt(b"tenant 1"));
+    assert_eq!(found(prompt().salt(b"tenant 1")), 40);
+    for other in [prompt().salt(b"tenant 2"), prompt().salt(b"tenant"), prompt().salt(b"tenant 1").salt_at(0, b"")] {
+        assert_eq!(found(other), 0);
+    }
+    let other = store.get(&mut cache(config()), prompt().salt(b" 1"), b"modeltenant").unwrap();
+    assert!(other.is_none());
+    // Without salts, under which nothing was stored.
+    assert_eq!(found(prompt()), 16);
+    assert_eq!(store.get(&mut cache(config()), &long, b"model").unwrap().map(|f| f.len), Some(16));
 }
 
 #[test]

@@ -302,6 +302,86 @@ fn other_models_shapes_and_versions_are_named() {
     assert!(matches!(nowhere, Err(Error::Io { kind: std::io::ErrorKind::NotFound, .. })));
 }
 
+/// A full cache takes a file in place of a sequence, whose pages count as free, or leaves everything as it was.
+#[test]
+fn a_sequence_is_replaced_by_a_file_or_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache");
+    // 5 pages: never two sequences of this length at once.
+    let config = || config().capacity(40).sink_sequences(1);
+    let (mut saved_cache, saved) = filled(&Device::cpu(), config(), &[14, 19]);
+    saved_cache.save(&[saved], &path, LABEL).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let want = decoded(&mut saved_cache, saved);
+
+    let (mut cache, sequence) = filled(&Device::cpu(), config(), &[20, 10]);
+    let before = (cache.usage(), decoded(&mut cache, sequence));
+    let empty = cache.add_sequence();
+    let expect_kept = |cache: &mut KvCache, result: Result<(), Error>, right: fn(&Error) -> bool| {
+        assert!(result.as_ref().is_err_and(right), "{result:?}");
+        assert_eq!((cache.usage(), decoded(cache, sequence)), before);
+    };
+    // Beside it there is no room, and an empty sequence has none to give up.
+    let full = cache.load(&path, MODEL);
+    expect_kept(&mut cache, full.map(drop), |e| matches!(e, Error::OutOfPages { needed: 5, free: 1, .. }));
+    let full = cache.load_into(empty, &path, MODEL);
+    expect_kept(&mut cache, full, |e| matches!(e, Error::OutOfPages { needed: 5, free: 1, .. }));
+    // Files that are wrong from their first byte to their last.
+    let other = cache.load_into(sequence, &path, b"other");
+    expect_kept(&mut cache, other, |e| matches!(e, Error::Fingerprint { .. }));
+    for at in (0..good.len()).step_by(211).chain([good.len() - 1]) {
+        let mut bad = good.clone();
+        bad[at] ^= 16;
+        std::fs::write(&path, &bad).unwrap();
+        let damaged = cache.load_into(sequence, &path, MODEL);
+        expect_kept(&mut cache, damaged, |e| !matches!(e, Error::OutOfPages { .. } | Error::Io { .. }));
+        std::fs::write(&path, &good[..at]).unwrap();
+        let short = cache.load_into(sequence, &path, MODEL);
+        expect_kept(&mut cache, short, |e| matches!(e, Error::Truncated { .. }));
+    }
+    let fork = saved_cache.fork(saved).unwrap();
+    for sequences in [&[][..], &[saved, fork]] {
+        saved_cache.save(sequences, &path, LABEL).unwrap();
+        let count = cache.load_into(sequence, &path, MODEL);
+        expect_kept(&mut cache, count, |e| matches!(e, Error::Mismatch { what: "sequences of the snapshot", .. }));
+    }
+    saved_cache.free_sequence(fork).unwrap();
+    std::fs::write(&path, &good).unwrap();
+    // Pages that a fork shares are not its own to give up.
+    let twin = cache.fork(sequence).unwrap();
+    let shared = cache.load_into(sequence, &path, MODEL);
+    expect_kept(&mut cache, shared, |e| matches!(e, Error::OutOfPages { needed: 5, free: 1, .. }));
+    cache.free_sequence(twin).unwrap();
+
+    for _ in 0..2 {
+        cache.load_into(sequence, &path, MODEL).unwrap();
+        assert_eq!((cache.len(sequence), decoded(&mut cache, sequence)), (Ok(33), want.clone()));
+        assert_eq!(cache.usage(), saved_cache.usage());
+        assert_eq!(bytes(&cache, &[sequence]), good);
+    }
+    assert_eq!(cache.load_into(twin, &path, MODEL), Err(Error::UnknownSequence { got: 2 }));
+    append(&mut cache, sequence, 2, 9);
+    append(&mut saved_cache, saved, 2, 9);
+    assert_eq!(decoded(&mut cache, sequence), decoded(&mut saved_cache, saved));
+    cache.free_sequence(sequence).unwrap();
+    assert_eq!(cache.usage().used, 0);
+}
+
+/// Where there is room for both, forks keep what the sequence held.
+#[test]
+fn a_replaced_sequence_leaves_its_forks_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache");
+    let (mut cache, sequence) = filled(&Device::cpu(), config(), &[30]);
+    cache.save(&[sequence], &path, LABEL).unwrap();
+    append(&mut cache, sequence, 11, 8);
+    let (twin, longer) = (cache.fork(sequence).unwrap(), decoded(&mut cache, sequence));
+    cache.load_into(sequence, &path, MODEL).unwrap();
+    assert_eq!((cache.len(sequence), cache.len(twin)), (Ok(30), Ok(41)));
+    assert_eq!(bytes(&cache, &[sequence]), std::fs::read(&path).unwrap());
+    assert_eq!(decoded(&mut cache, twin), longer);
+}
+
 /// Loads damaged bytes: an error of the snapshot's own, and a cache that is as it was.
 fn expect_refused(cache: &mut KvCache, bytes: &[u8], what: &str) -> Error {
     let before = cache.usage();

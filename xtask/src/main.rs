@@ -1,6 +1,7 @@
 //! Maintenance commands of the workspace: `cargo xtask <command>`.
 
 mod codebooks;
+mod layers;
 mod stage;
 
 use anyhow::{Result, bail};
@@ -11,23 +12,27 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["codebooks"] => {
-            let path = root.join("tqkv/src/format/native_tables.rs");
+            let path = root.join("tqkv/src/format/scalar/native.rs");
             std::fs::write(&path, codebooks::source())?;
             println!("wrote {}", path.display());
             Ok(())
         }
         ["codebooks", "--check"] => {
-            let path = root.join("tqkv/src/format/native_tables.rs");
+            let path = root.join("tqkv/src/format/scalar/native.rs");
             if std::fs::read_to_string(&path)? != codebooks::source() {
                 bail!("{} is not what `cargo xtask codebooks` writes", path.display());
             }
             println!("{} is up to date", path.display());
             Ok(())
         }
+        ["layers"] => {
+            println!("{}", layers::check(root)?);
+            Ok(())
+        }
         ["stage", name] => {
             println!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display());
             Ok(())
         }
-        _ => bail!("commands: codebooks [--check], stage NAME"),
+        _ => bail!("commands: codebooks [--check], layers, stage NAME"),
     }
 }

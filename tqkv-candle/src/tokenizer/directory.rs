@@ -2,8 +2,9 @@
 
 use super::contain::contain;
 use super::{Tokenizer, failed};
-use crate::config::{parse_json, read};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
+use crate::models::{parse_json, read};
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -28,8 +29,8 @@ impl Tokenizer {
         let mut tokenizer = Self::new(inner, &path)?;
 
         let config = dir.join("tokenizer_config.json");
-        let json: Map<String, Value> =
-            if config.exists() { parse_json(&read(&config)?, &config)? } else { Map::default() };
+        let json = if config.exists() { parse_json(&read(&config)?, &config)? } else { Value::Object(Map::new()) };
+        Fields::new(&config, &json)?;
         // Where `tokenizer.json` says itself what stands around a text, that holds.
         if tokenizer.inner.get_post_processor().map_or(0, |p| p.added_tokens(false)) == 0 {
             tokenizer.start = tokenizer.marker(&json, "add_bos_token", "bos_token", start)?;
@@ -49,13 +50,7 @@ impl Tokenizer {
     }
 
     /// The token that `tokenizer_config.json` puts at an end of a text, if any; `usual` where it does not say which.
-    fn marker(
-        &self,
-        json: &Map<String, Value>,
-        add: &'static str,
-        name: &'static str,
-        usual: Option<u32>,
-    ) -> Result<Option<u32>> {
+    fn marker(&self, json: &Value, add: &'static str, name: &'static str, usual: Option<u32>) -> Result<Option<u32>> {
         let class = json.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
         let by_default = add == "add_bos_token" && START_BY_DEFAULT.contains(&class.trim_end_matches("Fast"));
         match json.get(add).unwrap_or(&Value::Null) {
@@ -85,5 +80,5 @@ fn usual_template(templates: &Value) -> Option<&str> {
 }
 
 fn value(field: &'static str, got: String, expected: &str) -> Error {
-    Error::ConfigValue { field, got, expected: expected.into() }
+    Error::ConfigValue { field: field.into(), got, expected: expected.into() }
 }

@@ -2,7 +2,8 @@
 
 use super::contain::contain;
 use super::{Tokenizer, Vocabulary, failed};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::models::Metadata;
 use std::collections::HashMap;
 use std::path::Path;
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -60,7 +61,7 @@ impl Vocabulary {
     /// The vocabulary of a GGUF file; `path` is for messages.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`](crate::Error::Tokenizer) for a `model` or `pre` that is not supported, and for values that do not fit
+    /// [`Error::Tokenizer`] for a `model` or `pre` that is not supported, and for values that do not fit
     /// together.
     pub fn from_gguf(gguf: GgufTokenizer, path: &Path) -> Result<Self> {
         let fail = |message| failed(path, message);
@@ -83,6 +84,40 @@ impl Vocabulary {
 }
 
 impl GgufTokenizer {
+    /// What a file's metadata says.
+    ///
+    /// # Errors
+    /// [`Error::MissingField`] without a `model` or `tokens`, [`Error::FieldType`] for values of other types.
+    pub fn new(metadata: &Metadata) -> Result<Self> {
+        let missing = |field: &str| Error::MissingField {
+            path: metadata.path().into(),
+            field: format!("tokenizer.ggml.{field}"),
+        };
+        let key = |name: &str| format!("tokenizer.ggml.{name}");
+        let text = |name: &str| Ok::<_, Error>(metadata.text(&key(name))?.map(String::from));
+        let texts = |name: &str| Ok::<_, Error>(metadata.texts(&key(name))?.map(<[String]>::to_vec));
+        let token = |name: &str| metadata.token(&key(&format!("{name}_token_id")));
+        let scores = metadata.numbers(&key("scores"))?;
+        let types = metadata.integers(&key("token_type"))?;
+        Ok(Self {
+            model: text("model")?.ok_or_else(|| missing("model"))?,
+            pre: text("pre")?,
+            tokens: texts("tokens")?.ok_or_else(|| missing("tokens"))?,
+            scores: scores.map(|scores| scores.iter().map(|&score| score as f32).collect()),
+            // Kinds that do not exist are none of those that matter.
+            token_types: types.map(|types| types.iter().map(|&kind| kind.try_into().unwrap_or(NORMAL)).collect()),
+            merges: texts("merges")?,
+            bos: token("bos")?,
+            eos: token("eos")?,
+            unk: token("unknown")?,
+            pad: token("padding")?,
+            add_bos: metadata.flag(&key("add_bos_token"))?,
+            add_eos: metadata.flag(&key("add_eos_token"))?,
+            add_space_prefix: metadata.flag(&key("add_space_prefix"))?,
+            chat_template: metadata.text("tokenizer.chat_template")?.map(String::from),
+        })
+    }
+
     fn check(&self) -> Result<(), String> {
         let expected = self.tokens.len();
         if !["gpt2", "llama"].contains(&&*self.model) {

@@ -11,8 +11,8 @@ pub use chat::{ChatTemplate, Message};
 pub use gguf::GgufTokenizer;
 pub use stream::Decoder;
 
-use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
+use crate::models::{Metadata, ModelConfig};
 use contain::contain;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -58,20 +58,23 @@ pub struct Encoded {
 }
 
 impl Vocabulary {
-    /// Reads `tokenizer.json` from a model's directory, and from `tokenizer_config.json` whether prompts get a start and an
-    /// end token, where `tokenizer.json` does not say. Without `tokenizer.json` the vocabulary is the 256 byte values, if the
-    /// model has that many tokens.
+    /// Reads the tokenizer of a model: from its GGUF file, or from its directory. There `tokenizer.json` says it, and
+    /// `tokenizer_config.json` whether prompts get a start and an end token, where `tokenizer.json` does not say. Without
+    /// `tokenizer.json` the vocabulary is the 256 byte values, if the model has that many tokens.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::Tokenizer`] for a file that is no tokenizer; [`Error::Json`] and [`Error::ConfigValue`] for
-    /// `tokenizer_config.json`; [`Error::NoTokenizer`].
-    pub fn load(dir: &Path, config: &LlamaConfig) -> Result<Self> {
-        if dir.join("tokenizer.json").exists() {
-            Ok(Self::Tokenizer(Box::new(Tokenizer::load(dir, config.bos_token)?)))
+    /// [`Error::Read`]; [`Error::Tokenizer`] for a file that is no tokenizer; [`Error::Json`], [`Error::FieldType`] and
+    /// [`Error::ConfigValue`] for `tokenizer_config.json`; those of [`Metadata::load`] and [`Vocabulary::from_gguf`];
+    /// [`Error::NoTokenizer`].
+    pub fn load(path: &Path, config: &ModelConfig) -> Result<Self> {
+        if path.is_file() {
+            Self::from_gguf(GgufTokenizer::new(&Metadata::load(path)?)?, path)
+        } else if path.join("tokenizer.json").exists() {
+            Ok(Self::Tokenizer(Box::new(Tokenizer::load(path, config.bos_token)?)))
         } else if config.vocab_size == 256 {
             Ok(Self::Bytes)
         } else {
-            Err(Error::NoTokenizer { dir: dir.into(), vocab_size: config.vocab_size })
+            Err(Error::NoTokenizer { dir: path.into(), vocab_size: config.vocab_size })
         }
     }
 

@@ -144,8 +144,11 @@ fn check_side(golden: &Golden, device: &Device, row: RowFormat, side: &str, chec
     let (codes, margins) = (golden.u8(&name("codes"), &shape)?, vectors("margin")?);
     let packed = pool.codes().read::<u8>()?;
     let got = packed.chunks_exact(row.row_bytes()).flat_map(|r| (0..head_dim).map(move |i| row.get_code(r, i)));
-    let wrong =
-        got.zip(&codes).zip(&margins).filter(|((got, expected), _)| got != *expected).map(|(_, margin)| *margin);
+    let wrong = got
+        .zip(&codes)
+        .zip(&margins)
+        .filter(|((got, expected), _)| *got != u16::from(**expected))
+        .map(|(_, margin)| *margin);
     // How far from a boundary a code was wrong.
     let margin = f64::from(wrong.fold(0.0, f32::max));
     checked.push((name("codes"), margin, margin < 1e-5));
@@ -187,7 +190,7 @@ fn check_attention(golden: &Golden, device: &Device, row: RowFormat, checked: &m
         ("len9", batch(0, 9)?, plain.clone()),
         ("window5", full.clone(), AttentionParams { window: Some(5), ..plain.clone() }),
         ("softcap20", full.clone(), AttentionParams { softcap: Some(20.0), ..plain.clone() }),
-        ("sinks", full.clone(), AttentionParams { sinks: Some(sinks), ..plain.clone() }),
+        ("sinks", full.clone(), AttentionParams { sink_logits: Some(sinks), ..plain.clone() }),
         // A full ring whose oldest position is in slot 4.
         ("ring4_window7", batch(4, positions + 4)?, AttentionParams { window: Some(7), ..plain.clone() }),
     ];

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::ops::check_geometry;
+use crate::problem::{Visible, check_geometry};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Which positions a layer keeps.
@@ -54,7 +54,13 @@ impl Extent {
 
     /// The oldest position that the next token of a sequence of so many looks back to.
     pub fn seen(self, len: usize) -> usize {
-        if let Extent::Newest(window) = self { len.saturating_add(1).saturating_sub(window).min(len) } else { 0 }
+        let window = if let Extent::Newest(window) = self { Some(window) } else { None };
+        Visible { causal: true, window }.oldest(len).min(len)
+    }
+
+    /// Whether the next token of a sequence of so many sees none of them: then none needs to be there.
+    pub fn sees_nothing(self, len: usize) -> bool {
+        self.seen(len) >= self.end(len)
     }
 
     /// Positions of a page where a page of all positions has `page_size`: a sequence's sinks fill one, if they fit. Even, so

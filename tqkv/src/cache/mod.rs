@@ -9,7 +9,7 @@ mod snapshot;
 use config::Extent;
 pub use config::{CacheConfig, LayerKind, Sinks};
 #[cfg(feature = "prefix-store")]
-pub use prefix_store::{FoundPrefix, PrefixStore, StoredPrefix};
+pub use prefix_store::{FoundPrefix, PrefixStore, Prompt, StoredPrefix};
 pub use snapshot::{
     Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, SinkGeometry, Snapshot,
 };
@@ -18,8 +18,10 @@ use crate::compute::{Buffer, CommandEncoder, DType, Device};
 use crate::error::{Error, Result};
 use crate::format::{CodecPair, RowFormat};
 use crate::ops::{self, AttentionParams, Batch, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span};
+use crate::problem::checks::{expect_apart, expect_shape};
 use pages::Pages;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
 /// A sequence of a cache. Numbers are never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -125,8 +127,9 @@ struct Sequence {
 /// A sequence's pages in one group.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Held {
-    /// Pages dropped at the front: `pages[i]` holds the positions of page `base + i`.
-    base: usize,
+    /// The oldest position held; the sequence's length if it holds none.
+    first: usize,
+    /// Those of positions from `first` on: its page, and all that follow.
     pages: Vec<u32>,
 }
 
@@ -142,7 +145,7 @@ type PlanKey = (usize, usize, Vec<NewPositions>, u64);
 /// What an append has changed, so that it can be undone.
 enum Change {
     /// Pages at the front that nobody will see any more.
-    Dropped { sequence: SequenceId, group: usize, pages: Vec<u32> },
+    Dropped { sequence: SequenceId, group: usize, first: usize, pages: Vec<u32> },
     /// A page, in place of a shared one or at the end.
     Taken { sequence: SequenceId, group: usize, index: usize, page: u32, replaces: Option<u32> },
 }
@@ -222,10 +225,11 @@ impl KvCache {
             let mut fill = BTreeMap::new();
             for sequence in self.sequences.values() {
                 let len = sequence.group_len(group);
-                for (i, &page) in sequence.held[g].pages.iter().enumerate() {
-                    let start = (sequence.held[g].base + i) * page_size;
+                let Held { first, pages } = &sequence.held[g];
+                for (i, &page) in pages.iter().enumerate() {
+                    let start = (first / page_size + i) * page_size;
                     let most = fill.entry(page).or_insert(0);
-                    *most = (*most).max(len.saturating_sub(start).min(page_size));
+                    *most = (*most).max(len.min(start + page_size).saturating_sub(start.max(*first)));
                 }
             }
             filled += fill.values().sum::<usize>();
@@ -257,8 +261,7 @@ impl KvCache {
 
     /// Starts an empty sequence.
     pub fn add_sequence(&mut self) -> SequenceId {
-        let held = vec![Held::default(); self.groups.len()];
-        self.insert(Sequence { held, lens: vec![0; self.config.layers()] })
+        self.insert(Sequence::empty(self.groups.len(), self.layers.len()))
     }
 
     /// A new sequence with the same content, which shares all pages with `sequence`. Whoever first writes to a shared page
@@ -282,15 +285,32 @@ impl KvCache {
         id
     }
 
+    /// Puts other content under the number of a sequence.
+    fn replace(&mut self, id: SequenceId, sequence: Sequence) {
+        let gone = self.sequences.insert(id, sequence);
+        gone.into_iter().for_each(|gone| self.release(gone));
+        self.version += 1;
+    }
+
+    /// Frees the pages that no other sequence shares.
+    fn release(&mut self, gone: Sequence) {
+        for (group, held) in self.groups.iter_mut().zip(gone.held) {
+            held.pages.into_iter().rev().for_each(|page| group.pages.release(page));
+        }
+    }
+
+    /// Lengths by layer where all hold so many positions: a shared layer has no length of its own.
+    fn lens_of(&self, len: usize) -> Vec<usize> {
+        self.layers.iter().enumerate().map(|(l, layer)| if layer.source == l { len } else { 0 }).collect()
+    }
+
     /// Ends a sequence and frees the pages that no other shares.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn free_sequence(&mut self, sequence: SequenceId) -> Result<()> {
         let gone = self.sequences.remove(&sequence).ok_or(Error::UnknownSequence { got: sequence.0 })?;
-        for (group, held) in self.groups.iter_mut().zip(gone.held) {
-            held.pages.into_iter().rev().for_each(|page| group.pages.release(page));
-        }
+        self.release(gone);
         Ok(())
     }
 
@@ -404,8 +424,8 @@ impl KvCache {
         let mut wanted = vec![];
         for &(id, len, new) in spans.iter().filter(|s| s.2 > 0) {
             let held = &self.sequences.get(&id).ok_or(Error::UnknownSequence { got: id.0 })?.held[g];
-            let first = (len - new) / group.page_size - held.base;
-            wanted.push((id, first, len.div_ceil(group.page_size) - held.base));
+            let base = held.first / group.page_size;
+            wanted.push((id, (len - new) / group.page_size - base, len.div_ceil(group.page_size) - base));
         }
         let needed = wanted.iter().map(|&(id, first, end)| {
             let pages = &self.sequences[&id].held[g].pages;
@@ -443,13 +463,14 @@ impl KvCache {
                 continue; // Within a step: a query of another layer may still look back further.
             }
             let held = &mut sequence.held[g];
-            let keep = (group.extent.seen(len) / group.page_size).saturating_sub(held.base).min(held.pages.len());
-            if keep > 0 {
-                let pages: Vec<u32> = held.pages.drain(..keep).collect();
+            let base = held.first / group.page_size;
+            let drop = (group.extent.seen(len) / group.page_size).saturating_sub(base).min(held.pages.len());
+            if drop > 0 {
+                let pages: Vec<u32> = held.pages.drain(..drop).collect();
                 pages.iter().for_each(|&page| group.pages.release(page));
-                held.base += keep;
+                changes.push(Change::Dropped { sequence: *id, group: g, first: held.first, pages });
+                held.first = (base + drop) * group.page_size;
                 self.version += 1;
-                changes.push(Change::Dropped { sequence: *id, group: g, pages });
             }
         }
     }
@@ -462,9 +483,9 @@ impl KvCache {
             let Some(sequence) = self.sequences.get_mut(&sequence) else { continue };
             let (held, free) = (&mut sequence.held[group], &mut self.groups[group].pages);
             match change {
-                Change::Dropped { pages, .. } => {
+                Change::Dropped { first, pages, .. } => {
                     pages.iter().rev().for_each(|&page| free.undo_release(page));
-                    held.base -= pages.len();
+                    held.first = first;
                     held.pages.splice(..0, pages);
                 }
                 Change::Taken { index, page, replaces, .. } => {
@@ -535,7 +556,11 @@ impl KvCache {
             for side in [Side::Key, Side::Value] {
                 let (got, expected) = (sinks.pool(side).row(), own.pool(side).row());
                 if (got.is_rotated(), got.signs()) != (expected.is_rotated(), expected.signs()) {
-                    return Err(Error::RotatedSinks { layer, got: got.codec(), expected: expected.codec() });
+                    return Err(Error::RotatedSinks {
+                        layer,
+                        got: got.codec().to_string(),
+                        expected: expected.codec().to_string(),
+                    });
                 }
             }
         }
@@ -543,12 +568,12 @@ impl KvCache {
         let &[n, heads, head_dim] = q.shape() else {
             return Err(Error::shape("q", q.shape(), format!("[{tokens}, heads, {}]", self.config.head_dim())));
         };
-        ops::expect_shape("q", q, &[tokens, heads, head_dim])?;
-        ops::expect_shape("out", out, q.shape())?;
-        ops::expect_apart("out", out, own.buffers().chain(sinks.buffers()).chain([q]))?;
+        expect_shape("q", q, &[tokens, heads, head_dim])?;
+        expect_shape("out", out, q.shape())?;
+        expect_apart("out", out, own.buffers().chain(sinks.buffers()).chain([q]))?;
         if let Some(lse) = lse {
-            ops::expect_shape("lse", lse, &[n, heads])?;
-            ops::expect_apart("lse", lse, own.buffers().chain(sinks.buffers()).chain([q, out]))?;
+            expect_shape("lse", lse, &[n, heads])?;
+            expect_apart("lse", lse, own.buffers().chain(sinks.buffers()).chain([q, out]))?;
         }
         // Queries among the sinks see no others; the rest see all sinks.
         let mut parts: Vec<(bool, NewPositions)> = vec![];
@@ -589,7 +614,7 @@ impl KvCache {
                 .flat_map(|&(id, _, new)| (0..new).step_by(first).map(move |i| (id, first, first.min(new - i))))
                 .collect();
             let batch = self.batch(sinks.group, 0, &spans)?;
-            let all = AttentionParams { causal: false, window: None, sinks: None, ..params.clone() };
+            let all = AttentionParams { causal: false, window: None, sink_logits: None, ..params.clone() };
             ops::attention(encoder, &q, &sinks.key, &sinks.value, &batch, &all, &early, Some(&early_lse))?;
             ops::merge(encoder, &[(&rest, &rest_lse), (&early, &early_lse)], &out, lse.as_ref())?;
         }
@@ -657,16 +682,18 @@ impl KvCache {
     }
 
     /// Drops all positions of a sequence from `len` on, in every layer: afterwards the cache is as if they had never been
-    /// appended.
+    /// appended. With a `len` of 0 the sequence is as good as new.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::Positions`] if a layer holds fewer, or a windowed one has dropped positions that
-    /// the next token would see.
+    /// the next token would see. A token that sees none but itself (the first one, any in a window of 1) stands in nobody's
+    /// way.
     pub fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<()> {
         self.expect_prefix(sequence, len)?;
         let Some(Sequence { held, lens }) = self.sequences.get_mut(&sequence) else { return Ok(()) };
         for (group, held) in self.groups.iter_mut().zip(held) {
-            let keep = (group.end_page(len) - held.base).min(held.pages.len());
+            held.first = held.first.min(len);
+            let keep = group.page_range(held.first, len).len().min(held.pages.len());
             held.pages.split_off(keep).into_iter().rev().for_each(|page| group.pages.release(page));
         }
         // A shared layer has no length of its own.
@@ -680,9 +707,9 @@ impl KvCache {
         let Sequence { held, lens } = self.sequence(sequence)?;
         for (group, held) in self.groups.iter().zip(held) {
             let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
-            let (first, start) = (held.base * group.page_size, group.extent.seen(len));
-            if len > shortest || start < first {
-                return Err(Error::Positions { start, end: len, first, len: shortest });
+            let start = group.extent.seen(len);
+            if len > shortest || (start < held.first && !group.extent.sees_nothing(len)) {
+                return Err(Error::Positions { start, end: len, first: held.first, len: shortest });
             }
         }
         Ok(())
@@ -710,7 +737,7 @@ impl KvCache {
 
     /// The oldest position that a sequence holds in a group.
     fn first(&self, id: SequenceId, group: usize) -> Result<usize> {
-        Ok(self.sequence(id)?.held[group].base * self.groups[group].page_size)
+        Ok(self.sequence(id)?.held[group].first)
     }
 
     /// Each sequence with its length in a layer (the new tokens added if they are still to come) and its new positions.
@@ -752,7 +779,8 @@ impl KvCache {
         // A table is a ring of `width` pages; where nothing was dropped it does not wrap.
         let mut table = vec![NO_PAGE; width * spans.len()];
         for ((id, ..), table) in spans.iter().zip(table.chunks_mut(width)) {
-            let Held { base, pages } = held(id)?;
+            let Held { first, pages } = held(id)?;
+            let base = first / page_size;
             pages.iter().enumerate().for_each(|(i, &page)| table[(base + i) % width] = page);
         }
         let mut rows = Vec::with_capacity(spans.len());
@@ -768,9 +796,10 @@ impl KvCache {
 }
 
 impl Group {
-    /// One past the last page of a sequence of so many positions.
-    fn end_page(&self, len: usize) -> usize {
-        self.extent.end(len).div_ceil(self.page_size)
+    /// The pages of positions `first..len`, as far as the group holds them.
+    fn page_range(&self, first: usize, len: usize) -> Range<usize> {
+        let end = self.extent.end(len);
+        if first < end { first / self.page_size..end.div_ceil(self.page_size) } else { 0..0 }
     }
 }
 
@@ -797,6 +826,10 @@ impl Part {
 }
 
 impl Sequence {
+    fn empty(groups: usize, layers: usize) -> Self {
+        Sequence { held: vec![Held::default(); groups], lens: vec![0; layers] }
+    }
+
     /// One past the newest position in the layer of the group that has most.
     fn group_len(&self, group: &Group) -> usize {
         group.extent.end(group.layers.iter().map(|&l| self.lens[l]).max().unwrap_or(0))

@@ -25,8 +25,14 @@ impl Pages {
 
     /// Fails unless so many pages are free.
     pub fn expect_free(&self, needed: usize) -> Result<()> {
-        if needed > self.free() {
-            return Err(Error::OutOfPages { needed, free: self.free(), pages: self.total() });
+        self.expect_free_besides(needed, 0)
+    }
+
+    /// Fails unless so many pages are free once `more` are given up.
+    pub fn expect_free_besides(&self, needed: usize, more: usize) -> Result<()> {
+        let free = self.free() + more;
+        if needed > free {
+            return Err(Error::OutOfPages { needed, free, pages: self.total() });
         }
         Ok(())
     }

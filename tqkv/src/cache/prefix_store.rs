@@ -24,7 +24,8 @@ const DIGEST: usize = 32;
 ///
 /// Tokens are taken in blocks of a page. A block's name is a hash (BLAKE3) of everything that its keys and values depend on:
 /// the model, the cache's geometry and codecs, the format version, and all tokens up to its end. So a longer prompt finds
-/// the longest prefix that anyone has stored, and two stores of the same tokens write the same names.
+/// the longest prefix that anyone has stored, and two stores of the same tokens write the same names. What keys and values
+/// depend on besides (an adapter, an image), and who may find them (a tenant), the caller adds as a salt: see [`Prompt`].
 ///
 /// Calls block; they may be made from async code too, where they hold up its thread.
 ///
@@ -53,6 +54,57 @@ pub struct PrefixStore {
     limit: Option<u64>,
     /// `None` only while it is dropped.
     runtime: Option<Runtime>,
+}
+
+/// A prompt: its tokens, and what else its keys and values depend on. Prompts meet in a store as far as their tokens and
+/// their salts agree. Tokens alone (`&[u32]`, `&Vec<u32>`) are a prompt without salts.
+///
+/// ```
+/// use tqkv::Prompt;
+/// # let (tokens, image_digest) = (vec![1u32; 100], [0u8; 32]);
+/// // One tenant's, with an adapter; an image stands behind the placeholder tokens from position 17 on.
+/// let prompt = Prompt::new(&tokens).salt(b"tenant 12, adapter legal-v3").salt_at(17, &image_digest);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt<'a> {
+    tokens: &'a [u32],
+    salt: &'a [u8],
+    /// In the order of their positions.
+    salts: Vec<(usize, &'a [u8])>,
+}
+
+impl<'a> Prompt<'a> {
+    /// A prompt without salts.
+    pub fn new(tokens: &'a [u32]) -> Self {
+        Prompt { tokens, salt: &[], salts: vec![] }
+    }
+
+    /// What the whole sequence depends on besides its tokens: say, a tenant and an adapter. Without one: nothing.
+    pub fn salt(mut self, salt: &'a [u8]) -> Self {
+        self.salt = salt;
+        self
+    }
+
+    /// What the sequence depends on from a position on: say, a digest of the image behind placeholder tokens, at the first
+    /// of them. Blocks before the position's are shared whatever it says, that block and all after it only with prompts
+    /// that say the same there. A position may have several; their order does not matter.
+    pub fn salt_at(mut self, position: usize, salt: &'a [u8]) -> Self {
+        let entry = (position, salt);
+        self.salts.insert(self.salts.partition_point(|other| *other < entry), entry);
+        self
+    }
+}
+
+impl<'a> From<&'a [u32]> for Prompt<'a> {
+    fn from(tokens: &'a [u32]) -> Self {
+        Prompt::new(tokens)
+    }
+}
+
+impl<'a> From<&'a Vec<u32>> for Prompt<'a> {
+    fn from(tokens: &'a Vec<u32>) -> Self {
+        Prompt::new(tokens)
+    }
 }
 
 /// A prefix that was found.
@@ -115,7 +167,7 @@ impl PrefixStore {
         self
     }
 
-    /// Stores the whole pages of a prompt, unless they are there. `tokens` are the first tokens of the sequence.
+    /// Stores the whole pages of a prompt, unless they are there. Its tokens are the first ones of the sequence.
     ///
     /// A windowed layer stores what it still holds: put a prompt before it grows far past the window, or only prefixes near
     /// its end will be found.
@@ -124,18 +176,25 @@ impl PrefixStore {
     /// [`Error::UnknownSequence`], [`Error::UnevenLayers`], [`Error::Positions`] for more tokens than the sequence has,
     /// [`Error::Io`] from the store; what [`Buffer::read`](crate::Buffer::read) says. What was stored by then stays, and is
     /// whole.
-    pub fn put(&self, cache: &KvCache, sequence: SequenceId, tokens: &[u32], model: &[u8]) -> Result<StoredPrefix> {
-        let len = cache.len(sequence)?;
-        if tokens.len() > len {
-            return Err(Error::Positions { start: 0, end: tokens.len(), first: 0, len });
+    pub fn put<'a>(
+        &self,
+        cache: &KvCache,
+        sequence: SequenceId,
+        prompt: impl Into<Prompt<'a>>,
+        model: &[u8],
+    ) -> Result<StoredPrefix> {
+        let (prompt, len) = (prompt.into(), cache.len(sequence)?);
+        if prompt.tokens.len() > len {
+            return Err(Error::Positions { start: 0, end: prompt.tokens.len(), first: 0, len });
         }
         let geometry = Geometry::of(cache)?;
-        let keys = keys(&geometry, tokens, model);
+        let keys = keys(&geometry, &prompt, model);
         let page_size = geometry.page_size;
         let mut written = 0;
         for (g, group) in geometry.groups().iter().enumerate() {
-            let Held { base, pages } = &cache.sequence(sequence)?.held[g];
-            let blocks: Vec<usize> = (*base..blocks(group, page_size, keys.len() - 1).end).collect();
+            let Held { first, pages } = &cache.sequence(sequence)?.held[g];
+            let (base, whole) = (first / page_size, first.div_ceil(page_size));
+            let blocks: Vec<usize> = (whole..blocks(group, page_size, keys.len() - 1).end).collect();
             for blocks in blocks.chunks(PARALLEL) {
                 let objects: Vec<Object> = blocks.iter().map(|&b| self.object(&keys, b, g, group)).collect();
                 let store = self.store.clone();
@@ -170,15 +229,20 @@ impl PrefixStore {
         Ok(StoredPrefix { len: (keys.len() - 1) * page_size, written })
     }
 
-    /// Adds a sequence with the longest stored prefix of `tokens` to the cache; `None` if not even their first page is
+    /// Adds a sequence with the longest stored prefix of a prompt to the cache; `None` if not even its first page is
     /// stored. A page that is missing or damaged ends the prefix before it.
     ///
     /// # Errors
     /// [`Error::OutOfPages`], [`Error::Io`] from the store, other than for what is missing; what
     /// [`Buffer::write`](crate::Buffer::write) says. The cache is then as it was.
-    pub fn get(&self, cache: &mut KvCache, tokens: &[u32], model: &[u8]) -> Result<Option<FoundPrefix>> {
+    pub fn get<'a>(
+        &self,
+        cache: &mut KvCache,
+        prompt: impl Into<Prompt<'a>>,
+        model: &[u8],
+    ) -> Result<Option<FoundPrefix>> {
         let geometry = Geometry::of(cache)?;
-        let keys = keys(&geometry, tokens, model);
+        let keys = keys(&geometry, &prompt.into(), model);
         // By group, the pool's page of each block.
         let mut pages = vec![BTreeMap::new(); geometry.groups().len()];
         let mut damaged = 0;
@@ -189,14 +253,17 @@ impl PrefixStore {
             let needed = blocks(group, geometry.page_size, len);
             let (keep, rest): (Vec<_>, Vec<_>) = own.into_iter().partition(|(block, _)| needed.contains(block));
             rest.into_iter().rev().for_each(|(_, page)| state.pages.release(page));
-            held.push(Held { base: needed.start, pages: keep.into_iter().map(|(_, page)| page).collect() });
+            held.push(Held {
+                first: needed.start * geometry.page_size,
+                pages: keep.into_iter().map(|(_, page)| page).collect(),
+            });
         }
         if found? == 0 {
             return Ok(None);
         }
         let len = len * geometry.page_size;
-        let lens = cache.layers.iter().enumerate().map(|(l, layer)| if layer.source == l { len } else { 0 }).collect();
-        let sequence = cache.insert(Sequence { held, lens });
+        let sequence = Sequence { held, lens: cache.lens_of(len) };
+        let sequence = cache.insert(sequence);
         self.touch(&keys[len / geometry.page_size])
             .unwrap_or_else(|e| tracing::warn!("prefix not marked as used: {e}"));
         Ok(Some(FoundPrefix { sequence, len, damaged }))
@@ -391,19 +458,26 @@ struct Node {
 }
 
 /// The hash of everything before the first token, then that of each whole block.
-fn keys(geometry: &Geometry, tokens: &[u32], model: &[u8]) -> Vec<Key> {
+fn keys(geometry: &Geometry, prompt: &Prompt, model: &[u8]) -> Vec<Key> {
     let mut start = b"tqkv prefix store 1".to_vec();
     start.extend(FORMAT_VERSION.to_le_bytes());
     let counts = [model.len(), geometry.kv_heads, geometry.head_dim, geometry.page_size, geometry.layers.len()];
     counts.iter().for_each(|&n| start.extend((n as u64).to_le_bytes()));
     geometry.layers.iter().for_each(|layer| encode_layer(layer, &mut start));
     start.extend(model);
+    // The model's length is said above, so a model and a salt never read as another model.
+    start.extend(prompt.salt);
     let mut keys = vec![blake3::hash(&start)];
-    for block in tokens.chunks_exact(geometry.page_size) {
+    let mut salts = prompt.salts.iter().peekable();
+    for (i, block) in prompt.tokens.chunks_exact(geometry.page_size).enumerate() {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(keys[keys.len() - 1].as_bytes());
+        hasher.update(keys[i].as_bytes());
         for token in block {
             hasher.update(&token.to_le_bytes());
+        }
+        // All blocks have the same number of tokens, so what follows is never taken for one.
+        while let Some((position, salt)) = salts.next_if(|salt| salt.0 / geometry.page_size <= i) {
+            hasher.update(&(*position as u64).to_le_bytes()).update(&(salt.len() as u64).to_le_bytes()).update(salt);
         }
         keys.push(hasher.finalize());
     }

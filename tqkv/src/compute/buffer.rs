@@ -1,79 +1,11 @@
 //! Typed, shaped memory on a device.
 
 use super::Device;
-use crate::backend::Storage;
+use super::driver::Storage;
 use crate::error::{Error, Result, checked_product};
-use bytemuck::Pod;
-use half::{bf16, f16};
+use crate::format::{DType, Element};
 use std::fmt;
 use std::sync::Arc;
-
-/// What a buffer's elements are. All are little-endian.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum DType {
-    /// Bytes: packed codes.
-    U8,
-    /// 32-bit unsigned integers: positions, page tables.
-    U32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    BF16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl DType {
-    /// Bytes of an element.
-    pub const fn size(self) -> usize {
-        match self {
-            DType::U8 => 1,
-            DType::F16 | DType::BF16 => 2,
-            DType::U32 | DType::F32 => 4,
-        }
-    }
-
-    /// `u8`, `u32`, `f16`, `bf16` or `f32`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            DType::F32 => "f32",
-        }
-    }
-
-    /// Whether elements are floats.
-    pub const fn is_float(self) -> bool {
-        matches!(self, DType::F16 | DType::BF16 | DType::F32)
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-mod sealed {
-    pub trait Sealed {}
-}
-
-/// A Rust type that a buffer can hold.
-pub trait Element: Pod + Send + Sync + sealed::Sealed {
-    /// Its name on devices.
-    const DTYPE: DType;
-}
-
-macro_rules! elements {
-    ($($t:ty => $d:ident),*) => { $(
-        impl sealed::Sealed for $t {}
-        impl Element for $t { const DTYPE: DType = DType::$d; }
-    )* };
-}
-elements!(u8 => U8, u32 => U32, f16 => F16, bf16 => BF16, f32 => F32);
 
 /// Memory on a device: bytes with a type and a shape, row-major and without gaps.
 ///
@@ -81,7 +13,7 @@ elements!(u8 => U8, u32 => U32, f16 => F16, bf16 => BF16, f32 => F32);
 #[derive(Clone)]
 pub struct Buffer {
     device: Device,
-    storage: Arc<Storage>,
+    storage: Arc<dyn Storage>,
     dtype: DType,
     shape: Vec<usize>,
     /// Bytes before the first element.
@@ -89,47 +21,12 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    pub(crate) fn new(device: &Device, storage: Arc<Storage>, dtype: DType, shape: &[usize]) -> Self {
+    pub(crate) fn new(device: &Device, storage: Arc<dyn Storage>, dtype: DType, shape: &[usize]) -> Self {
         Buffer { device: device.clone(), storage, dtype, shape: shape.to_vec(), offset: 0 }
     }
 
-    /// Memory on an NVIDIA GPU that someone else owns (another library's tensor, say), without a copy. `address` is what
-    /// `cudaMalloc` gave, or a place within it; the first element lies there.
-    ///
-    /// # Safety
-    /// `address` must be accessible on the device's GPU, with as many bytes as `dtype` and `shape` say, until the buffer, its
-    /// views and all work that was submitted with them are gone. Work that other streams do on that memory must be
-    /// ordered with the device's stream by the caller: by waiting for [`Submission`](super::Submission)s, by synchronising
-    /// the other stream before, or by opening the device on the other stream ([`Device::cuda_on_stream`]).
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] if the device is no CUDA device, [`Error::Mismatch`] if `address` is null or not a multiple of
-    /// the element's size, [`Error::SizeOverflow`].
-    #[cfg(feature = "cuda")]
-    pub unsafe fn from_cuda_ptr(device: &Device, address: u64, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let Some(cuda) = device.backend().as_cuda() else {
-            let what = "wrap CUDA memory".to_owned();
-            return Err(Error::Unsupported { device: device.to_string(), what });
-        };
-        let bytes = checked_product("buffer size", &[checked_product("buffer size", shape)?, dtype.size()])?;
-        if address == 0 || !address.is_multiple_of(dtype.size() as u64) {
-            let expected = format!("not null and a multiple of {}", dtype.size());
-            return Err(Error::Mismatch { what: "address of CUDA memory", got: address as usize, expected });
-        }
-        // SAFETY: the caller's promise.
-        let storage = unsafe { cuda.borrow(address, bytes) };
-        Ok(Buffer::new(device, Arc::new(storage), dtype, shape))
-    }
-
-    /// Where the first element lies in an NVIDIA GPU's memory; `None` on other devices. Valid as long as the buffer or a view
-    /// of it lives; what others do there must be ordered as [`from_cuda_ptr`](Buffer::from_cuda_ptr) says.
-    #[cfg(feature = "cuda")]
-    pub fn cuda_ptr(&self) -> Option<u64> {
-        self.device.backend().as_cuda().map(|_| crate::backend::cuda::address(self))
-    }
-
-    pub(crate) fn storage(&self) -> &Arc<Storage> {
-        &self.storage
+    pub(crate) fn storage(&self) -> &dyn Storage {
+        &*self.storage
     }
 
     pub(crate) fn offset(&self) -> usize {
@@ -216,7 +113,7 @@ impl Buffer {
     /// [`Error::DeviceFailed`].
     pub fn read_bytes(&self, out: &mut [u8]) -> Result<()> {
         self.expect_bytes(out.len())?;
-        self.device.backend().read(&self.storage, self.offset, out)
+        self.device.driver().read(&*self.storage, self.offset, out)
     }
 
     /// Overwrites all elements from the host, after all work submitted before.
@@ -234,7 +131,7 @@ impl Buffer {
     /// As [`read_bytes`](Buffer::read_bytes).
     pub fn write_bytes(&self, data: &[u8]) -> Result<()> {
         self.expect_bytes(data.len())?;
-        self.device.backend().write(&self.storage, self.offset, data)
+        self.device.driver().write(&*self.storage, self.offset, data)
     }
 
     fn expect_bytes(&self, got: usize) -> Result<()> {
@@ -248,7 +145,7 @@ impl Buffer {
 
     fn expect_dtype(&self, what: &'static str, host: DType) -> Result<()> {
         if self.dtype != host {
-            return Err(Error::DType { what, got: self.dtype, expected: host.name() });
+            return Err(Error::DType { what, got: self.dtype.name(), expected: host.name() });
         }
         Ok(())
     }
@@ -257,5 +154,37 @@ impl Buffer {
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buffer({} {:?} on {})", self.dtype, self.shape, self.device)
+    }
+}
+
+impl Device {
+    /// A buffer of zeros.
+    ///
+    /// # Errors
+    /// [`Error::SizeOverflow`], [`Error::OutOfMemory`], or a limit of the device as [`Error::Unsupported`].
+    ///
+    /// ```
+    /// use tqkv::{DType, Device};
+    /// let k = Device::cpu().zeros(DType::F32, &[2, 8, 128])?;
+    /// assert_eq!(k.bytes(), 2 * 8 * 128 * 4);
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn zeros(&self, dtype: DType, shape: &[usize]) -> Result<Buffer> {
+        let bytes = checked_product("buffer size", &[checked_product("buffer size", shape)?, dtype.size()])?;
+        let storage = self.driver().alloc(bytes)?;
+        Ok(Buffer::new(self, storage.into(), dtype, shape))
+    }
+
+    /// A buffer with this content.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless `data` has as many elements as `shape`; else as [`zeros`](Device::zeros).
+    pub fn upload<T: Element>(&self, data: &[T], shape: &[usize]) -> Result<Buffer> {
+        if checked_product("buffer size", shape)? != data.len() {
+            return Err(Error::shape("data", &[data.len()], format!("as many elements as {shape:?}")));
+        }
+        let buffer = self.zeros(T::DTYPE, shape)?;
+        buffer.write(data)?;
+        Ok(buffer)
     }
 }

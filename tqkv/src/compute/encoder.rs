@@ -1,8 +1,9 @@
 //! Recording and submission.
 
-use super::{Buffer, Device, KernelRegistry};
-use crate::backend::{Completion, Op, Recorder};
+use super::driver::{Completion, Recorder};
+use super::{Buffer, Device};
 use crate::error::{Error, Result};
+use std::any::Any;
 use std::time::Duration;
 
 /// Records operations in order. Nothing runs before [`submit`](CommandEncoder::submit); each operation sees what those
@@ -30,8 +31,8 @@ impl CommandEncoder {
         Ok(())
     }
 
-    /// Records a validated operation.
-    pub(crate) fn record(&mut self, op: Op) -> Result<()> {
+    /// Records a validated operation, a `problem::Op`.
+    pub(crate) fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
         self.recorder.record(op)
     }
 
@@ -39,40 +40,6 @@ impl CommandEncoder {
     #[cfg(test)]
     pub(crate) fn dispatches(&self) -> usize {
         self.recorder.dispatches()
-    }
-
-    /// Records a kernel of the caller's own (see [`KernelRegistry::register`]).
-    ///
-    /// `workgroups` is the grid, `bindings` are the buffers in the order of the kernel's bindings or pointers, and
-    /// `constants` is passed as a uniform buffer (wgpu), by value (CUDA) or as a slice (CPU).
-    ///
-    /// # Errors
-    /// [`Error::UnknownKernel`], [`Error::WrongDevice`], [`Error::KernelCompile`], or [`Error::Unsupported`] if the
-    /// registered source is for another kind of device.
-    pub fn dispatch(
-        &mut self,
-        name: &str,
-        workgroups: [u32; 3],
-        bindings: &[&Buffer],
-        constants: &[u32],
-    ) -> Result<()> {
-        for buffer in bindings {
-            self.expect_own("binding", buffer)?;
-        }
-        let source = self.device.kernels().get(name)?;
-        let bindings = bindings.iter().map(|&b| b.clone()).collect();
-        self.record(Op::Custom(crate::backend::Custom {
-            name: name.to_owned(),
-            source,
-            workgroups,
-            bindings,
-            constants: constants.to_vec(),
-        }))
-    }
-
-    /// The kernels that [`dispatch`](CommandEncoder::dispatch) finds.
-    pub fn kernels(&self) -> &KernelRegistry {
-        self.device.kernels()
     }
 
     /// Hands the recorded operations to the device, as one submission.
@@ -126,5 +93,15 @@ impl Submission {
     /// [`Error::DeviceFailed`].
     pub fn wait(self) -> Result<()> {
         self.0.wait()
+    }
+}
+
+impl Device {
+    /// Starts to record operations.
+    ///
+    /// # Errors
+    /// [`Error::DeviceFailed`] if the device is lost.
+    pub fn encoder(&self) -> Result<CommandEncoder> {
+        Ok(CommandEncoder::new(self, self.driver().recorder()?))
     }
 }

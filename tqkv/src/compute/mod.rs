@@ -2,10 +2,14 @@
 
 mod buffer;
 mod device;
+pub(crate) mod driver;
 mod encoder;
+mod info;
 mod registry;
 
-pub use buffer::{Buffer, DType, Element};
-pub use device::{Device, DeviceInfo, DeviceKind};
+pub use crate::format::{DType, Element};
+pub use buffer::Buffer;
+pub use device::Device;
 pub use encoder::{CommandEncoder, Submission};
+pub use info::{DeviceInfo, DeviceKind};
 pub use registry::{CpuKernel, KernelRegistry, KernelSource};

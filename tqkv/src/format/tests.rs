@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::compute::{Buffer, Device};
+use crate::error::Error;
 use crate::ops::{self, Batch, Direction, Domain, PagePool, RowOrder, Span};
 use crate::reference;
 use half::f16;
@@ -50,18 +51,18 @@ fn codecs(head_dim: usize) -> Vec<RowFormat> {
 
 proptest! {
     #[test]
-    fn packing_has_an_inverse(steps in 1usize..=MAX_HEAD_DIM / HEAD_DIM_STEP, seed: u64) {
-        let d = steps * HEAD_DIM_STEP;
+    fn packing_has_an_inverse(steps in 1usize..=MAX_HEAD_DIM / ROW_STEP, seed: u64) {
+        let d = steps * ROW_STEP;
         let mut rng = Rng(seed);
         for row in codecs(d) {
             let levels = 1u64 << row.bits();
-            let codes: Vec<u8> = (0..d).map(|_| (rng.next() % levels) as u8).collect();
+            let codes: Vec<u16> = (0..d).map(|_| (rng.next() % levels) as u16).collect();
             // What the row held before must not show.
             let (mut packed, mut again) = (vec![0u8; row.row_bytes()], vec![0xffu8; row.row_bytes()]);
             row.pack(&codes, &mut packed);
             row.pack(&codes, &mut again);
             prop_assert_eq!(&packed, &again);
-            let unpacked: Vec<u8> = (0..d).map(|i| row.get_code(&packed, i)).collect();
+            let unpacked: Vec<u16> = (0..d).map(|i| row.get_code(&packed, i)).collect();
             prop_assert_eq!(&unpacked, &codes, "{}", row.codec());
         }
     }
@@ -69,8 +70,8 @@ proptest! {
     /// Bit j of element i is bit i·b + j of the row, counted from the least significant bit of its first byte; in planes, where
     /// a table of eight elements' bits says.
     #[test]
-    fn packing_is_as_documented(steps in 1usize..=MAX_HEAD_DIM / HEAD_DIM_STEP, seed: u64) {
-        let d = steps * HEAD_DIM_STEP;
+    fn packing_is_as_documented(steps in 1usize..=MAX_HEAD_DIM / ROW_STEP, seed: u64) {
+        let d = steps * ROW_STEP;
         let mut rng = Rng(seed);
         for row in codecs(d) {
             let packed: Vec<u8> = (0..row.row_bytes()).map(|_| rng.next() as u8).collect();
@@ -84,7 +85,8 @@ proptest! {
                     (Packing::Planes, e) => e / 2 * d + i / 8 * 8 + e % 2 * 4 + j,
                     _ => i * b + j,
                 };
-                let code = (0..b).map(|j| (packed[place(j) / 8] >> (place(j) % 8) & 1) << j).sum::<u8>();
+                let bit = |j| u16::from(packed[place(j) / 8] >> (place(j) % 8) & 1);
+                let code = (0..b).map(|j| bit(j) << j).sum::<u16>();
                 prop_assert_eq!(row.get_code(&packed, i), code, "{} element {}", row.codec(), i);
             }
         }
@@ -189,9 +191,9 @@ fn native_codebooks_are_optimal_on_ten_million_samples() {
 fn codes_count_boundaries() {
     for row in codecs(128) {
         let book = row.codebook().unwrap();
-        let last = (book.levels.len() - 1) as u8;
+        let last = (book.levels.len() - 1) as u16;
         for (i, &b) in book.boundaries.iter().enumerate() {
-            assert_eq!((book.code(b), book.code(b.next_up())), (i as u8, i as u8 + 1), "strictly greater");
+            assert_eq!((book.code(b), book.code(b.next_up())), (i as u16, i as u16 + 1), "strictly greater");
         }
         assert_eq!((book.code(f32::NEG_INFINITY), book.code(f32::INFINITY), book.code(f32::NAN)), (0, last, 0));
         assert_eq!((book.code(0.0), book.code(-0.0)), (book.zero_code(), book.zero_code()));
@@ -239,7 +241,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 fn the_transform_is_its_own_inverse_and_keeps_norms() {
     let device = Device::cpu();
     let mut rng = Rng(2);
-    for d in (1..=MAX_HEAD_DIM / HEAD_DIM_STEP).map(|n| n * HEAD_DIM_STEP) {
+    for d in (1..=MAX_HEAD_DIM / ROW_STEP).map(|n| n * ROW_STEP) {
         for codec in [Codec::tq(4), Codec::seed(4)] {
             let Ok(row) = RowFormat::new(codec, d) else { continue };
             let x = rng.normals(d);
@@ -345,7 +347,7 @@ fn names_are_read_and_written() {
 fn codecs_exist_where_documented() {
     let exists = |codec, d| RowFormat::new(codec, d).is_ok();
     for d in 0..=2 * MAX_HEAD_DIM {
-        let native = d > 0 && d <= MAX_HEAD_DIM && d % HEAD_DIM_STEP == 0;
+        let native = d > 0 && d <= MAX_HEAD_DIM && d % ROW_STEP == 0;
         let seed = [16, 32, 64, 128, 256, 512].contains(&d);
         for bits in 0..=u8::MAX {
             assert_eq!(exists(Codec::tq(bits), d), native && (2..=8).contains(&bits));
@@ -421,7 +423,7 @@ proptest! {
         let device = Device::cpu();
         let mut rng = Rng(seed);
         let codec = if seed_codec { Codec::seed(if bits == 7 { 8 } else { bits }) } else { Codec::tq(bits) };
-        let d = if seed_codec { 16 << (steps % 6) } else { steps * HEAD_DIM_STEP };
+        let d = if seed_codec { 16 << (steps % 6) } else { steps * ROW_STEP };
         let row = RowFormat::new(codec, d).unwrap();
         let new = new.min(pages * page_size);
         let mut table: Vec<u32> = (0..pages as u32 + 2).collect();

@@ -111,7 +111,7 @@ impl MlxBuffer {
     pub(super) fn view(&self, what: &'static str, dtype: DType, shape: &[usize]) -> crate::Result<Buffer> {
         let buffer = self.intact()?;
         if buffer.dtype() != dtype {
-            return Err(Error::DType { what, got: buffer.dtype(), expected: dtype.name() });
+            return Err(Error::DType { what, got: buffer.dtype().name(), expected: dtype.name() });
         }
         let expected = checked_product(what, &[checked_product(what, shape)?, dtype.size()])?;
         if buffer.bytes() < expected {

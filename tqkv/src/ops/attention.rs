@@ -1,39 +1,10 @@
 //! Attention straight over the compressed bytes.
 
-use super::{Batch, Domain, PagePool, expect_apart, expect_f32, expect_float, expect_shape};
-use crate::backend::{self, Op};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
-
-/// What attention computes. Start from [`AttentionParams::new`] and change what differs.
-#[derive(Clone, Debug)]
-pub struct AttentionParams {
-    /// Factor on q·k, usually 1/√head_dim.
-    pub scale: f32,
-    /// Whether a query sees no position after its own (on by default).
-    pub causal: bool,
-    /// How many of the newest positions up to its own a query sees; all if `None`.
-    pub window: Option<usize>,
-    /// Scores become c·tanh(score/c) before the softmax (Gemma 2, arXiv:2408.00118, section 2).
-    pub softcap: Option<f32>,
-    /// One logit a query head, f32 \[heads\], that takes probability and adds no value (gpt-oss; "Efficient streaming
-    /// language models with attention sinks", arXiv:2309.17453, section 3.3).
-    pub sinks: Option<Buffer>,
-    /// The domain of queries and output: with [`Domain::Rotated`] the caller rotates both himself.
-    pub domain: Domain,
-}
-
-impl AttentionParams {
-    /// Causal, over all positions, in the model's own domain.
-    pub fn new(scale: f32) -> Self {
-        AttentionParams { scale, causal: true, window: None, softcap: None, sinks: None, domain: Domain::Original }
-    }
-
-    /// With 1/√head_dim as scale.
-    pub fn for_head_dim(head_dim: usize) -> Self {
-        AttentionParams::new(1.0 / (head_dim as f32).sqrt())
-    }
-}
+use crate::problem::checks::{expect_apart, expect_f32, expect_float, expect_shape};
+use crate::problem::op::{self, Op};
+use crate::problem::{AttentionParams, Batch, PagePool};
 
 /// Softmax(scale · q·Kᵀ)·V for the new positions of every sequence, without writing K or V out.
 ///
@@ -99,12 +70,12 @@ pub fn attention(
     if params.window == Some(0) {
         return Err(Error::Zero { what: "window" });
     }
-    if let Some(sinks) = &params.sinks {
-        encoder.expect_own("sinks", sinks)?;
-        expect_f32("sinks", sinks)?;
-        expect_shape("sinks", sinks, &[heads])?;
+    if let Some(logits) = &params.sink_logits {
+        encoder.expect_own("sink_logits", logits)?;
+        expect_f32("sink_logits", logits)?;
+        expect_shape("sink_logits", logits, &[heads])?;
     }
-    let inputs = || std::iter::once(q).chain(key.buffers()).chain(value.buffers()).chain(&params.sinks);
+    let inputs = || std::iter::once(q).chain(key.buffers()).chain(value.buffers()).chain(&params.sink_logits);
     expect_apart("out", out, inputs())?;
     if let Some(lse) = lse {
         encoder.expect_own("lse", lse)?;
@@ -115,7 +86,7 @@ pub fn attention(
     if batch.tokens() == 0 {
         return Ok(());
     }
-    encoder.record(Op::Attention(backend::Attention {
+    Op::Attention(op::Attention {
         q: q.clone(),
         heads,
         key: key.clone(),
@@ -124,5 +95,6 @@ pub fn attention(
         params: params.clone(),
         out: out.clone(),
         lse: lse.cloned(),
-    }))
+    })
+    .record(encoder)
 }

@@ -1,8 +1,9 @@
 //! Bytes from one place to another, on the device.
 
-use crate::backend::{Copy, Op};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
+use crate::problem::checks::expect_shape;
+use crate::problem::op::{Copy, Op};
 
 /// Copies `from` to `to`, which may be views of the same memory as long as they do not overlap.
 ///
@@ -12,9 +13,9 @@ use crate::error::{Error, Result};
 pub fn copy(encoder: &mut CommandEncoder, from: &Buffer, to: &Buffer) -> Result<()> {
     encoder.expect_own("from", from)?;
     encoder.expect_own("to", to)?;
-    super::expect_shape("to", to, from.shape())?;
+    expect_shape("to", to, from.shape())?;
     if to.dtype() != from.dtype() {
-        return Err(Error::DType { what: "to", got: to.dtype(), expected: "the type that is copied" });
+        return Err(Error::DType { what: "to", got: to.dtype().name(), expected: "the type that is copied" });
     }
     for (what, n) in [("offset of from", from.offset()), ("offset of to", to.offset()), ("bytes copied", from.bytes())]
     {
@@ -29,5 +30,5 @@ pub fn copy(encoder: &mut CommandEncoder, from: &Buffer, to: &Buffer) -> Result<
     if from.is_empty() {
         return Ok(());
     }
-    encoder.record(Op::Copy(Copy { from: from.clone(), to: to.clone() }))
+    Op::Copy(Copy { from: from.clone(), to: to.clone() }).record(encoder)
 }

@@ -1,71 +1,10 @@
 //! The cache back into floats.
 
-use super::{Batch, Domain, PagePool, expect_apart, expect_float, expect_shape};
-use crate::backend::{Dequantize, Op};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
-use std::ops::Range;
-
-/// Which positions to decode.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Positions {
-    /// Consecutive ones.
-    Range(Range<usize>),
-    /// Any, in any order, repeats allowed.
-    List(Vec<u32>),
-}
-
-impl Positions {
-    /// How many.
-    pub fn len(&self) -> usize {
-        match self {
-            Positions::Range(r) => r.len(),
-            Positions::List(l) => l.len(),
-        }
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Whether there is one, and none is `end` or more.
-    pub(crate) fn all_below(&self, end: usize) -> bool {
-        match self {
-            Positions::Range(r) => !r.is_empty() && r.end <= end,
-            Positions::List(l) => !l.is_empty() && l.iter().all(|&p| (p as usize) < end),
-        }
-    }
-
-    pub(crate) fn get(&self, i: usize) -> usize {
-        match self {
-            Positions::Range(r) => r.start + i,
-            Positions::List(l) => l[i] as usize,
-        }
-    }
-}
-
-impl From<Range<usize>> for Positions {
-    fn from(range: Range<usize>) -> Self {
-        Positions::Range(range)
-    }
-}
-
-impl From<usize> for Positions {
-    /// A single position (`usize::MAX` gives the empty range, which decodes nothing).
-    fn from(position: usize) -> Self {
-        Positions::Range(position..position.saturating_add(1))
-    }
-}
-
-/// The order of axes of a decoded block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RowOrder {
-    /// \[positions, kv_heads, head_dim\], as [`quantize`](super::quantize) takes it.
-    TokenMajor,
-    /// \[kv_heads, positions, head_dim\], as mlx-native gives it.
-    HeadMajor,
-}
+use crate::problem::checks::{expect_apart, expect_float, expect_shape};
+use crate::problem::op::{Dequantize, Op};
+use crate::problem::{Batch, Domain, PagePool, Positions, RowOrder};
 
 /// Decodes positions of one sequence of a batch into `out`: f32, f16 or bf16, in the order that `order` says, in the
 /// rotated domain (bit-exact on every backend: level · factor, rounded once more for f16 and bf16) or restored.
@@ -112,7 +51,7 @@ pub fn dequantize(
     if n == 0 {
         return Ok(());
     }
-    encoder.record(Op::Dequantize(Dequantize {
+    Op::Dequantize(Dequantize {
         pool: pool.clone(),
         batch: batch.clone(),
         sequence,
@@ -120,5 +59,6 @@ pub fn dequantize(
         domain,
         order,
         out: out.clone(),
-    }))
+    })
+    .record(encoder)
 }

@@ -1,9 +1,9 @@
 //! Partial attention results into one.
 
-use super::{expect_apart, expect_f32, expect_float, expect_shape};
-use crate::backend::{Merge, Op};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
+use crate::problem::checks::{expect_apart, expect_f32, expect_float, expect_shape};
+use crate::problem::op::{Merge, Op};
 
 /// Joins attention over disjoint sets of positions: out = Σ oᵢ·exp(lseᵢ) / Σ exp(lseᵢ), lse = ln Σ exp(lseᵢ).
 ///
@@ -46,5 +46,5 @@ pub fn merge(
         return Ok(());
     }
     let parts = parts.iter().map(|(o, l)| ((*o).clone(), (*l).clone())).collect();
-    encoder.record(Op::Merge(Merge { parts, out: out.clone(), lse: lse.cloned() }))
+    Op::Merge(Merge { parts, out: out.clone(), lse: lse.cloned() }).record(encoder)
 }

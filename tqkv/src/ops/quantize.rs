@@ -1,9 +1,10 @@
 //! Floats into the cache.
 
-use super::{Batch, PagePool, expect_apart, expect_float, expect_shape};
-use crate::backend::{Op, Quantize};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
+use crate::problem::checks::{expect_apart, expect_float, expect_shape};
+use crate::problem::op::{Op, Quantize};
+use crate::problem::{Batch, PagePool};
 
 /// Encodes the new positions of every sequence of a batch into pools, in one launch.
 ///
@@ -62,7 +63,7 @@ pub(crate) fn record_quantize(
         return Ok(());
     }
     let parts = parts.iter().map(|(x, pool)| ((*x).clone(), (*pool).clone())).collect();
-    encoder.record(Op::Quantize(Quantize { parts, batch: batch.clone() }))
+    Op::Quantize(Quantize { parts, batch: batch.clone() }).record(encoder)
 }
 
 /// No page may be written from two places: two sequences, or two entries of one table.

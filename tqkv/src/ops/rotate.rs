@@ -1,19 +1,11 @@
 //! The orthogonal transform by itself.
 
-use super::{expect_float, expect_shape};
-use crate::backend::{Op, Rotate};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
-
-/// Into the rotated domain, or back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// Signs, then transform.
-    Forward,
-    /// Transform, then signs.
-    Inverse,
-}
+use crate::problem::Direction;
+use crate::problem::checks::{expect_float, expect_shape};
+use crate::problem::op::{Op, Rotate};
 
 /// Rotates vectors as `row`'s codec does before it stores them, or undoes that: y = T·S·x forward, x = S·T·y inverse,
 /// with S the signs and T the normalised Walsh-Hadamard transform (see [`RowFormat::block`]). Dense codecs copy.
@@ -58,5 +50,5 @@ pub fn rotate(
     if x.is_empty() {
         return Ok(());
     }
-    encoder.record(Op::Rotate(Rotate { row: *row, direction, x: x.clone(), out: out.clone() }))
+    Op::Rotate(Rotate { row: *row, direction, x: x.clone(), out: out.clone() }).record(encoder)
 }

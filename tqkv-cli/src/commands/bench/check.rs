@@ -138,7 +138,7 @@ fn host(buffer: &Buffer) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn views(rows: &[Vec<f32>]) -> Vec<&[f32]> {
+pub fn views(rows: &[Vec<f32>]) -> Vec<&[f32]> {
     rows.iter().map(|row| &row[..]).collect()
 }
 

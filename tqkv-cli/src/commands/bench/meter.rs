@@ -72,6 +72,20 @@ pub struct Measurement {
     pub tolerance: f64,
 }
 
+/// A step's times in milliseconds, in the order in which an engine would look at them.
+#[derive(Clone, Copy, Serialize)]
+pub struct StepTimes {
+    pub layers: usize,
+    /// From the first call to the end of waiting.
+    pub ms_wall: f64,
+    /// What of it the host records.
+    pub ms_record: f64,
+    /// The device alone.
+    pub ms_device: f64,
+    /// By the clock of the host where a step is captured once and replayed; null where that does not exist.
+    pub ms_replay: Option<f64>,
+}
+
 #[derive(Serialize)]
 struct Row {
     op: &'static str,
@@ -89,6 +103,8 @@ struct Row {
     gb_per_s: f64,
     share_of_bandwidth: f64,
     max_rel_error: f64,
+    #[serde(flatten)]
+    step: Option<StepTimes>,
 }
 
 impl Meter {
@@ -168,6 +184,14 @@ impl Meter {
     }
 
     pub fn report(&self, measurement: Measurement) -> Result<()> {
+        self.report_row(measurement, None)
+    }
+
+    pub fn report_step(&self, measurement: Measurement, times: StepTimes) -> Result<()> {
+        self.report_row(measurement, Some(times))
+    }
+
+    fn report_row(&self, measurement: Measurement, step: Option<StepTimes>) -> Result<()> {
         let Measurement { op, shape, codec, timing, bytes, limit, error, tolerance } = measurement;
         if error.is_nan() || error > tolerance {
             bail!("{op} {codec} ({shape}) is off by {error:e}, expected at most {tolerance:e}");
@@ -188,6 +212,7 @@ impl Meter {
             gb_per_s: speed / 1e9,
             share_of_bandwidth: speed / bandwidth,
             max_rel_error: error,
+            step,
         };
         let low = timing.clock.filter(|&share| share < LOW);
         if let Some(share) = low {
@@ -201,6 +226,13 @@ impl Meter {
         }
         if self.json {
             return output::print_json(&row);
+        }
+        if let Some(StepTimes { layers, ms_wall, ms_record, ms_device, ms_replay }) = row.step {
+            let replay = ms_replay.map_or(String::new(), |ms| format!(", replayed {ms:.3}"));
+            return output::print(&format!(
+                "{:<14} {:<26} {:<6} {ms_wall:>9.3} ms wall ({layers} layers: recording {ms_record:.3}, device {ms_device:.3}{replay})   error {:.1e}\n",
+                row.op, row.shape, row.codec, row.max_rel_error
+            ));
         }
         let sustained = row.ms_sustained.map_or(String::new(), |ms| format!(" ({ms:.4} sustained)"));
         output::print(&format!(

@@ -6,6 +6,7 @@ mod clock;
 mod meter;
 mod operations;
 mod shape;
+mod step;
 
 use crate::codecs;
 use anyhow::{Result, ensure};
@@ -44,6 +45,9 @@ pub struct Bench {
     /// MiB of inputs that are used in turn: more than the device's caches hold
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     cold: u16,
+    /// Layers of a step
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    layers: u16,
     /// Threads, on the CPU [default: one a logical core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -68,6 +72,8 @@ enum Op {
     Attention,
     /// 2048 new tokens with a causal mask; on the CPU also candle's dense f32
     Prefill,
+    /// A decoding step of all layers: append and attend, one token a sequence, by the clock of the host
+    Step,
 }
 
 impl Bench {
@@ -80,6 +86,7 @@ impl Bench {
         let gpu = is_gpu(&device);
         let positions = self.positions.unwrap_or(if gpu { 32_768 } else { 4096 });
         ensure!(positions > 0, "--positions is 0, expected at least 1");
+        let given = !self.shape.is_empty();
         let shapes = if self.shape.is_empty() { default_shapes(&device, gpu) } else { self.shape };
         let meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
         for &op in &self.op {
@@ -92,6 +99,13 @@ impl Bench {
                 Op::Attention => {
                     for shape in &shapes {
                         self.codec.iter().try_for_each(|&codec| meter.attention(codec, shape))?;
+                    }
+                }
+                Op::Step => {
+                    let shapes = if given { shapes.clone() } else { step_shapes(gpu) };
+                    for shape in &shapes {
+                        let layers = usize::from(self.layers);
+                        self.codec.iter().try_for_each(|&codec| meter.step(codec, shape, layers))?;
                     }
                 }
                 Op::Prefill => {
@@ -112,6 +126,14 @@ fn is_gpu(device: &Device) -> bool {
     info.kind != DeviceKind::Cpu && !info.details.contains(&("type", "Cpu".to_owned()))
 }
 
+fn step_shapes(gpu: bool) -> Vec<Shape> {
+    let names: &[&str] = match gpu {
+        true => &["1x32/8x128x1024", "1x32/8x128x32768", "8x32/8x128x8192", "64x32/8x128x2048"],
+        false => &["1x32/8x128x1024", "1x32/8x128x4096"],
+    };
+    parsed(names)
+}
+
 fn default_shapes(device: &Device, gpu: bool) -> Vec<Shape> {
     let names: &[&str] = match device.info().kind {
         _ if !gpu => &["1x32/8x128x4096", "1x32/8x128x32768"],
@@ -126,6 +148,10 @@ fn default_shapes(device: &Device, gpu: bool) -> Vec<Shape> {
         ],
         _ => &["1x32/8x128x8192", "1x32/8x128x131072", "8x32/8x128x8192"],
     };
+    parsed(names)
+}
+
+fn parsed(names: &[&str]) -> Vec<Shape> {
     names.iter().map(|name| name.parse().expect("a shape that a test parses")).collect()
 }
 
@@ -136,7 +162,7 @@ mod tests {
     #[test]
     fn default_shapes_parse() {
         for gpu in [false, true] {
-            assert!(default_shapes(&Device::cpu(), gpu).len() > 1);
+            assert!(default_shapes(&Device::cpu(), gpu).len() > 1 && step_shapes(gpu).len() > 1);
         }
     }
 }

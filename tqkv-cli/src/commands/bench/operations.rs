@@ -26,7 +26,7 @@ const PREFILL: usize = 2048;
 /// Positions of a page on a GPU; on a processor a cache is one page.
 const PAGE_SIZE: usize = 64;
 /// Tokens of random vectors from which caches are filled.
-const FILL: usize = 8192;
+pub(super) const FILL: usize = 8192;
 
 /// f32 sums, and codes or outputs that f16 and bf16 round.
 const F32_TOLERANCE: f64 = 1e-4;
@@ -42,12 +42,12 @@ impl Meter {
         if self.kind() == DeviceKind::Cpu { DType::F32 } else { DType::BF16 }
     }
 
-    fn query_dtype(&self) -> DType {
+    pub(super) fn query_dtype(&self) -> DType {
         if self.kind() == DeviceKind::Cuda { DType::F16 } else { DType::F32 }
     }
 
     /// Random vectors on the device, and what was rounded to its type.
-    fn vectors(&self, seed: u64, shape: &[usize], dtype: DType) -> Result<(Vec<f32>, Buffer)> {
+    pub(super) fn vectors(&self, seed: u64, shape: &[usize], dtype: DType) -> Result<(Vec<f32>, Buffer)> {
         // First, as it says what is too much.
         let buffer = self.device.zeros(dtype, shape)?;
         let mut x = gaussian(seed, buffer.len());
@@ -295,7 +295,7 @@ impl Meter {
         self.report(Measurement { op: "prefill_candle", shape, codec, timing, bytes, limit, error, tolerance })
     }
 
-    fn attention_tolerance(&self) -> f64 {
+    pub(super) fn attention_tolerance(&self) -> f64 {
         if self.query_dtype() == DType::F32 { F32_TOLERANCE } else { HALF_TOLERANCE }
     }
 }

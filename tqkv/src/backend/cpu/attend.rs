@@ -19,14 +19,14 @@ use super::rows::RowCoder;
 use super::simd::{Job, Simd};
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling};
-use crate::ops::Batch;
+use crate::problem::Batch;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
 const MAX_TILE: usize = 256;
 /// Floats of a tile of keys: a quarter of a first-level cache.
 const TILE_FLOATS: usize = 4096;
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
-const LARGE: f32 = 128.0;
+const LARGE: f64 = 128.0;
 /// Rows that share the registers.
 const ROWS: usize = 4;
 
@@ -43,10 +43,11 @@ pub(crate) struct Source<'a> {
 
 /// Attention of `seen.len()` rows over positions `start..end`, and its result.
 pub(crate) struct Task<'a> {
-    /// Rows of D floats, in the rotated domain.
+    /// Rows of D floats, in the rotated domain, each divided by its unit.
     pub q: &'a [f32],
-    /// Their norms.
-    pub norms: &'a [f32],
+    pub units: &'a [f64],
+    /// Norms of the rows times their units.
+    pub norms: &'a [f64],
     /// The positions that each row sees.
     pub seen: &'a [(usize, usize)],
     pub start: usize,
@@ -441,9 +442,16 @@ unsafe fn norms<S: Simd>(task: &Task, t: &mut Tile, (from, to): (usize, usize)) 
             S::sum4(sums, squares.as_mut_ptr());
         }
         for (norm, square) in t.key_norms[i..].iter_mut().zip(squares) {
-            *norm = (square.sqrt() * task.scale.abs()) as f32;
+            *norm = norm_of(task, square);
         }
     }
+}
+
+/// A key's norm times scale, from its square in f32, where tiny elements' squares vanish.
+#[inline(always)]
+fn norm_of(task: &Task, square: f64) -> f32 {
+    let vanished = task.key.coder.row.head_dim() as f64 * f32::MIN_POSITIVE as f64;
+    ((square + vanished).sqrt() * task.scale.abs()) as f32
 }
 
 /// Scores of the queries of rows from `r` on with the keys that they see.
@@ -581,7 +589,7 @@ unsafe fn dots<S: Simd, const M: usize, const K: usize, const BITS: usize>(
             let mut norms = [0f64; 4];
             S::sum4(squares, norms.as_mut_ptr());
             for (norm, square) in t.key_norms[at..].iter_mut().zip(norms) {
-                *norm = (square.sqrt() * task.scale.abs()) as f32;
+                *norm = norm_of(task, square);
             }
         }
         let mut totals = [0f64; 16];
@@ -638,18 +646,19 @@ unsafe fn scale<S: Simd>(
     (from, to): (usize, usize),
 ) {
     let (scores, factors, norms) = (&mut t.scores[i][from..to], &t.key_factors[from..to], &t.key_norms[from..to]);
-    let limit = LARGE / task.norms[row];
-    let mut large = false;
+    // An infinite norm is above any limit.
+    let limit = ((LARGE / task.norms[row]) as f32).min(f32::MAX);
+    let (unit, mut large) = (task.units[row], false);
     for ((s, factor), &norm) in scores.iter_mut().zip(factors).zip(norms) {
-        *s *= factor;
-        large |= norm > limit;
+        *s *= factor * unit;
+        large |= norm > limit || !s.is_finite();
     }
     if large {
         for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
-            if norm > limit {
+            if norm > limit || !s.is_finite() {
                 // SAFETY: the caller's.
                 unsafe { run::<S, _>(1, bits, ExactDot { task, q, key, to: s }) }
-                *s *= factor;
+                *s *= factor * unit;
             }
         }
     }

@@ -4,9 +4,9 @@ use super::attend::{Source, Task};
 use super::rows::RowCoder;
 use super::simd::Kernels;
 use super::{float, memory};
-use crate::backend::{Attention, Merge};
 use crate::error::Result;
-use crate::ops::{Direction, Domain};
+use crate::problem::op::{Attention, Merge};
+use crate::problem::{Direction, Domain};
 use rayon::prelude::*;
 
 /// Query tokens that share the decoded rows.
@@ -31,7 +31,7 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
     let q = memory::view(&op.q)?;
     let (key_codes, key_scales) = (memory::Rows::codes(&op.key)?, memory::Rows::scales(&op.key)?);
     let (value_codes, value_scales) = (memory::Rows::codes(&op.value)?, memory::Rows::scales(&op.value)?);
-    let sinks = op.params.sinks.as_ref().map(memory::view).transpose()?;
+    let sinks = op.params.sink_logits.as_ref().map(memory::view).transpose()?;
     let sinks: Option<&[f32]> = sinks.as_ref().map(|s| bytemuck::cast_slice(s.bytes()));
     let (key_coder, value_coder) = (RowCoder::new(op.key.row(), kernels), RowCoder::new(op.value.row(), kernels));
     let out = memory::RowsMut::buffer(&op.out, d * op.out.dtype().size())?;
@@ -64,10 +64,16 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
         for (r, row) in queries.chunks_exact_mut(d).enumerate() {
             float::load(op.q.dtype(), &q.bytes()[index(r) * row_bytes..][..row_bytes], row);
         }
+        // Dense keys are not rotated, and their elements may be of any size, so that none of the query's may get lost.
+        let units: Vec<f64> = match op.key.row().is_rotated() {
+            true => queries.chunks_exact_mut(d).map(take_unit).collect(),
+            false => vec![1.0; n],
+        };
         if op.params.domain == Domain::Original {
             key_coder.rotate(Direction::Forward, &mut queries);
         }
-        let norms: Vec<f32> = queries.chunks_exact(d).map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt()).collect();
+        let norm = |q: &[f32]| q.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
+        let norms: Vec<f64> = queries.chunks_exact(d).zip(&units).map(|(q, unit)| norm(q) * unit).collect();
         let (first, len) = (span.first as usize, span.len as usize);
         let seen: Vec<(usize, usize)> = (0..n)
             .map(|r| {
@@ -83,6 +89,7 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
             .map(|start| {
                 let mut task = Task {
                     q: &queries,
+                    units: &units,
                     norms: &norms,
                     seen: &seen,
                     start,
@@ -133,6 +140,19 @@ pub(super) fn attention(op: &Attention, kernels: &'static Kernels) -> Result<()>
         }
     });
     Ok(())
+}
+
+/// Divides a query by the power of two that its largest element has, which it gives: so its rotation, its square and its
+/// products with levels do not overflow. Nothing is rounded that could matter.
+fn take_unit(query: &mut [f32]) -> f64 {
+    let largest = query.iter().fold(0f32, |m, x| m.max(x.abs()));
+    if largest == 0.0 || largest.is_infinite() {
+        return 1.0;
+    }
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    let factor = 2f32.powi(-exponent);
+    query.iter_mut().for_each(|x| *x *= factor);
+    2f64.powi(exponent)
 }
 
 /// Row `r` of all pieces, and the sink, into one; gives the log-sum-exp.

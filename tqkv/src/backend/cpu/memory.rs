@@ -3,7 +3,7 @@
 
 use crate::compute::Buffer;
 use crate::error::{Error, Result};
-use crate::ops::PagePool;
+use crate::problem::PagePool;
 use atomic_refcell::{AtomicRef, AtomicRefCell, AtomicRefMut};
 use std::ops::Range;
 
@@ -15,11 +15,13 @@ pub(super) struct Line(pub [u8; 64]);
 /// Ends with a line of padding, so that kernels may read whole vectors up to 64 bytes past what they need.
 pub(crate) struct Memory(AtomicRefCell<Vec<Line>>);
 
+impl crate::compute::driver::Storage for Memory {}
+
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
         let lines = bytes.div_ceil(size_of::<Line>()) + 1;
         let error = || Error::OutOfMemory { device: "cpu".to_owned(), requested: bytes };
-        // `try_zeroed_vec` asks for zeroed pages, which cost nothing until touched.
+        // `try_zeroed_slice_box` asks for zeroed pages, which cost nothing until touched.
         let lines = bytemuck::allocation::try_zeroed_slice_box(lines).map_err(|()| error())?;
         Ok(Memory(AtomicRefCell::new(Vec::from(lines))))
     }

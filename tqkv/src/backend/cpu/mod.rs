@@ -2,8 +2,6 @@
 
 mod attend;
 mod attention;
-#[cfg(test)]
-mod coder;
 mod float;
 mod memory;
 mod rows;
@@ -13,13 +11,15 @@ mod tests;
 
 pub(crate) use memory::Memory;
 
-use super::{Backend, Completion, Copy, Custom, Dequantize, Op, Quantize, Recorder, Rotate, Storage};
+use crate::compute::driver::{Completion, Driver, Recorder, Storage};
 use crate::compute::{DType, DeviceInfo, DeviceKind, KernelSource};
 use crate::error::{Error, Result};
-use crate::ops::{Direction, Domain, RowOrder};
+use crate::problem::op::{Copy, Custom, Dequantize, Op, Quantize, Rotate};
+use crate::problem::{Direction, Domain, RowOrder};
 use rayon::prelude::*;
 use rows::RowCoder;
 use simd::Kernels;
+use std::any::Any;
 use std::sync::Arc;
 
 /// Rows that one task encodes, decodes or rotates.
@@ -55,7 +55,7 @@ impl Cpu {
     }
 }
 
-impl Backend for Cpu {
+impl Driver for Cpu {
     fn info(&self) -> DeviceInfo {
         let threads = self.threads.as_ref().map_or_else(rayon::current_num_threads, |t| t.current_num_threads());
         DeviceInfo {
@@ -69,18 +69,18 @@ impl Backend for Cpu {
         }
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Storage> {
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
         self.kernels.clone()?;
-        Ok(Storage::Cpu(Memory::zeroed(bytes)?))
+        Ok(Box::new(Memory::zeroed(bytes)?))
     }
 
-    fn read(&self, storage: &Storage, offset: usize, out: &mut [u8]) -> Result<()> {
+    fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()> {
         let bytes = memory_of(storage)?.read()?;
         out.copy_from_slice(&bytes[offset..offset + out.len()]);
         Ok(())
     }
 
-    fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()> {
+    fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()> {
         let mut bytes = memory_of(storage)?.write()?;
         bytes[offset..offset + data.len()].copy_from_slice(data);
         Ok(())
@@ -96,12 +96,9 @@ impl Backend for Cpu {
 }
 
 /// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.
-fn memory_of(storage: &Storage) -> Result<&Memory> {
-    match storage {
-        Storage::Cpu(memory) => Ok(memory),
-        #[allow(unreachable_patterns)] // Without other backends there is nothing else.
-        _ => Err(Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cpu".into() }),
-    }
+fn memory_of(storage: &dyn Storage) -> Result<&Memory> {
+    let other = || Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cpu".into() };
+    storage.downcast().ok_or_else(other)
 }
 
 struct CpuRecorder {
@@ -110,8 +107,8 @@ struct CpuRecorder {
     ops: Vec<Op>,
 }
 
-impl Recorder for CpuRecorder {
-    fn record(&mut self, op: Op) -> Result<()> {
+impl CpuRecorder {
+    fn take(&mut self, op: Op) -> Result<()> {
         if let Op::Custom(Custom { name, source, .. }) = &op
             && !matches!(source, KernelSource::Cpu(_))
         {
@@ -120,6 +117,12 @@ impl Recorder for CpuRecorder {
         }
         self.ops.push(op);
         Ok(())
+    }
+}
+
+impl Recorder for CpuRecorder {
+    fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
+        self.take(Op::from_any(op))
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {

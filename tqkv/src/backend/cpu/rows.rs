@@ -7,7 +7,7 @@ use super::float;
 use super::simd::{Kernels, Simd, Table};
 use crate::compute::DType;
 use crate::format::{MAX_HEAD_DIM, Packing, RowFormat, Scaling, ZERO_NORM};
-use crate::ops::Direction;
+use crate::problem::Direction;
 use half::f16;
 use std::mem::MaybeUninit;
 
@@ -270,7 +270,7 @@ pub(super) unsafe fn encode<S: Simd>(coder: &RowCoder, v: &mut [f32], codes: &mu
 unsafe fn assign<S: Simd>(coder: &RowCoder, v: &[f32], unit: f32, norm: f32, codes: &mut [u8]) {
     let Some(book) = coder.row.codebook() else { unreachable!("codes have a codebook") };
     if !norm.is_finite() || norm <= ZERO_NORM {
-        return codes[..v.len()].fill(if norm.is_finite() { book.zero_code() } else { 0 });
+        return codes[..v.len()].fill(if norm.is_finite() { book.zero_code() as u8 } else { 0 });
     }
     let table = &coder.table;
     let (bits, bounds) = (coder.row.bits(), table.bounds.as_ptr());

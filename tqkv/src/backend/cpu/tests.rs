@@ -1,9 +1,9 @@
 //! Every instruction set that this machine has, against the oracle and the definition of each bit.
 
-use super::coder::Coder;
 use super::simd::{self, Kernels};
 use super::{Cpu, rows::RowCoder};
 use crate::compute::{Buffer, DType, Device};
+use crate::format::exact::Coder;
 use crate::format::{Codec, RowFormat};
 use crate::ops::*;
 use crate::reference;
@@ -13,7 +13,7 @@ fn available() -> impl Iterator<Item = &'static Kernels> {
 }
 
 fn device(kernels: &'static Kernels, threads: usize) -> Device {
-    Device::from_backend(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
+    Device::from_driver(Box::new(Cpu::with_kernels(kernels, threads).unwrap()))
 }
 
 /// Numbers near N(0, 1): sums of uniform ones.
@@ -316,7 +316,7 @@ fn rings_sinks_softcaps_and_large_scores() {
         case.check(&device, &plain, None, "ring");
         case.check(&device, &AttentionParams { window: Some(9), ..plain.clone() }, None, "ring and window");
         case.check(&device, &AttentionParams { softcap: Some(20.0), scale: 3.0, ..plain.clone() }, None, "softcap");
-        case.check(&device, &AttentionParams { sinks: Some(sinks), ..plain.clone() }, Some(&logits), "sinks");
+        case.check(&device, &AttentionParams { sink_logits: Some(sinks), ..plain.clone() }, Some(&logits), "sinks");
         case.check(&device, &AttentionParams { scale: 30.0, ..plain.clone() }, None, "scores in the hundreds");
         case.check(&device, &AttentionParams { scale: -30.0, ..plain }, None, "negative scale");
     }

@@ -6,11 +6,11 @@ use super::plan::{self, Plan, Problem};
 use super::rows::code_alignment;
 use super::tables::{Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, address, type_number};
-use crate::backend::Attention;
 use crate::compute::DType;
 use crate::error::{Result, to_u32};
 use crate::format::{Packing, RowFormat, Scaling};
-use crate::ops::{Batch, Domain, PagePool};
+use crate::problem::op::Attention;
+use crate::problem::{Batch, Domain, PagePool};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
@@ -329,7 +329,7 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
         q: address(&op.q),
         out: address(&op.out),
         lse: op.lse.as_ref().map_or(0, address),
-        sinks: op.params.sinks.as_ref().map_or(0, address),
+        sinks: op.params.sink_logits.as_ref().map_or(0, address),
         k_signs: k_tables.signs(),
         v_signs: v_tables.signs(),
         partial: partial.address,
@@ -358,7 +358,7 @@ fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant) -> Result<Prepared> {
 fn buffers(op: &Attention) -> Vec<crate::compute::Buffer> {
     let mut all = vec![op.q.clone(), op.out.clone(), op.batch.device_spans().clone(), op.batch.device_table().clone()];
     all.extend(op.key.buffers().chain(op.value.buffers()).cloned());
-    all.extend(op.lse.iter().chain(&op.params.sinks).cloned());
+    all.extend(op.lse.iter().chain(&op.params.sink_logits).cloned());
     all
 }
 
@@ -466,7 +466,7 @@ fn plain(gpu: &Gpu, op: &Attention) -> Result<Prepared> {
         q: address(&op.q),
         out: address(&op.out),
         lse: op.lse.as_ref().map_or(0, address),
-        sinks: op.params.sinks.as_ref().map_or(0, address),
+        sinks: op.params.sink_logits.as_ref().map_or(0, address),
         spans: address(op.batch.device_spans()),
         table: address(op.batch.device_table()),
         partial: partial.address,

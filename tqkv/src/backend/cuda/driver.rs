@@ -517,6 +517,8 @@ pub(crate) struct Memory {
     owned: bool,
 }
 
+impl crate::compute::driver::Storage for Memory {}
+
 impl Memory {
     /// # Safety
     /// The memory must be on the stream's GPU, `bytes` long, and outlive the result.

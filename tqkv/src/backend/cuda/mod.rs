@@ -6,6 +6,7 @@
 mod attention;
 mod cache;
 mod driver;
+mod interop;
 #[cfg(test)]
 mod interop_tests;
 mod nvrtc;
@@ -17,11 +18,13 @@ mod tests;
 
 pub(crate) use driver::Memory;
 
-use super::{Backend, Completion, Op, Recorder, Storage};
+use crate::compute::driver::{Completion, Driver, Recorder, Storage};
 use crate::compute::{Buffer, DType, DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 use crate::format::{Codec, RowFormat};
+use crate::problem::op::Op;
 use driver::{Context, Launch, Mark, Stream, lock};
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
@@ -69,13 +72,13 @@ impl Cuda {
     ///
     /// # Safety
     /// As `Memory::borrowed`.
-    pub unsafe fn borrow(&self, address: u64, bytes: usize) -> Storage {
+    pub unsafe fn borrow(&self, address: u64, bytes: usize) -> Memory {
         // SAFETY: the caller's promise.
-        Storage::Cuda(unsafe { Memory::borrowed(&self.0.stream, address, bytes) })
+        unsafe { Memory::borrowed(&self.0.stream, address, bytes) }
     }
 }
 
-impl Backend for Cuda {
+impl Driver for Cuda {
     fn info(&self) -> DeviceInfo {
         let context = &self.0.stream.context;
         let limits = &context.limits;
@@ -96,17 +99,17 @@ impl Backend for Cuda {
         }
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Storage> {
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
         let memory = self.0.stream.alloc(bytes)?;
         memory.clear()?;
-        Ok(Storage::Cuda(memory))
+        Ok(Box::new(memory))
     }
 
-    fn read(&self, storage: &Storage, offset: usize, out: &mut [u8]) -> Result<()> {
+    fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()> {
         memory_of(storage)?.read(offset, out)
     }
 
-    fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()> {
+    fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()> {
         memory_of(storage)?.write(offset, data)
     }
 
@@ -117,26 +120,17 @@ impl Backend for Cuda {
     fn workspace_bytes(&self) -> usize {
         lock(&self.0.workspace).bytes()
     }
-
-    fn as_cuda(&self) -> Option<&Cuda> {
-        Some(self)
-    }
 }
 
 /// `ops` has checked that every buffer is on this device; this keeps the mistake loud if it ever did not.
-fn memory_of(storage: &Storage) -> Result<&Memory> {
-    match storage {
-        Storage::Cuda(memory) => Ok(memory),
-        _ => Err(Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cuda".into() }),
-    }
+fn memory_of(storage: &dyn Storage) -> Result<&Memory> {
+    let other = || Error::WrongDevice { what: "buffer", got: "another device".into(), expected: "cuda".into() };
+    storage.downcast().ok_or_else(other)
 }
 
 /// Where a buffer starts on the GPU.
 pub(crate) fn address(buffer: &Buffer) -> u64 {
-    match &**buffer.storage() {
-        Storage::Cuda(memory) => memory.address + buffer.offset() as u64,
-        _ => 0,
-    }
+    buffer.storage().downcast::<Memory>().map_or(0, |memory| memory.address + buffer.offset() as u64)
 }
 
 /// How kernels number float types.
@@ -198,8 +192,8 @@ struct CudaRecorder {
     work: Vec<Prepared>,
 }
 
-impl Recorder for CudaRecorder {
-    fn record(&mut self, op: Op) -> Result<()> {
+impl CudaRecorder {
+    fn take(&mut self, op: Op) -> Result<()> {
         let gpu = &*self.gpu;
         match &op {
             Op::Rotate(op) => self.work.push(rows::rotate(gpu, op)?),
@@ -215,6 +209,12 @@ impl Recorder for CudaRecorder {
             Op::Custom(op) => self.work.push(rows::custom(gpu, op)?),
         }
         Ok(())
+    }
+}
+
+impl Recorder for CudaRecorder {
+    fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
+        self.take(Op::from_any(op))
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {

@@ -12,9 +12,10 @@ use std::sync::OnceLock;
 const PATH_VARIABLE: &str = "TQKV_NVRTC";
 
 /// What the kernels include.
-const HEADERS: [(&str, &str); 5] = [
+const HEADERS: [(&str, &str); 6] = [
     ("attention.cuh", include_str!("kernels/attention.cuh")),
     ("common.cuh", include_str!("kernels/common.cuh")),
+    ("ptx.cuh", include_str!("kernels/ptx.cuh")),
     ("codec.cuh", include_str!("kernels/codec.cuh")),
     ("rotate.cuh", include_str!("kernels/rotate.cuh")),
     ("row.cuh", include_str!("kernels/row.cuh")),

@@ -3,7 +3,7 @@
 //! A *group* is the query rows of one KV head that are handled together, with the position tiles that they see. Groups are
 //! cut into items of consecutive tiles, so that every block has about the same number.
 
-use crate::ops::SpanInfo;
+use crate::problem::{SpanInfo, Visible};
 use bytemuck::{Pod, Zeroable};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -98,10 +98,10 @@ fn groups(problem: &Problem, spans: &[SpanInfo]) -> Vec<Group> {
             let rows = problem.rows.min(all - row);
             let lowest = len - new + row / problem.group;
             let highest = len - new + (row + rows - 1) / problem.group;
-            let lo = problem.window.map_or(first, |w| first.max((lowest + 1).saturating_sub(w)));
-            let hi = if problem.causal { highest + 1 } else { len };
-            let begin = lo / problem.tile;
-            let end = if hi <= lo { begin } else { hi.div_ceil(problem.tile) };
+            let visible = Visible { causal: problem.causal, window: problem.window };
+            let seen = visible.range(lowest..highest + 1, first..len);
+            let begin = seen.start / problem.tile;
+            let end = if seen.is_empty() { begin } else { seen.end.div_ceil(problem.tile) };
             for kv_head in 0..problem.kv_heads {
                 let item = Item {
                     sequence: s as u32,

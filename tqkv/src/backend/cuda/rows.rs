@@ -4,12 +4,13 @@ use super::driver::Launch;
 use super::nvrtc::Source;
 use super::tables::{Grid, Tables, Turn, row_defines, scale_unit};
 use super::{Gpu, Prepared, Work, address, type_number};
-use crate::backend::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::compute::{Buffer, DType, KernelSource};
 use crate::error::{Error, Result, to_u32};
-use crate::format::cells::Cells;
+use crate::format::Cells;
 use crate::format::{RowFormat, Scaling, ZERO_NORM};
-use crate::ops::{Direction, Domain, PagePool, Positions, RowOrder};
+use crate::problem::op::Custom;
+use crate::problem::op::{Dequantize, Merge, Quantize, Rotate};
+use crate::problem::{Direction, Domain, PagePool, Positions, RowOrder};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 

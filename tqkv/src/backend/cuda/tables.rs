@@ -2,7 +2,7 @@
 
 use super::driver::{Memory, Stream};
 use crate::error::Result;
-use crate::format::cells::Cells;
+use crate::format::Cells;
 use crate::format::{Packing, RowFormat, Scaling};
 use std::sync::Arc;
 
@@ -214,7 +214,7 @@ mod tests {
                     let word = grid.words[grid.cells + cell + (above > 0.0) as usize];
                     let (code, square) = ((word >> (32 - field)) as u8, f64::from(word << field >> field));
                     if above.abs() >= 2.0 {
-                        assert_eq!(code, book.code(u), "{bits} bits, D = {d}: {u}");
+                        assert_eq!(u16::from(code), book.code(u), "{bits} bits, D = {d}: {u}");
                     }
                     let exact = f64::from(book.levels[code as usize]).powi(2) * unit;
                     assert!((square - exact).abs() <= 0.5, "{bits} bits, D = {d}: {u}");

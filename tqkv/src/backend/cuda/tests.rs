@@ -5,7 +5,7 @@ use super::nvrtc::{self, Source};
 use super::rows::{QuantizeShape, dequantize_source, merge_source, quantize_source, rotate_source};
 use super::tables::Grid;
 use crate::compute::{DType, Device};
-use crate::format::cells::Cells;
+use crate::format::Cells;
 use crate::format::{Codec, RowFormat};
 use crate::ops::{AttentionParams, Batch, Direction, PagePool, Span, attention, quantize};
 use rayon::prelude::*;
@@ -290,7 +290,7 @@ fn tensor_cores_are_close_to_the_cpu() {
                 if error.is_nan() || error > worst.0 {
                     worst = (error, name.clone());
                 }
-                // Queries (of more than four rows), levels and weights are rounded to f16, which has 11 bits: see docs/performance.md.
+                // Queries (of more than four rows), levels and weights are rounded to f16, which has 11 bits: see docs/accuracy.md.
                 // Then outputs are.
                 if error.is_nan() || error > 1e-3 + 2f32.powi(-11) {
                     failures.push(format!("{name}: {error:e}"));

@@ -2,8 +2,9 @@
 
 use super::context::{Context, block_on};
 use super::recorder::{Spec, WgpuRecorder};
-use super::{Backend, Caps, Memory, Slot, Storage, Target, Wgpu};
-use crate::backend::Recorder;
+use super::{Caps, Slot, Target, Wgpu, buffer_of};
+use crate::compute::driver::Driver;
+use crate::compute::driver::Recorder;
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 use half::f16;
@@ -188,10 +189,7 @@ fn team(context: &Arc<Context>) -> Result<usize> {
 /// What a kernel makes of some words, which it calls `x` and `y`.
 fn probe(context: &Arc<Context>, text: &'static str, words: &[u32], threads: usize) -> Result<Vec<u32>> {
     let backend = Wgpu(context.clone());
-    let buffer = || match backend.alloc(4 * words.len())? {
-        Storage::Wgpu(Memory(buffer)) => Ok(buffer),
-        _ => Err(context.failed("it made another device's memory")),
-    };
+    let buffer = || backend.alloc(4 * words.len()).and_then(|memory| buffer_of(&*memory).cloned());
     let (x, y) = (buffer()?, buffer()?);
     context.write(&x, 0, bytemuck::cast_slice(words))?;
     let slot = |b: &wgpu::Buffer| Slot { target: Target::Buffer(b.clone()), offset: 0, size: b.size(), rest: 0 };

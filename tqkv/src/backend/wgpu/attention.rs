@@ -10,15 +10,19 @@
 //!
 //! Scores are sums of two floats (Knuth's two-sum): in the hundreds, one f32 steps by 3e-5, and what is subtracted before
 //! exp must be finer. Where a query's and a key's norm make it possible that a score is huge, its products are kept as two
-//! floats too.
+//! floats too; and where one is so large that f32 steps by whole numbers, so is the running maximum: the second float of a
+//! score would overflow exp otherwise.
+//!
+//! What a query does not see, and what has no positions, may be anything. It is never multiplied by a weight of zero: NaN would
+//! come of it.
 
 use super::context::Context;
 use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Rows, Source, THREADS, Tensor, Transform, line};
 use super::{Caps, Slot};
-use crate::backend::Attention;
 use crate::error::Result;
-use crate::ops::Domain;
+use crate::problem::Domain;
+use crate::problem::op::Attention;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Spec {
@@ -100,6 +104,12 @@ const LAG: f32 = 8.0;
 
 /// Scores are computed again where |q| |k| scale may be larger: at a quarter of it, as it is rather, f32 errs by some 1e-5.
 const HUGE: f32 = 1024.0;
+
+/// Scores above this have a running maximum of two floats: f32 steps by whole numbers there.
+const LARGE: f32 = 8388608.0;
+
+/// Queries above this are always multiplied as two floats, factors first: f32 could overflow before a small factor comes.
+const HUGE_QUERY: f32 = 1e30;
 
 /// Bytes that a workgroup holds beside its weights, at most.
 const REST: usize = 16 << 10;
@@ -236,6 +246,11 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     line!(b, "fn row_at(table_base: u32, kv_head: u32, position: u32) -> u32 {{\n  let slot = {slot};");
     line!(b, "  let page = table[a.table_off + table_base + ({page})];");
     line!(b, "  return (page * a.kv_heads + kv_head) * a.page_size + ({place});\n}}");
+    b.push("// Whether a score has been large, and the second floats of the teams' maxima.");
+    b.push("var<workgroup> large_seen: atomic<u32>;");
+    line!(b, "var<workgroup> low: array<f32, {}>;", layout.teams() * rows);
+    line!(b, "const LARGE = {LARGE:?};");
+    b.push(include_str!("two_floats.wgsl"));
     if checked(spec) {
         exact_score(&mut b, spec, key_fetch);
     }
@@ -276,11 +291,15 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
         scale_words(&mut b, spec, p, "  var ");
     }
     line!(b, "  {}\n  {}", spec.key.fill("k"), spec.value.fill("v"));
+    line!(b, "  for (var i = tid; i < {}u; i += WG) {{ low[i] = 0.0; }}", layout.teams() * rows);
+    b.push("  if (tid == 0u) { atomicStore(&large_seen, 0u); }");
     queries(&mut b, spec, &transform);
     b.push("  let scale = bitcast<f32>(a.scale);");
     if checked(spec) {
         // |q| is at most √D of its largest element, and levels have a norm near √D.
-        line!(b, "  let limit = {} / bitcast<f32>(atomicLoad(&largest));", wgsl::float(HUGE / d as f32));
+        b.push("  let query_most = bitcast<f32>(atomicLoad(&largest));");
+        let limit = wgsl::float(HUGE / d as f32);
+        line!(b, "  let limit = select({limit} / query_most, -1.0, query_most > {HUGE_QUERY:?});");
     }
     for (p, rows) in [("k", &spec.key), ("v", &spec.value)] {
         line!(b, "  {}", rows.level(p));
@@ -302,6 +321,9 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
             line!(b, "  var o{r}_{x} = vec4(0.0);");
         }
     }
+    if layout.teams() > 1 {
+        b.push("  var large = false;");
+    }
     line!(b, "  let c = me % {chunks}u;\n  let lane_v = me / {chunks}u;");
     let first = if spec.whole { "next" } else { "base" };
     fetch_values(&mut b, spec, &layout, value_fetch, "  var v", first, "0u");
@@ -316,7 +338,7 @@ pub(super) fn source(spec: &Spec, caps: &Caps) -> Source {
     for p in 0..spec.positions {
         line!(b, "    let pos_{p} = tile + {}u + me;\n    let kf_{p} = kw_{p};\n    let vf_{p} = vw_{p};", p * team);
     }
-    scores(&mut b, spec, key_fetch);
+    scores(&mut b, spec, &layout, key_fetch);
     softmax(&mut b, spec, &layout, scales);
     values(&mut b, spec, &layout, value_fetch);
     if !spec.whole {
@@ -336,7 +358,7 @@ fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize) {
     let (lanes, per) = (layout.threads / chunks, chunk / 4);
     line!(b, "  let lane = team * {}u + lane_v;", layout.lanes);
     if layout.teams() > 1 {
-        common_maximum(b, rows, chunk);
+        common_maximum(b, rows, chunk, layout.teams());
     }
     for r in 0..rows {
         line!(b, "  offer({r}u, l{r}, tid, true);");
@@ -346,8 +368,9 @@ fn sums(b: &mut Builder, spec: &Spec, layout: &Layout, at_once: usize) {
         line!(b, "  l{r} = taken({r}u, true);\n  if (tid == {r}u && {}) {{", seen(spec, &format!("{r}u")));
         line!(
             b,
-            "    parts[a.rows * a.splits * {vectors}u + {} * a.splits + split] = vec4(m{r}, l{r}, 0.0, 0.0);\n  }}",
-            row_out(spec, &format!("{r}u"))
+            "    parts[a.rows * a.splits * {vectors}u + {} * a.splits + split] = vec4(m{r}, l{r}, {}, 0.0);\n  }}",
+            row_out(spec, &format!("{r}u")),
+            if layout.teams() > 1 { format!("d{r}") } else { format!("low[{r}]") }
         );
     }
     for first in (0..rows * per).step_by(at_once) {
@@ -380,22 +403,34 @@ fn row_out(spec: &Spec, r: &str) -> String {
     format!("((token0 - a.token_base + {r} / {0}u) * a.heads + kv_head * a.group + head0 + {r} % {0}u)", spec.heads)
 }
 
-/// Gives all teams' sums the largest of their maxima.
-fn common_maximum(b: &mut Builder, rows: usize, chunk: usize) {
+/// Gives all teams' sums the largest of their maxima; `d{r}` is its second float.
+fn common_maximum(b: &mut Builder, rows: usize, chunk: usize, teams: usize) {
     for r in 0..rows {
         line!(b, "  offer({r}u, m{r}, tid, false);");
     }
     b.push("  settle(tid, false);");
     for r in 0..rows {
-        line!(b, "  let n{r} = taken({r}u, false);");
+        line!(b, "  let n{r} = taken({r}u, false);\n  var d{r} = 0.0;\n  var below{r} = 0.0;");
+    }
+    b.push("  if (atomicLoad(&large_seen) != 0u) {");
+    for r in 0..rows {
+        line!(b, "    d{r} = UNSEEN;\n    for (var k = 0u; k < {teams}u; k++) {{");
+        line!(
+            b,
+            "      d{r} = max(d{r}, select(UNSEEN, low[k * {rows}u + {r}u], reduced[{r}u * {teams}u + k] == n{r}));"
+        );
+        line!(b, "    }}\n    below{r} = low[team * {rows}u + {r}u] - d{r};");
+    }
+    b.push("  }");
+    for r in 0..rows {
         shrink(b, r, chunk);
     }
     b.push("  workgroupBarrier();");
 }
 
-/// Row r's maximum becomes `n{r}`.
+/// Row r's maximum becomes `n{r}`, whose second float is `below{r}` less than the old one's.
 fn shrink(b: &mut Builder, r: usize, chunk: usize) {
-    line!(b, "  let shrink{r} = exp(m{r} - n{r});\n  m{r} = n{r};\n  l{r} *= shrink{r};");
+    line!(b, "  let shrink{r} = exp(keep(m{r} - n{r}) + below{r});\n  m{r} = n{r};\n  l{r} *= shrink{r};");
     for x in 0..chunk / 4 {
         line!(b, "  o{r}_{x} *= shrink{r};");
     }
@@ -456,17 +491,16 @@ fn exact_score(b: &mut Builder, spec: &Spec, fetch: usize) {
     let row = spec.key.format();
     let (d, scales) = (row.head_dim(), row.scales_per_row());
     b.push("var<workgroup> largest: atomic<u32>;");
-    b.push(include_str!("two_floats.wgsl"));
     spec.key.level_at(b, "k");
-    b.push("fn exact_score(row: u32, r: u32) -> vec2<f32> {\n  var score = vec2(0.0);");
-    line!(b, "  for (var s = 0u; s < {scales}u; s++) {{\n    var sum = vec2(0.0);");
+    b.push("fn exact_score(row: u32, r: u32) -> vec2<f32> {\n  var sum = vec2(0.0);");
+    line!(b, "  for (var s = 0u; s < {scales}u; s++) {{");
+    b.push("    let factor = times(vec2(k_factor(k_scale(row, s), row), 0.0), bitcast<f32>(a.scale));");
     let fetches = d / fetch / scales;
     line!(b, "    for (var c = s * {fetches}u; c < (s + 1u) * {fetches}u; c++) {{");
     line!(b, "      let w = k_fetch(k_place(row), c);\n      for (var j = 0u; j < {fetch}u; j++) {{");
     line!(b, "        let q = query[r * {}u + c * {}u + (j >> 2u)][j & 3u];", d / 4, fetch / 4);
-    b.push("        sum = plus(sum, times(vec2(k_level_at(w, j), 0.0), q));\n      }\n    }");
-    b.push("    score = plus(score, times(times(sum, k_factor(k_scale(row, s), row)), bitcast<f32>(a.scale)));");
-    b.push("  }\n  return score;\n}");
+    b.push("        sum = plus(sum, times(times(factor, k_level_at(w, j)), q));\n      }\n    }");
+    b.push("  }\n  return ordered(sum);\n}");
 }
 
 /// The workgroup's rows of queries into `query`, rotated, and the largest element's size into `largest`.
@@ -567,7 +601,7 @@ fn reducer(b: &mut Builder, caps: &Caps, rows: usize, threads: usize) {
 
 /// `h{r}_{p}` + `e{r}_{p}`: the score of row r at the thread's position p. Each step loads the codes of the next one, the last
 /// those that the next tile begins with.
-fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
+fn scores(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
     let row = spec.key.format();
     let (groups, rows, positions) = (row.head_dim() / group(spec), spec.rows(), spec.positions);
     for p in 0..positions {
@@ -588,7 +622,9 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
         b.push("    }");
     }
     if checked(spec) {
-        score_again(b, spec);
+        score_again(b, spec, layout);
+    } else {
+        order_large(b, spec, layout);
     }
     for (j, p) in (0..spec.queries).flat_map(|j| (0..positions).map(move |p| (j, p))) {
         line!(b, "    let ok{j}_{p} = pos_{p} < to_pos && pos_{p} >= low{j} && pos_{p} < high{j};");
@@ -606,7 +642,7 @@ fn scores(b: &mut Builder, spec: &Spec, fetch: usize) {
 }
 
 /// The thread's scores again where one of them may be huge.
-fn score_again(b: &mut Builder, spec: &Spec) {
+fn score_again(b: &mut Builder, spec: &Spec, layout: &Layout) {
     let (rows, positions) = (spec.rows(), spec.positions);
     let factor = |s, p| format!("abs(k_factor(k_scale(row_{p}, {s}u), row_{p}) * scale) > limit");
     let huge = |p| match spec.key.format().scales_per_row() {
@@ -620,7 +656,24 @@ fn score_again(b: &mut Builder, spec: &Spec) {
     for (p, r) in (0..positions).flat_map(|p| (0..rows).map(move |r| (p, r))) {
         line!(b, "        if (u == {}u) {{ h{r}_{p} = s.x; e{r}_{p} = s.y; }}", p * rows + r);
     }
-    b.push("      }\n    }");
+    line!(b, "        if (abs(s.x) > LARGE) {{ {} }}\n      }}\n    }}", say_large(layout));
+}
+
+/// Puts large scores in order: the second float is what the first one's rounding has lost.
+fn order_large(b: &mut Builder, spec: &Spec, layout: &Layout) {
+    let each = || (0..spec.rows()).flat_map(|r| (0..spec.positions).map(move |p| (r, p)));
+    let most = each().fold("0.0".to_owned(), |most, (r, p)| format!("max({most}, abs(h{r}_{p}))"));
+    line!(b, "    if ({most} > LARGE) {{\n      {}", say_large(layout));
+    for (r, p) in each() {
+        line!(b, "      let s{r}_{p} = ordered(vec2(h{r}_{p}, e{r}_{p}));");
+        line!(b, "      h{r}_{p} = s{r}_{p}.x;\n      e{r}_{p} = s{r}_{p}.y;");
+    }
+    b.push("    }");
+}
+
+/// Says that a score is large, to the team and for the end.
+fn say_large(layout: &Layout) -> &'static str {
+    if layout.teams() > 1 { "large = true; atomicStore(&large_seen, 1u);" } else { "atomicStore(&large_seen, 1u);" }
 }
 
 /// Adds group number `g` of elements to the scores.
@@ -693,10 +746,12 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
     // In most tiles none grows.
     if layout.teams() > 1 {
         let above: Vec<_> = (0..rows).map(|r| format!("most{r} - m{r} > {LAG:?}")).collect();
-        line!(b, "    if (subgroupAny({})) {{", above.join(" || "));
+        line!(b, "    if (subgroupAny({} || large)) {{", above.join(" || "));
         for r in 0..rows {
             line!(b, "    let n{r} = max(m{r}, subgroupMax(most{r}));");
         }
+        b.push("    large = subgroupAny(large);");
+        second_floats(b, spec, layout, "large");
     } else {
         for r in 0..rows {
             line!(b, "    offer({r}u, most{r}, tid, false);");
@@ -705,8 +760,10 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
         for r in 0..rows {
             line!(b, "    let n{r} = max(m{r}, taken({r}u, false));");
         }
+        b.push("    let large = atomicLoad(&large_seen) != 0u;");
+        second_floats(b, spec, layout, "large");
         let grown: Vec<_> = (0..rows).map(|r| format!("n{r} > m{r}")).collect();
-        line!(b, "    if ({}) {{", grown.join(" || "));
+        line!(b, "    if ({} || large) {{", grown.join(" || "));
     }
     for r in 0..rows {
         shrink(b, r, layout.chunk);
@@ -736,7 +793,8 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
                 let weight = |r: usize| match rotated {
                     _ if r >= rows => "0.0".to_owned(),
                     true => format!("p{r}_{p} * f{s}_{p}_{}", r / spec.heads),
-                    false => format!("p{r}_{p}"),
+                    // A float that is not seen may be anything: less than no weight.
+                    false => format!("select(-1.0, p{r}_{p}, ok{}_{p})", r / spec.heads),
                 };
                 let four_weights: Vec<_> = (4 * four..4 * four + 4).map(weight).collect();
                 let at = format!("weights + ({}u + me) * {fours}u + {four}u", s * tile + p * team);
@@ -745,6 +803,44 @@ fn softmax(b: &mut Builder, spec: &Spec, layout: &Layout, scales: usize) {
         }
     }
     line!(b, "    {}", layout.barrier());
+}
+
+/// The second floats of the maxima `n{r}` into `low`, where scores are large: the largest of those whose first float is the
+/// maximum. `below{r}` is by how much the old one was larger, and scores lose the new one.
+fn second_floats(b: &mut Builder, spec: &Spec, layout: &Layout, large: &str) {
+    let (rows, positions) = (spec.rows(), spec.positions);
+    let teams = layout.teams() > 1;
+    for r in 0..rows {
+        line!(b, "    var below{r} = 0.0;");
+    }
+    line!(b, "    if ({large}) {{");
+    if !teams {
+        // All threads have taken the first floats.
+        b.push("      workgroupBarrier();");
+    }
+    for r in 0..rows {
+        line!(b, "      let old{r} = low[team * {rows}u + {r}u];");
+        let second = |most: String, p| format!("max({most}, select(UNSEEN, e{r}_{p}, h{r}_{p} == n{r}))");
+        let most = (0..positions).fold(format!("select(UNSEEN, old{r}, m{r} == n{r})"), second);
+        match teams {
+            true => line!(b, "      let new{r} = subgroupMax({most});"),
+            false => line!(b, "      offer({r}u, {most}, tid, false);"),
+        }
+    }
+    if !teams {
+        b.push("      settle(tid, false);");
+        for r in 0..rows {
+            line!(b, "      let new{r} = taken({r}u, false);");
+        }
+    }
+    for r in 0..rows {
+        line!(b, "      below{r} = old{r} - new{r};");
+        for p in 0..positions {
+            line!(b, "      e{r}_{p} = keep(e{r}_{p} - new{r});");
+        }
+        line!(b, "      if (me == 0u) {{ low[team * {rows}u + {r}u] = new{r}; }}");
+    }
+    b.push("    }");
 }
 
 /// Loads `depth` positions' values of the thread, turn number `turn`: of the tile whose first row is `base`, or whose places are in
@@ -770,6 +866,8 @@ fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
     let rows = spec.rows();
     let Layout { tile, chunk, lanes, depth, fours, .. } = *layout;
     let turns = tile.div_ceil(lanes * depth);
+    let rotated = spec.value.format().is_rotated();
+    let nothing = if rotated { "0.0" } else { "-1.0" };
     let fetches = chunk / fetch;
     line!(b, "    for (var turn = 0u; turn < {turns}u; turn++) {{");
     line!(b, "      let over = turn == {}u;", turns - 1);
@@ -792,7 +890,7 @@ fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
                 true => line!(b, "        let p{four} = {};", at("i")),
                 false => line!(
                     b,
-                    "        let p{four} = select(vec4(0.0), {}, i < {tile}u);",
+                    "        let p{four} = select(vec4({nothing}), {}, i < {tile}u);",
                     at(&format!("min(i, {}u)", tile - 1))
                 ),
             }
@@ -801,10 +899,9 @@ fn values(b: &mut Builder, spec: &Spec, layout: &Layout, fetch: usize) {
             let p = format!("p{}.{}", r / 4, ["x", "y", "z", "w"][r % 4]);
             for x in 0..chunk / 4 {
                 let sum = format!("fma(vec4({p}), x{x}, o{r}_{x})");
-                match spec.value.format().is_rotated() {
+                match rotated {
                     true => line!(b, "        o{r}_{x} = {sum};"),
-                    // A float that is not seen may be anything.
-                    false => line!(b, "        if ({p} != 0.0) {{ o{r}_{x} = {sum}; }}"),
+                    false => line!(b, "        if ({p} >= 0.0) {{ o{r}_{x} = {sum}; }}"),
                 }
             }
         }
@@ -843,7 +940,7 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
         wgsl::flip(&mut b);
         transform.declare(&mut b, 0);
     }
-    b.push("const NONE = -3e38;");
+    b.push("const NONE = -3e38;\nconst UNSEEN = -3.4e38;");
     line!(b, "var<workgroup> weight_of: array<f32, {MOST_SPLITS}>;");
     reducer(&mut b, caps, 1, THREADS);
     main(&mut b, caps);
@@ -851,17 +948,25 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     // The splits' maxima and sums, a thread each.
     b.push("  var most = NONE;");
     b.push("  for (var i = tid; i < a.splits; i += WG) { most = max(most, parts[sums + i].x); }");
-    b.push("  offer(0u, most, tid, false);\n  settle(tid, false);\n  var m = taken(0u, false);");
+    b.push(
+        "  offer(0u, most, tid, false);\n  settle(tid, false);\n  let first = taken(0u, false);\n  workgroupBarrier();",
+    );
+    b.push("  var second = UNSEEN;\n  for (var i = tid; i < a.splits; i += WG) {");
+    b.push("    let part = parts[sums + i];\n    second = max(second, select(UNSEEN, part.z, part.x == first));\n  }");
+    b.push("  offer(0u, second, tid, false);\n  settle(tid, false);");
+    b.push("  var m = first;\n  var low = taken(0u, false);");
     if spec.sinks {
-        b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];\n  m = max(m, sink);");
+        b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];");
+        b.push("  low = select(select(low, max(low, 0.0), sink == m), 0.0, sink > m);\n  m = max(m, sink);");
     }
     b.push("  workgroupBarrier();\n  var l = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");
-    b.push("    let part = parts[sums + i];\n    let weight = exp(part.x - m);\n    l += part.y * weight;");
-    // A split that saw nothing has written nothing.
-    b.push("    weight_of[i] = select(0.0, weight, part.x > NONE);\n  }");
+    b.push("    let part = parts[sums + i];\n    let weight = exp(keep(part.x - m) + (part.z - low));\n    l += part.y * weight;");
+    // A split that saw nothing has written nothing: less than no weight.
+    b.push("    weight_of[i] = select(weight, -1.0, part.x == NONE);\n  }");
     b.push("  offer(0u, l, tid, true);\n  settle(tid, true);\n  l = taken(0u, true);");
     if spec.sinks {
-        b.push("  l += select(0.0, exp(sink - m), sink > NONE);");
+        b.push("  let sink_weight = select(exp((sink - m) - low), 1.0, sink == m);");
+        b.push("  l += select(sink_weight, 0.0, bitcast<u32>(sink) == a.neg_inf);");
     }
     line!(b, "  let lane = tid / {columns}u;\n  if (lane < {lanes}u) {{");
     line!(b, "    for (var c = tid % {columns}u; c < {vectors}u; c += {columns}u) {{\n      var sum = vec4(0.0);");
@@ -870,11 +975,11 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     // Several loads in flight; those past the end are of a split that is there, and weigh nothing.
     for k in 0..loads {
         line!(b, "        let i{k} = min(i + {}u, a.splits - 1u);", k * lanes);
-        line!(b, "        let w{k} = select(0.0, weight_of[i{k}], i + {}u < a.splits);", k * lanes);
+        line!(b, "        let w{k} = select(-1.0, weight_of[i{k}], i + {}u < a.splits);", k * lanes);
         line!(b, "        let o{k} = parts[(base + i{k}) * {vectors}u + c];");
     }
     for k in 0..loads {
-        line!(b, "        if (w{k} != 0.0) {{ sum += w{k} * o{k}; }}");
+        line!(b, "        if (w{k} >= 0.0) {{ sum += w{k} * o{k}; }}");
     }
     b.push("      }");
     line!(b, "      lane_sums[lane * {vectors}u + c] = sum;\n    }}\n  }}\n  workgroupBarrier();");
@@ -891,7 +996,7 @@ pub(super) fn join_source(spec: &JoinSpec, caps: &Caps) -> Source {
     }
     if spec.lse {
         b.push("  if (tid == 0u) {");
-        b.push("    let value = select(m + log(select(l, 1.0, none)), bitcast<f32>(a.neg_inf), none);");
+        b.push("    let value = select(m + (low + log(select(l, 1.0, none))), bitcast<f32>(a.neg_inf), none);");
         b.push("    lse[a.lse_off + a.row_base + wg] = value;\n  }");
     }
     b.push("}");
@@ -911,7 +1016,7 @@ pub(super) fn record(recorder: &mut WgpuRecorder, op: &Attention) -> Result<()> 
     let (key_slots, key, [k_codes, k_scales]) = pool_slots(&context, "the keys", &op.key)?;
     let (value_slots, value, [v_codes, v_scales]) = pool_slots(&context, "the values", &op.value)?;
     let table = Slot::new(&context, "the page table", op.batch.device_table())?;
-    let sinks = op.params.sinks.as_ref().map(|s| Slot::new(&context, "sinks", s)).transpose()?;
+    let sinks = op.params.sink_logits.as_ref().map(|s| Slot::new(&context, "sinks", s)).transpose()?;
     let lse = op.lse.as_ref().map(|l| Slot::new(&context, "lse", l)).transpose()?;
 
     let (d, heads, kv_heads) = (op.key.row().head_dim(), op.heads, op.key.kv_heads());

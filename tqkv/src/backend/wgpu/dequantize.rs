@@ -3,9 +3,9 @@
 use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Builder, Rows, Source, Tensor, Transform, line};
 use super::{Caps, Slot};
-use crate::backend::Dequantize;
 use crate::error::Result;
-use crate::ops::{Domain, Positions, RowOrder};
+use crate::problem::op::Dequantize;
+use crate::problem::{Domain, Positions, RowOrder};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Spec {

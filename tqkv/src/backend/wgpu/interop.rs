@@ -2,7 +2,6 @@
 //! own Metal or Vulkan objects.
 
 use super::{Memory, adapter};
-use crate::backend::Storage;
 use crate::compute::{Buffer, DType, Device};
 use crate::error::{Error, Result, checked_product};
 use std::sync::Arc;
@@ -26,7 +25,7 @@ impl Device {
     pub unsafe fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue) -> Result<Device> {
         let mut info = adapter::info(0, &device.adapter_info(), &device.limits(), device.features());
         info.id = "wgpu:wrapped".to_owned();
-        Ok(Device::from_backend(Box::new(adapter::wrap(device, queue, info)?)))
+        Ok(Device::from_driver(Box::new(adapter::wrap(device, queue, info)?)))
     }
 }
 
@@ -62,14 +61,11 @@ impl Buffer {
         if !buffer.usage().contains(usage) {
             return Err(unsupported("use a wgpu buffer without STORAGE, COPY_SRC and COPY_DST"));
         }
-        Ok(Buffer::new(device, Arc::new(Storage::Wgpu(Memory(buffer))), dtype, shape))
+        Ok(Buffer::new(device, Arc::new(Memory(buffer)), dtype, shape))
     }
 
     /// The wgpu buffer that holds this tensor, and the byte at which the tensor starts; none on other devices.
     pub fn as_wgpu(&self) -> Option<(&wgpu::Buffer, usize)> {
-        match &**self.storage() {
-            Storage::Wgpu(memory) => Some((&memory.0, self.offset())),
-            _ => None,
-        }
+        self.storage().downcast::<Memory>().map(|memory| (&memory.0, self.offset()))
     }
 }

@@ -3,9 +3,9 @@
 use super::recorder::{self, WgpuRecorder};
 use super::wgsl::{Builder, Source, Tensor, line};
 use super::{Caps, Slot};
-use crate::backend::Merge;
 use crate::compute::DType;
 use crate::error::Result;
+use crate::problem::op::Merge;
 
 /// `tensors` are the parts and, last, the output.
 pub(super) fn source(tensors: &[Tensor], lse: bool, caps: &Caps) -> Source {
@@ -26,15 +26,18 @@ pub(super) fn source(tensors: &[Tensor], lse: bool, caps: &Caps) -> Source {
     parts.iter().enumerate().for_each(|(i, part)| part.load(&mut b, &format!("part{i}")));
     out.store(&mut b, "out");
     b.main();
-    b.push("  let u = wg * WG + tid;\n  let r = u / a.eights;\n  if (r >= a.rows) { return; }\n  var most = -3.4e38;");
+    b.push("  let u = wg * WG + tid;\n  let r = u / a.eights;\n  if (r >= a.rows) { return; }\n  var most = bitcast<f32>(0xff7fffffu);");
     for i in 0..parts.len() {
         line!(b, "  let l{i} = lse{i}[a.lse{i}_off + r];\n  most = max(most, l{i});");
+        // Bits are compared since a compiler may take for granted that there are no infinities.
+        line!(b, "  let some{i} = bitcast<u32>(l{i}) != a.neg_inf;");
     }
     b.push("  var total = 0.0;\n  var sum = Eight(vec4(0.0), vec4(0.0));");
     for i in 0..parts.len() {
-        // A part without positions, whose lse is -∞, has no weight.
-        line!(b, "  let w{i} = select(exp(l{i} - most), 0.0, l{i} < -3.3e38);\n  total += w{i};");
-        line!(b, "  let v{i} = part{i}_load(8u * u);\n  sum = Eight(sum.a + w{i} * v{i}.a, sum.b + w{i} * v{i}.b);");
+        // A part without positions, whose lse is -∞, may hold anything. One whose lse is ∞ weighs as much as the maximum.
+        line!(b, "  let w{i} = select(exp(l{i} - most), 1.0, l{i} == most);\n  let v{i} = part{i}_load(8u * u);");
+        line!(b, "  if (some{i}) {{\n    total += w{i};");
+        line!(b, "    sum = Eight(sum.a + w{i} * v{i}.a, sum.b + w{i} * v{i}.b);\n  }}");
     }
     b.push("  let none = total == 0.0;\n  let d = select(total, 1.0, none);");
     b.push("  let v = Eight(sum.a / d, sum.b / d);");

@@ -15,7 +15,7 @@ mod wgsl;
 
 pub(crate) use adapter::{best, list, open};
 
-use super::{Backend, Recorder, Storage};
+use crate::compute::driver::{Driver, Recorder, Storage};
 use crate::compute::{Buffer, DeviceInfo};
 use crate::error::{Error, Result};
 use context::Context;
@@ -23,6 +23,8 @@ use std::sync::Arc;
 
 /// A wgpu buffer. Those of tqkv's own are multiples of 16 bytes, so that kernels can load vectors to the end.
 pub(crate) struct Memory(wgpu::Buffer);
+
+impl Storage for Memory {}
 
 /// What kernels are put together for.
 #[derive(Clone, Debug, Default)]
@@ -53,12 +55,12 @@ pub(crate) struct Wgpu(Arc<Context>);
 /// Bytes that go to or from the device at a time.
 const TRANSFER: usize = 64 << 20;
 
-impl Backend for Wgpu {
+impl Driver for Wgpu {
     fn info(&self) -> DeviceInfo {
         self.0.info.clone()
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Storage> {
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
         self.0.check()?;
         let size = bytes.max(16).next_multiple_of(16) as u64;
         let most = self.0.limits.max_buffer_size;
@@ -69,10 +71,10 @@ impl Backend for Wgpu {
         if self.0.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS) {
             usage |= wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::MAP_WRITE;
         }
-        Ok(Storage::Wgpu(Memory(self.0.create_buffer(size, usage)?)))
+        Ok(Box::new(Memory(self.0.create_buffer(size, usage)?)))
     }
 
-    fn read(&self, storage: &Storage, offset: usize, out: &mut [u8]) -> Result<()> {
+    fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()> {
         let buffer = buffer_of(storage)?;
         for (i, chunk) in out.chunks_mut(TRANSFER).enumerate() {
             self.0.read(buffer, (offset + i * TRANSFER) as u64, chunk)?;
@@ -80,7 +82,7 @@ impl Backend for Wgpu {
         self.0.check()
     }
 
-    fn write(&self, storage: &Storage, offset: usize, data: &[u8]) -> Result<()> {
+    fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()> {
         let buffer = buffer_of(storage)?;
         for (i, chunk) in data.chunks(TRANSFER).enumerate() {
             self.0.write(buffer, (offset + i * TRANSFER) as u64, chunk)?;
@@ -98,11 +100,9 @@ impl Backend for Wgpu {
     }
 }
 
-fn buffer_of(storage: &Storage) -> Result<&wgpu::Buffer> {
-    match storage {
-        Storage::Wgpu(memory) => Ok(&memory.0),
-        _ => Err(Error::WrongDevice { what: "buffer", got: "another".into(), expected: "wgpu".into() }),
-    }
+fn buffer_of(storage: &dyn Storage) -> Result<&wgpu::Buffer> {
+    let other = || Error::WrongDevice { what: "buffer", got: "another".into(), expected: "wgpu".into() };
+    Ok(&storage.downcast::<Memory>().ok_or_else(other)?.0)
 }
 
 /// Where a buffer's bytes are, for a kernel: a binding that starts on an allowed offset, and what is left of the offset.

@@ -4,10 +4,10 @@ use super::recorder::{self, WgpuRecorder, pool_slots};
 use super::wgsl::{self, Align, Builder, Rows, Source, Tensor, Transform, float, line};
 use super::{Caps, Slot};
 use crate::Buffer;
-use crate::backend::Quantize;
 use crate::error::Result;
 use crate::format::{Packing, RowFormat, Scaling, ZERO_NORM};
-use crate::ops::PagePool;
+use crate::problem::PagePool;
+use crate::problem::op::Quantize;
 
 /// One input and its pool, or two in one dispatch.
 #[derive(Clone, PartialEq, Eq, Hash)]

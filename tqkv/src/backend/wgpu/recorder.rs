@@ -3,9 +3,11 @@
 use super::context::{Context, Pipeline, lock};
 use super::wgsl::{Rows, Source, Tensor};
 use super::{Slot, Target, attention, dequantize, merge, quantize, rotate};
-use crate::backend::{Completion, Copy, Custom, Op, Recorder};
 use crate::compute::KernelSource;
+use crate::compute::driver::{Completion, Recorder};
 use crate::error::{Error, Result};
+use crate::problem::op::{Copy, Custom, Op};
+use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -172,13 +174,8 @@ impl WgpuRecorder {
     }
 }
 
-impl Recorder for WgpuRecorder {
-    #[cfg(test)]
-    fn dispatches(&self) -> usize {
-        self.steps.iter().filter(|s| matches!(s, Step::Dispatch(_))).count()
-    }
-
-    fn record(&mut self, op: Op) -> Result<()> {
+impl WgpuRecorder {
+    fn take(&mut self, op: Op) -> Result<()> {
         self.context.check()?;
         match op {
             Op::Rotate(op) => rotate::record(self, &op),
@@ -189,6 +186,17 @@ impl Recorder for WgpuRecorder {
             Op::Copy(op) => self.copy(&op),
             Op::Custom(op) => self.custom(op),
         }
+    }
+}
+
+impl Recorder for WgpuRecorder {
+    #[cfg(test)]
+    fn dispatches(&self) -> usize {
+        self.steps.iter().filter(|s| matches!(s, Step::Dispatch(_))).count()
+    }
+
+    fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()> {
+        self.take(Op::from_any(op))
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
@@ -340,7 +348,7 @@ impl Completion for Submitted {
 pub(super) fn pool_slots(
     context: &Context,
     what: &str,
-    pool: &crate::ops::PagePool,
+    pool: &crate::problem::PagePool,
 ) -> Result<(Vec<Slot>, Rows, [u32; 2])> {
     let codes = Slot::new(context, what, pool.codes())?;
     let rows = Rows::new(pool, codes.rest, codes.size as usize);

@@ -3,9 +3,9 @@
 use super::recorder::{self, WgpuRecorder};
 use super::wgsl::{self, Align, Builder, Rows, Source, Tensor, Transform, line};
 use super::{Caps, Slot};
-use crate::backend::Rotate;
 use crate::error::Result;
-use crate::ops::Direction;
+use crate::problem::Direction;
+use crate::problem::op::Rotate;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Spec {

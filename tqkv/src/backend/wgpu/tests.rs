@@ -169,7 +169,7 @@ fn a_step_takes_three_dispatches_a_layer() {
         eprintln!("SKIPPED: no wgpu device");
         return;
     };
-    let device = Device::from_backend(Box::new(wgpu));
+    let device = Device::from_driver(Box::new(wgpu));
     let sinks = Sinks { positions: 4, codec: CodecPair::both(Codec::tq(4)) };
     let config = CacheConfig::new(3, 1, 64).capacity(64 * 4096).kind_at(1, LayerKind::Window(512)).sinks_at(2, sinks);
     let mut cache = KvCache::new(&device, config).unwrap();
@@ -219,7 +219,7 @@ fn kernels_for_gpus_agree_with_the_cpu() {
             // No work is too little for large workgroups then.
             (caps.threads, caps.busy) = (512, 0);
         }
-        let gpu = Device::from_backend(Box::new(wgpu));
+        let gpu = Device::from_driver(Box::new(wgpu));
         // Teams' tiles lie within pages of 96 positions.
         let shapes = [
             (Codec::tq(4), 128, 100),

@@ -8,3 +8,9 @@ fn plus(v: vec2<f32>, w: vec2<f32>) -> vec2<f32> {
   let z = keep(s - v.x);
   return vec2(s, (v.x - (s - z)) + (w.x - z) + (v.y + w.y));
 }
+// The same sum, whose first float is all of it rounded: of two sums, the larger one's is no smaller.
+fn ordered(v: vec2<f32>) -> vec2<f32> {
+  let s = keep(v.x + v.y);
+  let z = keep(s - v.x);
+  return vec2(s, v.y - z);
+}

@@ -6,7 +6,7 @@
 use super::Caps;
 use crate::compute::DType;
 use crate::format::{Codec, Packing, RowFormat, Scaling};
-use crate::ops::PagePool;
+use crate::problem::PagePool;
 
 /// Threads of a workgroup; attention may have more.
 pub const THREADS: usize = 128;

@@ -3,6 +3,7 @@
 use crate::cache::{Extent, KvCache, LayerKind, Side};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
+use std::ops::Range;
 
 /// Bytes that a stored page starts at a multiple of, counted from the start of the file: a cache line.
 pub(super) const PAGE_ALIGN: u64 = 64;
@@ -152,6 +153,13 @@ impl GroupGeometry {
     /// Pages of a sequence of so many positions, dropped ones counted.
     pub fn pages(&self, len: usize) -> usize {
         self.extent.end(len).div_ceil(self.layout.page_size)
+    }
+
+    /// The pages that are stored of a sequence of so many positions that holds those from `first` on: none where its next
+    /// token sees nothing.
+    pub fn stored(&self, first: usize, len: usize) -> Range<usize> {
+        let end = self.pages(len);
+        if self.extent.sees_nothing(len) { end..end } else { first / self.layout.page_size..end }
     }
 
     /// How many positions page `page` of a sequence of so many positions holds.

@@ -2,7 +2,7 @@
 
 use super::geometry::{GroupGeometry, LayerGeometry, SinkGeometry};
 use super::{Geometry, Source};
-use crate::cache::{Held, LayerKind};
+use crate::cache::LayerKind;
 use crate::error::{Error, Result, SnapshotPart};
 use crate::format::{Codec, FORMAT_VERSION, RowFormat};
 use std::io::Read;
@@ -81,8 +81,17 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Saved {
     pub len: usize,
-    /// By group; page numbers are those of the snapshot.
-    pub held: Vec<Held>,
+    /// By group.
+    pub held: Vec<SavedPages>,
+}
+
+/// A sequence's pages of one group.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct SavedPages {
+    /// Pages at the front that are not stored.
+    pub dropped: usize,
+    /// The numbers of all others within the snapshot.
+    pub pages: Vec<u32>,
 }
 
 impl Snapshot {
@@ -153,14 +162,14 @@ impl Snapshot {
         let mut filled = vec![0; self.pages.len()];
         for sequence in &self.sequences {
             at_most("length of a sequence", sequence.len as u64, u32::MAX as u64)?;
-            for (g, (group, Held { base, pages })) in groups.iter().zip(&sequence.held).enumerate() {
-                check_held(sequence.len, group, *base, pages.len())?;
+            for (g, (group, SavedPages { dropped, pages })) in groups.iter().zip(&sequence.held).enumerate() {
+                check_held(sequence.len, group, *dropped, pages.len())?;
                 for (i, &page) in pages.iter().enumerate() {
                     match self.pages.get(page as usize) {
                         Some(&(of, _)) if of as usize == g => {}
                         _ => return absurd("page of a sequence", page as usize, "a page of its group"),
                     }
-                    filled[page as usize] = group.positions(sequence.len, base + i).max(filled[page as usize]);
+                    filled[page as usize] = group.positions(sequence.len, dropped + i).max(filled[page as usize]);
                 }
             }
         }
@@ -211,7 +220,7 @@ impl Snapshot {
         for sequence in &self.sequences {
             out.extend((sequence.len as u64).to_le_bytes());
             for held in &sequence.held {
-                out.extend((held.base as u32).to_le_bytes());
+                out.extend((held.dropped as u32).to_le_bytes());
                 out.extend((held.pages.len() as u32).to_le_bytes());
                 held.pages.iter().for_each(|page| out.extend(page.to_le_bytes()));
             }
@@ -299,9 +308,9 @@ impl Snapshot {
             let len = usize::try_from(fields.u64()?).unwrap_or(usize::MAX);
             let mut held = Vec::with_capacity(groups);
             for _ in 0..groups {
-                let (base, count) = (fields.u32()? as usize, fields.u32()? as usize);
+                let (dropped, count) = (fields.u32()? as usize, fields.u32()? as usize);
                 let pages = fields.entries("pages of a sequence", count, 4)?.map(|mut f| f.u32());
-                held.push(Held { base, pages: pages.collect::<Result<_>>()? });
+                held.push(SavedPages { dropped, pages: pages.collect::<Result<_>>()? });
             }
             saved.push(Saved { len, held });
         }
@@ -310,10 +319,14 @@ impl Snapshot {
 }
 
 /// Held pages reach to the end, and begin where the next token can look back to, at the latest.
-fn check_held(len: usize, group: &GroupGeometry, base: usize, pages: usize) -> Result<()> {
-    let dropped = group.extent.seen(len) / group.layout.page_size();
-    at_most("dropped pages of a sequence", base as u64, dropped as u64)?;
-    let expected = group.pages(len) - base;
+fn check_held(len: usize, group: &GroupGeometry, dropped: usize, pages: usize) -> Result<()> {
+    let unseen = if group.extent.sees_nothing(len) {
+        group.pages(len)
+    } else {
+        group.extent.seen(len) / group.layout.page_size()
+    };
+    at_most("dropped pages of a sequence", dropped as u64, unseen as u64)?;
+    let expected = group.pages(len) - dropped;
     if pages != expected {
         return absurd("pages of a sequence", pages, &expected.to_string());
     }

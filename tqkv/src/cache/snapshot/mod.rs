@@ -10,12 +10,12 @@ pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 use super::{Extent, Held, KvCache, LayerKind, Sequence, SequenceId};
 use crate::error::{Error, Result, SnapshotPart};
 pub(super) use geometry::GroupGeometry;
-use header::Saved;
 #[cfg(feature = "prefix-store")]
 pub(super) use header::encode_layer;
+use header::{Saved, SavedPages};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
@@ -139,8 +139,9 @@ impl KvCache {
             self.len(id)?;
             self.expect_prefix(id, len)?;
             let mut held = vec![];
-            for (g, Held { base, pages: own }) in self.sequence(id)?.held.iter().enumerate() {
-                let own = &own[..groups[g].pages(len) - base];
+            for (g, Held { first, pages: own }) in self.sequence(id)?.held.iter().enumerate() {
+                let range = groups[g].stored(*first, len);
+                let own = if range.is_empty() { &[] } else { &own[..range.len()] };
                 let mut stored = Vec::with_capacity(own.len());
                 for (i, &page) in own.iter().enumerate() {
                     let next = pages.len();
@@ -149,10 +150,10 @@ impl KvCache {
                         pages.push((g as u32, 0));
                         numbers.push(page);
                     }
-                    pages[at].1 = (groups[g].positions(len, base + i) as u32).max(pages[at].1);
+                    pages[at].1 = (groups[g].positions(len, range.start + i) as u32).max(pages[at].1);
                     stored.push(at as u32);
                 }
-                held.push(Held { base: *base, pages: stored });
+                held.push(SavedPages { dropped: range.start, pages: stored });
             }
             saved.push(Saved { len, held });
         }
@@ -174,10 +175,71 @@ impl KvCache {
 
     /// As [`load`](KvCache::load), from any stream, which is read on another thread; to the end of the snapshot and no further.
     ///
+    /// A stream cannot be read twice, so nothing is given up for it: where there is no room for it beside what the cache holds,
+    /// write it to a file for [`load_into`](KvCache::load_into), or free a sequence first, which is then gone if the stream is
+    /// damaged.
+    ///
     /// # Errors
     /// As [`load`](KvCache::load), but what follows a snapshot is not looked at.
     pub fn read_snapshot(&mut self, from: impl Read + Send, fingerprint: &[u8]) -> Result<Vec<SequenceId>> {
         self.load_from(&mut Source::new("snapshot", from), None, fingerprint)
+    }
+
+    /// Puts the one sequence of a file in place of what a sequence holds, which keeps its number; forks of it keep theirs. Its
+    /// own pages count as free where the cache has too few others.
+    ///
+    /// Where it has enough, the file is read once, into those. Where it does not, the whole file is verified before the
+    /// sequence gives up anything, then read again: a file of any size, in no more memory.
+    ///
+    /// # Errors
+    /// As [`load`](KvCache::load); [`Error::UnknownSequence`]; [`Error::Mismatch`] for a file of more sequences, or of none. The
+    /// sequence then holds what it held, but for one case: if the second reading fails though the first went well (the disk or
+    /// the device fails, or somebody writes to the open file), it is empty.
+    ///
+    /// ```
+    /// # use tqkv::{CacheConfig, Device, KvCache};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let path = dir.path().join("chat.tqkv");
+    /// let mut cache = KvCache::new(&Device::cpu(), CacheConfig::new(2, 2, 64))?;
+    /// let seq = cache.add_sequence();
+    /// cache.save(&[seq], &path, b"llama-8b")?;
+    /// // ... the chat goes on, and is to be taken back:
+    /// cache.load_into(seq, &path, b"llama-8b")?;
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn load_into(&mut self, sequence: SequenceId, path: impl AsRef<Path>, fingerprint: &[u8]) -> Result<()> {
+        let (source, bytes) = Source::open(path.as_ref())?;
+        self.load_into_from(sequence, source, bytes, fingerprint)
+    }
+
+    fn load_into_from<R: Read + Seek + Send>(
+        &mut self,
+        sequence: SequenceId,
+        mut source: Source<R>,
+        bytes: u64,
+        fingerprint: &[u8],
+    ) -> Result<()> {
+        let (snapshot, checksum) = self.read_header(&mut source, Some(bytes), fingerprint)?;
+        if snapshot.sequences.len() != 1 {
+            let (got, expected) = (snapshot.sequences.len(), "1".to_owned());
+            return Err(Error::Mismatch { what: "sequences of the snapshot", got, expected });
+        }
+        let (needed, held) = (self.pages_needed(&snapshot), &self.sequence(sequence)?.held);
+        let mut room = true;
+        for ((group, needed), held) in self.groups.iter().zip(needed).zip(held) {
+            let own = held.pages.iter().filter(|&&page| !group.pages.is_shared(page)).count();
+            group.pages.expect_free_besides(needed, own)?;
+            room &= needed <= group.pages.free();
+        }
+        if !room {
+            source.verify_pages(&snapshot, checksum)?;
+            source.seek(snapshot.header_bytes)?;
+            self.replace(sequence, Sequence::empty(self.groups.len(), self.layers.len()));
+        }
+        let numbers = self.read_pages(&mut source, &snapshot, checksum)?;
+        let loaded = self.sequences_of(snapshot, &numbers);
+        loaded.into_iter().for_each(|loaded| self.replace(sequence, loaded));
+        Ok(())
     }
 
     fn load_from<R: Read + Send>(
@@ -186,49 +248,81 @@ impl KvCache {
         bytes: Option<u64>,
         fingerprint: &[u8],
     ) -> Result<Vec<SequenceId>> {
+        let (snapshot, checksum) = self.read_header(source, bytes, fingerprint)?;
+        let numbers = self.read_pages(source, &snapshot, checksum)?;
+        let sequences = self.sequences_of(snapshot, &numbers);
+        Ok(sequences.into_iter().map(|sequence| self.insert(sequence)).collect())
+    }
+
+    /// The header of a snapshot that fits this cache, and its checksum.
+    fn read_header<R: Read>(
+        &self,
+        source: &mut Source<R>,
+        bytes: Option<u64>,
+        fingerprint: &[u8],
+    ) -> Result<(Snapshot, u64)> {
         let (snapshot, checksum) = Snapshot::decode(source, bytes)?;
         if snapshot.fingerprint != fingerprint {
             let (got, expected) = (readable(&snapshot.fingerprint), readable(fingerprint));
             return Err(Error::Fingerprint { got, expected });
         }
         snapshot.geometry.expect(&Geometry::of(self)?)?;
+        Ok((snapshot, checksum))
+    }
+
+    /// Pages of a snapshot by group.
+    fn pages_needed(&self, snapshot: &Snapshot) -> Vec<usize> {
         let mut needed = vec![0; self.groups.len()];
         snapshot.pages.iter().for_each(|&(group, _)| needed[group as usize] += 1);
-        for (group, needed) in self.groups.iter().zip(needed) {
+        needed
+    }
+
+    /// Takes free pages and fills them with those of a snapshot; on an error they are free again.
+    fn read_pages<R: Read + Send>(
+        &mut self,
+        source: &mut Source<R>,
+        snapshot: &Snapshot,
+        checksum: u64,
+    ) -> Result<Vec<u32>> {
+        for (group, needed) in self.groups.iter().zip(self.pages_needed(snapshot)) {
             group.pages.expect_free(needed)?;
         }
         let mut numbers = Vec::with_capacity(snapshot.pages.len());
         for &(group, _) in &snapshot.pages {
             numbers.push(self.groups[group as usize].pages.take()?);
         }
-        if let Err(error) = self.load_pages(source, &snapshot, checksum, &numbers) {
+        if let Err(error) = self.fill_pages(source, snapshot, checksum, &numbers) {
             for (&(group, _), &page) in snapshot.pages.iter().zip(&numbers).rev() {
                 self.groups[group as usize].pages.release(page);
             }
             return Err(error);
         }
+        Ok(numbers)
+    }
+
+    /// The sequences of a snapshot, whose pages lie in the pool's pages of these numbers.
+    fn sequences_of(&mut self, snapshot: Snapshot, numbers: &[u32]) -> Vec<Sequence> {
         let mut held_once = vec![false; numbers.len()];
         let mut sequences = Vec::with_capacity(snapshot.sequences.len());
-        for Saved { len, mut held } in snapshot.sequences {
-            for (group, held) in self.groups.iter_mut().zip(&mut held) {
-                for page in &mut held.pages {
+        for Saved { len, held: saved } in snapshot.sequences {
+            let mut held = vec![];
+            for (group, SavedPages { dropped, mut pages }) in self.groups.iter_mut().zip(saved) {
+                for page in &mut pages {
                     let index = *page as usize;
                     *page = numbers[index];
                     if std::mem::replace(&mut held_once[index], true) {
                         group.pages.share(*page);
                     }
                 }
+                held.push(Held { first: (dropped * group.page_size).min(len), pages });
             }
-            // A shared layer has no length of its own.
-            let lens = self.layers.iter().enumerate().map(|(l, layer)| if layer.source == l { len } else { 0 });
-            let lens = lens.collect();
-            sequences.push(self.insert(Sequence { held, lens }));
+            sequences.push(Sequence { held, lens: self.lens_of(len) });
         }
-        Ok(sequences)
+        sequences
     }
 
     /// Fills free pages; nobody sees them before all checksums agree.
-    fn load_pages<R: Read + Send>(
+    fn fill_pages<R: Read + Send>(
         &self,
         source: &mut Source<R>,
         snapshot: &Snapshot,
@@ -272,23 +366,7 @@ impl Snapshot {
     pub fn verify(path: impl AsRef<Path>) -> Result<Self> {
         let (mut source, bytes) = Source::open(path.as_ref())?;
         let (snapshot, checksum) = Snapshot::decode(&mut source, Some(bytes))?;
-        let mut whole = Xxh3Default::new();
-        whole.update(&checksum.to_le_bytes());
-        let mut buffer = vec![0; 1 << 20];
-        for (index, (_, _, bytes)) in snapshot.slots().enumerate() {
-            let (mut hash, mut left) = (Xxh3Default::new(), bytes - 8);
-            while left > 0 {
-                let part = left.min(buffer.len() as u64) as usize;
-                source.read_exact(&mut buffer[..part])?;
-                hash.update(&buffer[..part]);
-                left -= part as u64;
-            }
-            let mut stored = [0; 8];
-            source.read_exact(&mut stored)?;
-            expect_checksum(SnapshotPart::Page(index), hash.digest(), &stored)?;
-            whole.update(&stored);
-        }
-        source.expect_whole(&whole)?;
+        source.verify_pages(&snapshot, checksum)?;
         Ok(snapshot)
     }
 
@@ -321,7 +399,8 @@ impl Snapshot {
         };
         let own = |g: &GroupGeometry| !matches!(g.extent, Extent::First(_)) && g.layers.contains(&source);
         let group = self.geometry.groups().iter().position(own)?;
-        Some(self.sequences.get(sequence)?.held.get(group)?.base * self.geometry.page_size)
+        let saved = self.sequences.get(sequence)?;
+        Some((saved.held.get(group)?.dropped * self.geometry.page_size).min(saved.len))
     }
 
     /// First byte and bytes of each stored page in the file, the checksum in the last 8 bytes counted.
@@ -426,6 +505,15 @@ impl<R: Read> Source<R> {
         Source { path: path.to_owned(), inner, at: 0 }
     }
 
+    /// Goes on at a byte.
+    fn seek(&mut self, at: u64) -> Result<()>
+    where
+        R: Seek,
+    {
+        self.at = self.inner.seek(SeekFrom::Start(at)).map_err(|e| Error::io(&self.path, &e))?;
+        Ok(())
+    }
+
     /// The next bytes, fewer at the end of the stream. Memory grows with what is there, not with what is asked for.
     fn read_up_to(&mut self, n: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![];
@@ -448,6 +536,27 @@ impl<R: Read> Source<R> {
             }
         }
         Ok(())
+    }
+
+    /// Reads all pages and compares their checksums.
+    fn verify_pages(&mut self, snapshot: &Snapshot, checksum: u64) -> Result<()> {
+        let mut whole = Xxh3Default::new();
+        whole.update(&checksum.to_le_bytes());
+        let mut buffer = vec![0; 1 << 20];
+        for (index, (_, _, bytes)) in snapshot.slots().enumerate() {
+            let (mut hash, mut left) = (Xxh3Default::new(), bytes - 8);
+            while left > 0 {
+                let part = left.min(buffer.len() as u64) as usize;
+                self.read_exact(&mut buffer[..part])?;
+                hash.update(&buffer[..part]);
+                left -= part as u64;
+            }
+            let mut stored = [0; 8];
+            self.read_exact(&mut stored)?;
+            expect_checksum(SnapshotPart::Page(index), hash.digest(), &stored)?;
+            whole.update(&stored);
+        }
+        self.expect_whole(&whole)
     }
 
     /// Reads the last checksum.
@@ -497,5 +606,48 @@ fn readable(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => format!("{text:?}"),
         Err(_) => bytes.iter().map(|b| format!("{b:02x}")).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CacheConfig, DType, Device};
+
+    /// A file whose second reading fails, once it has gone back.
+    struct Worn(io::Cursor<Vec<u8>>, bool);
+
+    impl Read for Worn {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            if self.1 { Err(io::Error::other("worn")) } else { self.0.read(out) }
+        }
+    }
+
+    impl Seek for Worn {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.1 = true;
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn a_file_that_fails_after_it_was_verified_leaves_an_empty_sequence() {
+        let device = Device::cpu();
+        let mut cache = KvCache::new(&device, CacheConfig::new(1, 1, 32).page_size(8).capacity(24)).unwrap();
+        let seq = cache.add_sequence();
+        let x = device.zeros(DType::F32, &[20, 1, 32]).unwrap();
+        let append = |cache: &mut KvCache| {
+            let mut encoder = device.encoder().unwrap();
+            cache.append(&mut encoder, 0, &[(seq, 20)], &x, &x).unwrap();
+            encoder.submit_and_wait().unwrap();
+        };
+        append(&mut cache);
+        let mut file = vec![];
+        cache.write_snapshot(&[(seq, 20)], &mut file, b"m").unwrap();
+        let (bytes, source) = (file.len() as u64, Source::new("worn", Worn(io::Cursor::new(file), false)));
+        let failed = cache.load_into_from(seq, source, bytes, b"m");
+        assert!(matches!(failed, Err(Error::Io { ref path, .. }) if path == "worn"), "{failed:?}");
+        assert_eq!((cache.len(seq), cache.usage().used), (Ok(0), 0));
+        append(&mut cache);
     }
 }

@@ -68,7 +68,11 @@ fn byte_packed_bits(codebook_bits: u32) -> Result<u8> {
 /// The head dims of mlx-native's kernels for decoding steps.
 fn expect_256_or_512(bits: u8, head_dim: u32) -> Result<()> {
     if !matches!(head_dim, 256 | 512) {
-        return Err(Error::HeadDim { codec: Codec::seed(bits), got: head_dim as usize, expected: "256 or 512" });
+        return Err(Error::HeadDim {
+            codec: Codec::seed(bits).to_string(),
+            got: head_dim as usize,
+            expected: "256 or 512",
+        });
     }
     Ok(())
 }

@@ -14,9 +14,9 @@ mod portable;
 use super::attend::Task;
 use super::rows::RowCoder;
 use crate::error::{Error, Result};
+use crate::format::Cells;
 use crate::format::Codebook;
-use crate::format::cells::Cells;
-use crate::ops::Direction;
+use crate::problem::Direction;
 use std::sync::OnceLock;
 
 /// The bits of 1.5 · 2^23, where floats step by one.
@@ -213,7 +213,7 @@ macro_rules! kernels {
 
         pub(super) static KERNELS: $crate::backend::cpu::simd::Kernels = {
             use $crate::backend::cpu::{attend, rows, simd::Kernels};
-            use $crate::ops::Direction;
+            use $crate::problem::Direction;
 
             // SAFETY of all: whoever takes a kernel has asked `is_available`.
             $(#[target_feature(enable = $features)])?

@@ -504,6 +504,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
         const int all_lo = visible(p, it, it.row + rows - 1).lo, all_hi = visible(p, it, it.row).hi;
 
         float o[TILES_N][FRAGMENTS][4], m[TILES_N][COLUMNS], l[TILES_N][COLUMNS];
+        float v_unit = 1.f;  // of f32 scales: a power of two that brings them to where f16 holds them
 #pragma unroll
         for (int n = 0; n < TILES_N; n++) {
 #pragma unroll
@@ -521,7 +522,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             u8* const codes_v = codes_k + TILE * K::ROW;
             u8* const scales_k = codes_v + TILE * V::ROW;
             u8* const scales_v = scales_k + TILE * K::SCALE_ROW;
-            constexpr float SLACK = 8.f;
+            constexpr float SLACK = 8.f, LARGEST_SCALE = 0x1p15f, SMALLEST_SCALE = 0x1p-8f;
             const int base = tile * TILE;
             const bool edge = base < all_lo || base + TILE > all_hi;
             if (unlikely(edge)) {
@@ -654,10 +655,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         for (int half = 0; half < 2; half++) {
                             const int run = SUB == TILE / 16 ? u : sub + u;
                             v_scale[u][h][half] = load_scale<V_SCALE>(scales_v, (run * 16 + key_row + half * 8) * V::SCALES + h);
+                            if constexpr (V_SCALE == 32) v_scale[u][h][half] *= v_unit;
                             largest = fmaxf(largest, v_scale[u][h][half]);
                         }
                 const float above = V_SCALE ? log2_approx(largest) - SLACK : -SLACK;
-                bool grown = false;
+                // Where scores are so large that they step by more than SLACK, `above` is lost in them.
+                bool grown = V_SCALE == 32 && largest > LARGEST_SCALE;
 #pragma unroll
                 for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -667,6 +670,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
                         grown |= top[n][c] * unit[n][c] + above > m[n][c];
                     }
                 if (unlikely(__any_sync(~0u, grown))) {
+                    if constexpr (V_SCALE == 32) {
+#pragma unroll
+                        for (int k = 1; k < 32; k <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, k));
+                        const bool none = tile == it.tile_begin + warp && sub == 0;
+                        if (largest > LARGEST_SCALE || none && largest < SMALLEST_SCALE) {
+                            const float change = inverse_power(fminf(largest, 0x1p100f));
+                            v_unit *= change;
+#pragma unroll
+                            for (int u = 0; u < SUB; u++)
+#pragma unroll
+                                for (int h = 0; h < V::SCALES; h++) v_scale[u][h][0] *= change, v_scale[u][h][1] *= change;
+#pragma unroll
+                            for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                                for (int i = 0; i < FRAGMENTS; i++)
+#pragma unroll
+                                    for (int e = 0; e < 4; e++) o[n][i][e] *= change;
+                        }
+                    }
 #pragma unroll
                     for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -797,6 +819,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attention(const __gr
             for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
                 for (int k = 4; k < 32; k <<= 1) l[n][c] += __shfl_xor_sync(~0u, l[n][c], k);
+                // Of a row that saw nothing no sum stays: zero times a value that is not a number is none either.
+                const float kept = l[n][c] == 0.f ? 0.f : V_SCALE == 32 ? inverse_power(v_unit) : 1.f;
+                if (unlikely(kept != 1.f))
+#pragma unroll
+                    for (int i = 0; i < FRAGMENTS; i++) {
+                        o[n][i][c] = kept == 0.f ? 0.f : o[n][i][c] * kept;
+                        o[n][i][c + 2] = kept == 0.f ? 0.f : o[n][i][c + 2] * kept;
+                    }
                 if (g == 0) {
                     warp_m[warp * ROWS + tile_row(n, t, c)] = m[n][c];
                     warp_l[warp * ROWS + tile_row(n, t, c)] = l[n][c];

@@ -157,19 +157,9 @@ __device__ const uint4 LEVEL_BYTES = {0xf2d3b181, 0x7f4f2d0e, 0x8962b000, 0x0050
 struct Levels {
     static constexpr float LARGEST = 32512.f;
     u32 high[2], low[2];
-    // Read, not known: the compiler would load constants anew for every use.
-    DEVICE void read() {
-        asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(high[0]), "=r"(high[1]), "=r"(low[0]), "=r"(low[1]) : "l"(&LEVEL_BYTES));
-    }
+    DEVICE void read() { load_volatile4(high[0], high[1], low[0], low[1], &LEVEL_BYTES); }
 };
 
-// The upper half of a selector, as a product of f16 with 1: the ALU is busier. No half of a selector is a NaN.
-DEVICE u32 upper_half(u32 x) {
-    u32 v;
-    asm("{.reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %1; mov.b32 t, {h, h}; fma.rn.f16x2 %0, t, %2, %3;}"
-        : "=r"(v) : "r"(x), "r"(0x3c003c00), "r"(0x80008000));
-    return v;
-}
 // Eight codes of each of two rows as a key's fragments, of the levels' high bytes and of their low ones.
 DEVICE void decode_levels(u32 a, u32 b, const Levels& levels, u32 (&high)[4], u32 (&low)[4]) {
     a &= 0x77777777, b &= 0x77777777;

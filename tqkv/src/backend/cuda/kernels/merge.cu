@@ -32,7 +32,9 @@ extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ 
     const float inverse = total == 0.f ? 0.f : 1.f / total;
     for (u32 d = lane; d < p.head_dim; d += 32) {
         float sum = 0.f;
-        for (u32 i = 0; i < p.count; i++) sum += weight(i) * load_part(p.parts[i], (u64)row * p.head_dim + d);
+        for (u32 i = 0; i < p.count; i++)
+            // Whatever a part without positions holds does not matter: zero times NaN would be NaN.
+            if (p.parts[i].lse[row] != never) sum += weight(i) * load_part(p.parts[i], (u64)row * p.head_dim + d);
         store_element<OUT_TYPE>(p.out, (u64)row * p.head_dim + d, sum * inverse);
     }
     if (p.lse && lane == 0) p.lse[row] = total == 0.f ? never : top + logf(total);

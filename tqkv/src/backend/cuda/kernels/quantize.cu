@@ -157,29 +157,11 @@ DEVICE void encode(const Params& p, const Side& s, u32 block, u32 blocks) {
 // than `near` of tables.rs: so where an element comes nearer than that to a boundary, or a scale to the middle between two f16s, or a norm is out
 // of the ordinary, the row is doubtful. Such rows wait in a list, and Encoder does them again.
 
-DEVICE float fma_up(float a, float b, float c) {
-    float v;
-    asm("fma.rp.f32 %0, %1, %2, %3;" : "=f"(v) : "f"(a), "f"(b), "f"(c));
-    return v;
-}
-DEVICE float rsqrt_approx(float x) {
-    float v;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
-    return v;
-}
-template <int OFFSET> DEVICE u32 load_shared(u32 at) {
-    u32 v;
-    asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(at), "n"(OFFSET));
-    return v;
-}
 // d[16 x 8] = a[16 x 16] b[16 x 8], of f16 or bf16.
 template <int TYPE> DEVICE void multiply(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
     d[0] = d[1] = d[2] = d[3] = 0;
     if constexpr (TYPE == TYPE_F16) mma(d, a.x, a.y, a.z, a.w, b0, b1);
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    else mma_bf16(d, a.x, a.y, a.z, a.w, b0, b1);
 }
 template <int N> DEVICE void copy_bytes(u8* to, const u8* from) {
     if constexpr (N == 16) *(uint4*)to = *(const uint4*)from;

@@ -1,10 +1,10 @@
 //! Where the positions of some sequences are.
 
 use super::PagePool;
-use crate::backend::Plans;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// An entry of a page table that stands for no page.
 pub const NO_PAGE: u32 = u32::MAX;
@@ -22,8 +22,8 @@ pub struct Span<'a> {
     pub first: usize,
     /// One past the newest position, the new ones included.
     pub len: usize,
-    /// How many of the newest positions this step is about: those that [`quantize`](super::quantize) writes and that
-    /// queries of [`attention`](super::attention) stand at.
+    /// How many of the newest positions this step is about: those that [`quantize`](crate::ops::quantize) writes and that
+    /// queries of [`attention`](crate::ops::attention) stand at.
     pub new: usize,
     /// Pages by slot; [`NO_PAGE`] where no held position lies.
     pub pages: &'a [u32],
@@ -201,5 +201,34 @@ impl Batch {
             return Err(Error::Page { got: self.0.pages - 1, pages: pool.pages() });
         }
         Ok(())
+    }
+}
+
+/// What a backend has worked out for a batch, kept as long as the batch is.
+#[derive(Default)]
+pub(crate) struct Plans(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
+
+#[allow(dead_code)] // Not every backend plans.
+impl Plans {
+    /// The plan of this type that fits, or a new one.
+    pub fn get<T: Send + Sync + 'static>(
+        &self,
+        fits: impl Fn(&T) -> bool,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = plans.iter().filter_map(|p| p.clone().downcast::<T>().ok()).find(|p| fits(p));
+        if let Some(plan) = found {
+            return Ok(plan);
+        }
+        let plan = Arc::new(make()?);
+        plans.push(plan.clone());
+        Ok(plan)
+    }
+}
+
+impl std::fmt::Debug for Plans {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Plans")
     }
 }

@@ -1,26 +1,35 @@
-//! Rotate and encode, one element at a time: the definition to the last bit (docs/format.md) that kernels are tested
-//! against.
+//! Rotate and encode, one element at a time: the definition to the last bit (`docs/format.md`) that every backend is held to.
 
-use super::float;
-use crate::compute::DType;
-use crate::format::{Codebook, Packing, RowFormat, Scaling, SignWords, ZERO_NORM};
-use half::f16;
+use super::{Codebook, DType, MAX_HEAD_DIM, Packing, RowFormat, Scaling, SignWords, ZERO_NORM};
+use half::{bf16, f16};
 
 /// Elements that one norm of the seed codec covers at head_dim 512.
 const RMS_BLOCK: usize = 256;
 
-pub(super) struct Coder {
+/// Encodes and rotates rows of one format.
+///
+/// ```
+/// use tqkv::format::{Codec, RowFormat, exact::Coder};
+/// let row = RowFormat::new(Codec::tq(4), 64)?;
+/// let mut v: Vec<f32> = (0..64).map(|i| i as f32).collect();
+/// let (mut codes, mut scale) = (vec![0; row.row_bytes()], [0; 2]);
+/// Coder::new(&row).encode(&mut v, &mut codes, &mut scale);
+/// assert!(codes.iter().any(|&byte| byte != 0));
+/// # Ok::<(), tqkv::Error>(())
+/// ```
+pub struct Coder {
     row: RowFormat,
     signs: SignWords,
     book: Option<&'static Codebook>,
 }
 
 impl Coder {
+    /// For rows of this format.
     pub fn new(row: &RowFormat) -> Self {
         Coder { row: *row, signs: row.signs(), book: row.codebook() }
     }
 
-    /// T·S·x in place.
+    /// T·S·x in place, for `row_dim` elements.
     pub fn rotate(&self, v: &mut [f32]) {
         if self.row.is_rotated() {
             self.apply_signs(v);
@@ -28,7 +37,7 @@ impl Coder {
         }
     }
 
-    /// S·T·x in place: undoes `rotate`.
+    /// S·T·x in place, for `row_dim` elements: undoes [`rotate`](Coder::rotate).
     pub fn restore(&self, v: &mut [f32]) {
         if self.row.is_rotated() {
             self.transform(v);
@@ -70,15 +79,18 @@ impl Coder {
         }
     }
 
-    /// Stores the vector `v`, which is overwritten, as `codes` and `scales`.
+    /// Stores the vector `v` of `row_dim` elements, which is overwritten, as `row_bytes` bytes of codes and the bytes of its scales.
+    ///
+    /// # Panics
+    /// If `v` has more elements than a row, or one of the others is shorter than it must be.
     pub fn encode(&self, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
         let Some(book) = self.book else {
             let Packing::Float(dtype) = self.row.packing() else { unreachable!("only floats have no codebook") };
-            return float::store(dtype, v, codes);
+            return store_floats(dtype, v, codes);
         };
         self.rotate(v);
         let root = (v.len() as f32).sqrt();
-        let mut code = [0u8; crate::format::MAX_HEAD_DIM];
+        let mut code = [0u16; MAX_HEAD_DIM];
         let code = &mut code[..v.len()];
         match self.row.scaling() {
             Scaling::Norm => {
@@ -108,12 +120,23 @@ impl Coder {
     }
 }
 
+/// Little-endian floats, rounded to nearest even.
+fn store_floats(dtype: DType, v: &[f32], bytes: &mut [u8]) {
+    for (x, bytes) in v.iter().zip(bytes.chunks_exact_mut(dtype.size())) {
+        match dtype {
+            DType::F16 => bytes.copy_from_slice(&f16::from_f32(*x).to_le_bytes()),
+            DType::BF16 => bytes.copy_from_slice(&bf16::from_f32(*x).to_le_bytes()),
+            _ => bytes.copy_from_slice(&x.to_le_bytes()),
+        }
+    }
+}
+
 fn store_f32(scale: f32, bytes: &mut [u8]) {
-    float::store(DType::F32, &[scale], bytes);
+    bytes.copy_from_slice(&scale.to_le_bytes());
 }
 
 /// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.
-fn assign_codes(book: &Codebook, v: &[f32], unit: f32, norm: f32, codes: &mut [u8]) {
+fn assign_codes(book: &Codebook, v: &[f32], unit: f32, norm: f32, codes: &mut [u16]) {
     if !norm.is_finite() {
         return codes.fill(0);
     }
@@ -127,7 +150,7 @@ fn assign_codes(book: &Codebook, v: &[f32], unit: f32, norm: f32, codes: &mut [u
 /// Σ v², summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
 /// folded onto each other.
 fn sum_of_squares(v: &[f32], block: usize) -> f32 {
-    let mut sum = [0f32; crate::format::MAX_HEAD_DIM];
+    let mut sum = [0f32; MAX_HEAD_DIM];
     let sum = &mut sum[..block];
     for v in v.chunks_exact(block) {
         sum.iter_mut().zip(v).for_each(|(s, x)| *s += x * x);

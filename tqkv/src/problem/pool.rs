@@ -1,8 +1,9 @@
 //! Memory for the K or the V of one layer.
 
-use crate::compute::{Buffer, DType, Device};
+use super::checks::{expect_apart, expect_shape};
+use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
-use crate::format::{Packing, RowFormat};
+use crate::format::{DType, Packing, RowFormat};
 
 /// Pages of compressed vectors: the K or the V of one layer.
 ///
@@ -50,7 +51,7 @@ impl PagePool {
             return Err(Error::shape("codes", codes.shape(), expected));
         }
         if codes.dtype() != DType::U8 {
-            return Err(Error::DType { what: "codes", got: codes.dtype(), expected: "u8" });
+            return Err(Error::DType { what: "codes", got: codes.dtype().name(), expected: "u8" });
         }
         let unit = match row.packing() {
             Packing::Float(dtype) => dtype.size(),
@@ -65,15 +66,15 @@ impl PagePool {
             (0, Some(s)) => return Err(Error::shape("scales", s.shape(), "none: dense floats have no scales")),
             (n, None) => return Err(Error::shape("scales", &[], format!("[{pages}, {kv_heads}, {page_size}, {n}]"))),
             (n, Some(s)) => {
-                super::expect_shape("scales", s, &[pages, kv_heads, page_size, n])?;
+                expect_shape("scales", s, &[pages, kv_heads, page_size, n])?;
                 if s.dtype() != row.scale_dtype() {
                     let expected = if row.scale_dtype() == DType::F16 { "f16" } else { "f32" };
-                    return Err(Error::DType { what: "scales", got: s.dtype(), expected });
+                    return Err(Error::DType { what: "scales", got: s.dtype().name(), expected });
                 }
                 if s.device() != codes.device() {
                     return Err(Error::wrong_device("scales", s.device(), codes.device()));
                 }
-                super::expect_apart("scales", s, [codes])?;
+                expect_apart("scales", s, [codes])?;
             }
         }
         Ok(PagePool { row, kv_heads, page_size, pages, codes: codes.clone(), scales: scales.cloned() })

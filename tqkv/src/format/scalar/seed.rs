@@ -74,13 +74,13 @@ pub(super) const BOOK_8: [f32; 256] = [
 
 /// Bit j of word j / 32: element j is negated at head_dim 256.
 #[rustfmt::skip]
-pub(super) const SIGNS_256: [u32; 8] = [
+pub(in crate::format) const SIGNS_256: [u32; 8] = [
     0xf4913ba7, 0x0e58c26d, 0xd6247fb3, 0x1cea4589, 0x52d8af63, 0x3de10b97, 0xfe19c476, 0xdb2c854a,
 ];
 
 /// Bit j of word j / 32: element j is negated at head_dim 512.
 #[rustfmt::skip]
-pub(super) const SIGNS_512: [u32; 16] = [
+pub(in crate::format) const SIGNS_512: [u32; 16] = [
     0xf4913ba7, 0x0e58c26d, 0xd6247fb3, 0x1cea4589, 0x52d8af63, 0x3de10b97, 0xfe19c476, 0xdb2c854a,
     0x17a84ed3, 0x31e65b9c, 0xf50db972, 0xc76e8a43, 0xe1942f58, 0x7c0a3db6, 0x4fd861c5, 0x851e97a3,
 ];

@@ -50,7 +50,7 @@ mod tests {
             let code = |u: f32| {
                 let u = u.clamp(-cells.limit, cells.limit);
                 let (boundary, below) = cells.entries[(u * cells.per_unit + cells.first - 12_582_912.0) as usize];
-                (below + (u > boundary) as u32) as u8
+                (below + (u > boundary) as u32) as u16
             };
             let near = book.boundaries.iter().flat_map(|&b| [b, b.next_up(), b.next_down(), b + 0.01, b - 0.01]);
             let far = (-4000..=4000).map(|i| i as f32 / 333.0).chain([f32::MAX, f32::MIN, 0.0, -0.0]);

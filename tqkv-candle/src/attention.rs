@@ -1,0 +1,114 @@
+//! Attention of a candle model over a tqkv cache: where tensors are handed over.
+
+use crate::error::{Error, Result};
+use candle_core::{CpuStorage, DType, Storage, Tensor, WithDType};
+use half::{bf16, f16};
+use tqkv::compute::Element;
+use tqkv::ops::AttentionParams;
+use tqkv::{Buffer, CacheConfig, Device, KvCache, SequenceId};
+
+/// The attention of all layers of a candle model, over a [`KvCache`] that it owns.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use tqkv::{CacheConfig, ops::AttentionParams};
+///
+/// // 2 layers, 2 KV heads of 64; 5 bits a key element, 4 a value element.
+/// let config = CacheConfig::new(2, 2, 64).codec("k5v4".parse()?).capacity(1024);
+/// let mut attention = tqkv_candle::Attention::new(&tqkv::Device::cpu(), config)?;
+/// let sequence = attention.cache_mut().add_sequence();
+///
+/// let q = Tensor::randn(0f32, 1.0, (3, 8, 64), &Device::Cpu)?; // [tokens, heads, head_dim]
+/// let k = Tensor::randn(0f32, 1.0, (3, 2, 64), &Device::Cpu)?; // [tokens, kv_heads, head_dim]
+/// for layer in 0..2 {
+///     let out = attention.forward(layer, &[(sequence, 3)], &q, &k, &k, &AttentionParams::for_head_dim(64))?;
+///     assert_eq!(out.dims(), [3, 8, 64]);
+/// }
+/// assert_eq!(attention.cache().len(sequence)?, 3);
+/// # Ok::<(), tqkv_candle::Error>(())
+/// ```
+pub struct Attention {
+    cache: KvCache,
+}
+
+impl Attention {
+    /// With an empty cache.
+    pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
+        Ok(Self { cache: KvCache::new(device, config)? })
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// The cache: to add sequences, fork them, cut them back, free them.
+    pub fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
+    /// Stores the keys and values of new tokens in one layer, and attends with their queries over all that the layer then
+    /// holds of their sequences. Returns a tensor like `q`.
+    ///
+    /// `new` names each sequence with its number of new tokens; the tensors hold the tokens in that order. `q` is
+    /// `[tokens, heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, each f32, f16 or bf16.
+    ///
+    /// # Errors
+    /// [`Error::TensorType`], and those of [`KvCache::append`] and [`KvCache::attend`]. This layer may then hold the new tokens,
+    /// as those before it do: [`KvCache::truncate`] takes the whole step back.
+    pub fn forward(
+        &mut self,
+        layer: usize,
+        new: &[(SequenceId, usize)],
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let device = self.cache.device().clone();
+        let out = device.zeros(dtype(q)?, q.dims())?;
+        let (q_buffer, k, v) = (hand_over(&device, q)?, hand_over(&device, k)?, hand_over(&device, v)?);
+        let mut encoder = device.encoder()?;
+        self.cache.append(&mut encoder, layer, new, &k, &v)?;
+        self.cache.attend(&mut encoder, layer, new, &q_buffer, &out, None, params)?;
+        encoder.submit_and_wait()?;
+        take_back(&out, q)
+    }
+}
+
+fn dtype(x: &Tensor) -> Result<tqkv::DType> {
+    match x.dtype() {
+        DType::F32 => Ok(tqkv::DType::F32),
+        DType::F16 => Ok(tqkv::DType::F16),
+        DType::BF16 => Ok(tqkv::DType::BF16),
+        got => Err(Error::TensorType { got }),
+    }
+}
+
+/// A tensor as a buffer. The only place where one becomes the other.
+fn hand_over(device: &Device, x: &Tensor) -> Result<Buffer> {
+    fn upload<T: Element>(device: &Device, all: &[T], x: &Tensor) -> Result<Buffer> {
+        let start = x.layout().start_offset();
+        Ok(device.upload(&all[start..start + x.elem_count()], x.dims())?)
+    }
+    let x = x.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+    let (storage, _) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(all)) => upload(device, all, &x),
+        Storage::Cpu(CpuStorage::F16(all)) => upload(device, all, &x),
+        Storage::Cpu(CpuStorage::BF16(all)) => upload(device, all, &x),
+        _ => Err(Error::TensorType { got: x.dtype() }),
+    }
+}
+
+/// A buffer as a tensor on the device of another.
+fn take_back(buffer: &Buffer, like: &Tensor) -> Result<Tensor> {
+    fn read<T: Element + WithDType>(buffer: &Buffer, like: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::from_vec(buffer.read::<T>()?, buffer.shape(), like.device())?)
+    }
+    match buffer.dtype() {
+        tqkv::DType::F16 => read::<f16>(buffer, like),
+        tqkv::DType::BF16 => read::<bf16>(buffer, like),
+        _ => read::<f32>(buffer, like),
+    }
+}

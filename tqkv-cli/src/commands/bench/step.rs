@@ -1,0 +1,194 @@
+//! A decoding step of all layers, as an engine sees it: by the clock of the host, and what of it is recording and what is the device.
+
+use super::check::{floats, largest, relative, views};
+use super::meter::{Limit, Measurement, Meter, StepTimes, Timing};
+use super::operations::FILL;
+use super::shape::Shape;
+use anyhow::Result;
+use std::time::Instant;
+use tqkv::cache::Side;
+use tqkv::format::CodecPair;
+use tqkv::ops::{AttentionParams, Domain, RowOrder};
+use tqkv::{Buffer, CacheConfig, CommandEncoder, DType, KvCache, SequenceId, reference};
+
+/// Steps that are timed, and those before them.
+const STEPS: usize = 41;
+const WARM: usize = 5;
+
+/// A cache at the shape's context, and one token a sequence for it.
+struct Model<'a> {
+    meter: &'a Meter,
+    shape: &'a Shape,
+    layers: usize,
+    cache: KvCache,
+    sequences: Vec<SequenceId>,
+    /// Lengths before the step.
+    lens: Vec<usize>,
+    k: Buffer,
+    v: Buffer,
+    q: (Vec<f32>, Buffer),
+    /// One a layer.
+    out: Vec<Buffer>,
+    params: AttentionParams,
+}
+
+impl Meter {
+    /// `append` and `attend` of every layer in one encoder, one new token a sequence.
+    pub fn step(&self, codec: CodecPair, shape: &Shape, layers: usize) -> Result<()> {
+        let mut model = Model::new(self, codec, shape, layers)?;
+        let (mut wall, mut record, mut device) = (vec![], vec![], vec![]);
+        for step in 0..WARM + STEPS {
+            let started = Instant::now();
+            let encoder = model.record()?;
+            let recorded = started.elapsed();
+            encoder.submit_and_wait()?;
+            let waited = started.elapsed();
+            if step >= WARM {
+                wall.push(waited.as_secs_f64());
+                record.push(recorded.as_secs_f64());
+            }
+            model.roll_back()?;
+        }
+        // Apart from the others: a device may time a graph, or between timestamps, and neither is what an engine submits.
+        for step in 0..WARM + STEPS {
+            let time = model.record()?.submit_and_time()?;
+            if step >= WARM {
+                device.push(time.as_secs_f64());
+            }
+            model.roll_back()?;
+        }
+        model.record()?.submit_and_wait()?;
+        let error = model.error()?;
+        let median = |mut times: Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let (wall, record, device) = (median(wall), median(record), median(device));
+        let times = StepTimes {
+            layers,
+            ms_wall: wall * 1e3,
+            ms_record: record * 1e3,
+            ms_device: device * 1e3,
+            ms_replay: None,
+        };
+        let measurement = Measurement {
+            op: "step",
+            shape: shape.to_string(),
+            codec: codec.to_string(),
+            timing: Timing { seconds: wall, sustained: None, clock: None },
+            bytes: model.bytes(codec)?,
+            limit: Limit::Read,
+            error,
+            tolerance: self.attention_tolerance(),
+        };
+        self.report_step(measurement, times)
+    }
+}
+
+impl<'a> Model<'a> {
+    fn new(meter: &'a Meter, codec: CodecPair, shape: &'a Shape, layers: usize) -> Result<Self> {
+        let lens: Vec<usize> = shape.lens().iter().map(|len| len - 1).collect();
+        let page_size = 64;
+        // The pages of the longest, for each sequence: so lengths may differ.
+        let capacity = shape.lens().iter().map(|len| len.div_ceil(page_size) * page_size).sum();
+        let config = CacheConfig::new(layers, shape.kv_heads, shape.head_dim)
+            .codec(codec)
+            .page_size(page_size)
+            .capacity(capacity);
+        let cache = KvCache::new(&meter.device, config)?;
+        let one = |seed, heads| meter.vectors(seed, &[shape.batch, heads, shape.head_dim], meter.query_dtype());
+        let ((_, k), (_, v), q) = (one(5, shape.kv_heads)?, one(6, shape.kv_heads)?, one(7, shape.heads)?);
+        let zeros = || meter.device.zeros(meter.query_dtype(), &[shape.batch, shape.heads, shape.head_dim]);
+        let out = (0..layers).map(|_| zeros()).collect::<tqkv::Result<_>>()?;
+        let params = AttentionParams::for_head_dim(shape.head_dim);
+        let mut model = Model { meter, shape, layers, cache, sequences: vec![], lens, k, v, q, out, params };
+        model.sequences = (0..shape.batch).map(|_| model.cache.add_sequence()).collect();
+        model.fill()?;
+        Ok(model)
+    }
+
+    /// Every sequence with vectors that begin somewhere else in a stretch of random ones.
+    fn fill(&mut self) -> Result<()> {
+        let tokens = FILL / 2;
+        let (_, x) =
+            self.meter.vectors(1, &[FILL, self.shape.kv_heads, self.shape.head_dim], self.meter.query_dtype())?;
+        let mut at = 0;
+        for (i, &sequence) in self.sequences.iter().enumerate() {
+            for start in (0..self.lens[i]).step_by(tokens) {
+                let n = tokens.min(self.lens[i] - start);
+                let mut encoder = self.meter.device.encoder()?;
+                for layer in 0..self.layers {
+                    let mut part = || {
+                        at = (at + 977) % tokens;
+                        x.slice(at..at + n)
+                    };
+                    let (k, v) = (part()?, part()?);
+                    self.cache.append(&mut encoder, layer, &[(sequence, n)], &k, &v)?;
+                }
+                encoder.submit_and_wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&mut self) -> tqkv::Result<CommandEncoder> {
+        let mut encoder = self.meter.device.encoder()?;
+        let new: Vec<_> = self.sequences.iter().map(|&s| (s, 1)).collect();
+        for layer in 0..self.layers {
+            self.cache.append(&mut encoder, layer, &new, &self.k, &self.v)?;
+            self.cache.attend(&mut encoder, layer, &new, &self.q.1, &self.out[layer], None, &self.params)?;
+        }
+        Ok(encoder)
+    }
+
+    fn roll_back(&mut self) -> tqkv::Result<()> {
+        self.sequences.iter().zip(&self.lens).try_for_each(|(&s, &len)| self.cache.truncate(s, len))
+    }
+
+    /// What must be read and written: the caches, and a token's vectors.
+    fn bytes(&self, codec: CodecPair) -> Result<usize> {
+        let row = |codec| Ok::<_, tqkv::Error>(tqkv::format::RowFormat::new(codec, self.shape.head_dim)?.bytes());
+        let position = self.shape.kv_heads * (row(codec.key)? + row(codec.value)?);
+        let cached: usize = self.shape.lens().iter().map(|len| len * position).sum();
+        Ok(self.layers * (cached + self.k.bytes() + self.v.bytes() + 2 * self.q.1.bytes()))
+    }
+
+    /// How far the outputs of the first and the last layer are off, in the first and the last sequence, for two heads each.
+    fn error(&mut self) -> Result<f64> {
+        let (heads, d) = (self.shape.heads, self.shape.head_dim);
+        let mut errors = vec![];
+        for layer in [0, self.layers - 1] {
+            let out = floats(&self.out[layer])?;
+            for (i, head) in [(0, 0), (self.shape.batch - 1, heads - 1)] {
+                let kv_head = head / (heads / self.shape.kv_heads);
+                let (k, v) = (self.rows(layer, Side::Key, i)?, self.rows(layer, Side::Value, i)?);
+                let n = self.lens[i] + 1;
+                let of_head = |rows: &[f32]| -> Vec<Vec<f32>> {
+                    rows[kv_head * n * d..][..n * d].chunks(d).map(<[f32]>::to_vec).collect()
+                };
+                let (k, v) = (of_head(&k), of_head(&v));
+                let at = (i * heads + head) * d;
+                let query = reference::Query {
+                    q: &self.q.0[at..at + d],
+                    scale: f64::from(self.params.scale),
+                    softcap: None,
+                    sink: None,
+                };
+                let (expected, _) = reference::attention(&query, &views(&k), &views(&v));
+                errors.push(relative(&out[at..at + d], expected));
+            }
+        }
+        Ok(largest(errors))
+    }
+
+    /// All that a layer holds of a sequence, decoded: [kv_heads, positions, head_dim].
+    fn rows(&mut self, layer: usize, side: Side, i: usize) -> Result<Vec<f32>> {
+        let n = self.lens[i] + 1;
+        let out = self.meter.device.zeros(DType::F32, &[self.shape.kv_heads, n, self.shape.head_dim])?;
+        let mut encoder = self.meter.device.encoder()?;
+        let (sequence, domain, order) = (self.sequences[i], Domain::Original, RowOrder::HeadMajor);
+        self.cache.dequantize(&mut encoder, layer, side, sequence, 0..n, domain, order, &out)?;
+        encoder.submit_and_wait()?;
+        Ok(out.read()?)
+    }
+}

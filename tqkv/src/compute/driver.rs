@@ -1,0 +1,53 @@
+//! What a backend implements: memory and submission. What it can be asked to compute is in `problem`.
+
+use super::info::DeviceInfo;
+use crate::error::Result;
+use std::any::Any;
+use std::time::{Duration, Instant};
+
+/// Memory of one allocation. Each backend knows its own.
+pub(crate) trait Storage: Any + Send + Sync {}
+
+impl dyn Storage {
+    /// The memory of the backend that asks, if it is that backend's.
+    pub fn downcast<T: Storage>(&self) -> Option<&T> {
+        (self as &dyn Any).downcast_ref()
+    }
+}
+
+/// A device's driver.
+pub(crate) trait Driver: Any + Send + Sync {
+    fn info(&self) -> DeviceInfo;
+    /// Zeroed memory.
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>>;
+    /// Copies to the host what lies `offset` bytes into the storage, after all submitted work.
+    fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()>;
+    /// Copies from the host, after all submitted work.
+    fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()>;
+    fn recorder(&self) -> Result<Box<dyn Recorder>>;
+    /// Bytes kept for partial results.
+    fn workspace_bytes(&self) -> usize;
+}
+
+/// A list of operations that is being built.
+pub(crate) trait Recorder: Send {
+    /// Adds an operation, a `problem::Op`: validated, and known to nobody between `ops` and the backend.
+    fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()>;
+    /// Kernel launches recorded so far, where they are counted.
+    #[cfg(test)]
+    fn dispatches(&self) -> usize {
+        0
+    }
+    fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
+    /// Submits, waits, and says how long it took: by the device's clock if it has one, else by the host's.
+    fn submit_and_time(self: Box<Self>) -> Result<Duration> {
+        let started = Instant::now();
+        self.submit()?.wait()?;
+        Ok(started.elapsed())
+    }
+}
+
+/// Submitted work.
+pub(crate) trait Completion: Send {
+    fn wait(self: Box<Self>) -> Result<()>;
+}

@@ -1,0 +1,120 @@
+//! What an operation is asked, beside its buffers.
+
+use crate::compute::Buffer;
+use std::ops::Range;
+
+/// Which basis vectors are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Domain {
+    /// The model's own: what was given to [`quantize`].
+    Original,
+    /// After signs and transform: what is stored. Dot products are the same in both.
+    Rotated,
+}
+
+/// Into the rotated domain, or back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Signs, then transform.
+    Forward,
+    /// Transform, then signs.
+    Inverse,
+}
+
+/// What attention computes. Start from [`AttentionParams::new`] and change what differs.
+#[derive(Clone, Debug)]
+pub struct AttentionParams {
+    /// Factor on q·k, usually 1/√head_dim.
+    pub scale: f32,
+    /// Whether a query sees no position after its own (on by default).
+    pub causal: bool,
+    /// How many of the newest positions up to its own a query sees; all if `None`.
+    pub window: Option<usize>,
+    /// Scores become c·tanh(score/c) before the softmax (Gemma 2, arXiv:2408.00118, section 2).
+    pub softcap: Option<f32>,
+    /// One logit a query head, f32 \[heads\], that takes probability and adds no value (gpt-oss; "Efficient streaming
+    /// language models with attention sinks", arXiv:2309.17453, section 3.3).
+    pub sink_logits: Option<Buffer>,
+    /// The domain of queries and output: with [`Domain::Rotated`] the caller rotates both himself.
+    pub domain: Domain,
+}
+
+impl AttentionParams {
+    /// Causal, over all positions, in the model's own domain.
+    pub fn new(scale: f32) -> Self {
+        AttentionParams {
+            scale,
+            causal: true,
+            window: None,
+            softcap: None,
+            sink_logits: None,
+            domain: Domain::Original,
+        }
+    }
+
+    /// With 1/√head_dim as scale.
+    pub fn for_head_dim(head_dim: usize) -> Self {
+        AttentionParams::new(1.0 / (head_dim as f32).sqrt())
+    }
+}
+
+/// Which positions to decode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Positions {
+    /// Consecutive ones.
+    Range(Range<usize>),
+    /// Any, in any order, repeats allowed.
+    List(Vec<u32>),
+}
+
+impl Positions {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Positions::Range(r) => r.len(),
+            Positions::List(l) => l.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether there is one, and none is `end` or more.
+    pub(crate) fn all_below(&self, end: usize) -> bool {
+        match self {
+            Positions::Range(r) => !r.is_empty() && r.end <= end,
+            Positions::List(l) => !l.is_empty() && l.iter().all(|&p| (p as usize) < end),
+        }
+    }
+
+    pub(crate) fn get(&self, i: usize) -> usize {
+        match self {
+            Positions::Range(r) => r.start + i,
+            Positions::List(l) => l[i] as usize,
+        }
+    }
+}
+
+impl From<Range<usize>> for Positions {
+    fn from(range: Range<usize>) -> Self {
+        Positions::Range(range)
+    }
+}
+
+impl From<usize> for Positions {
+    /// A single position (`usize::MAX` gives the empty range, which decodes nothing).
+    fn from(position: usize) -> Self {
+        Positions::Range(position..position.saturating_add(1))
+    }
+}
+
+/// The order of axes of a decoded block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RowOrder {
+    /// \[positions, kv_heads, head_dim\], as [`quantize`](crate::ops::quantize) takes it.
+    TokenMajor,
+    /// \[kv_heads, positions, head_dim\], as mlx-native gives it.
+    HeadMajor,
+}

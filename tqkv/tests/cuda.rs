@@ -1,0 +1,193 @@
+//! What is particular to CUDA's kernels: sums over parts, scores and scales that half precision does not hold. The CPU backend
+//! takes the same tests, so that they are right where there is no GPU.
+
+mod support;
+
+use support::*;
+use tqkv::format::RowFormat;
+use tqkv::ops::*;
+use tqkv::{Buffer, Codec, DType, Device, reference};
+
+const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+fn on_both(body: impl Fn(&Device)) {
+    on("cpu", &body);
+    on("cuda", &body);
+}
+
+/// A pool that holds `vectors` \[n, kv_heads, d\] from position 0 on, in pages of 64.
+fn filled(device: &Device, row: RowFormat, kv_heads: usize, vectors: &[f32]) -> PagePool {
+    let n = vectors.len() / kv_heads / row.head_dim();
+    let pool = PagePool::new(device, row, kv_heads, 64, n.div_ceil(64)).unwrap();
+    let x = device.upload(vectors, &[n, kv_heads, row.head_dim()]).unwrap();
+    run(device, |e| quantize(e, &[(&x, &pool)], &batch(device, n, n)));
+    pool
+}
+
+/// One sequence of `len` positions in pages of 64, `new` of them new.
+fn batch(device: &Device, len: usize, new: usize) -> Batch {
+    let pages: Vec<u32> = (0..len.div_ceil(64) as u32).collect();
+    Batch::new(device, 64, &[Span { first: 0, len, new, pages: &pages }]).unwrap()
+}
+
+/// Output and lse of attention over all of a sequence.
+fn attend(
+    device: &Device,
+    q: &Buffer,
+    pools: [&PagePool; 2],
+    batch: &Batch,
+    params: &AttentionParams,
+) -> (Vec<f32>, Vec<f32>) {
+    let out = Guarded::new(device, DType::F32, q.shape());
+    let lse = Guarded::new(device, DType::F32, &q.shape()[..2]);
+    run(device, |e| attention(e, q, pools[0], pools[1], batch, params, &out.buffer, Some(&lse.buffer)));
+    (out.take(), lse.take())
+}
+
+#[test]
+fn what_a_part_without_positions_holds_does_not_matter() {
+    on_both(|device| {
+        let (d, never) = (72, f32::NEG_INFINITY);
+        for dtype in FLOATS {
+            let part =
+                |x: f32, lse: f32| (upload(device, dtype, &vec![x; d], &[1, 1, d]), device.upload(&[lse], &[1, 1]));
+            let merged = |parts: &[(f32, f32)]| {
+                let parts: Vec<_> = parts.iter().map(|&(x, lse)| part(x, lse)).map(|(x, l)| (x, l.unwrap())).collect();
+                let views: Vec<_> = parts.iter().map(|(x, lse)| (x, lse)).collect();
+                let (out, lse) =
+                    (Guarded::new(device, DType::F32, &[1, 1, d]), Guarded::new(device, DType::F32, &[1, 1]));
+                run(device, |e| merge(e, &views, &out.buffer, Some(&lse.buffer)));
+                (out.take(), lse.take()[0])
+            };
+            for nothing in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for parts in [[(nothing, never), (3.0, 1.5)], [(3.0, 1.5), (nothing, never)]] {
+                    assert_eq!(merged(&parts), (vec![3.0; d], 1.5), "{dtype} {nothing}");
+                }
+                assert_eq!(merged(&[(nothing, never), (nothing, never)]), (vec![0.0; d], never), "{dtype} {nothing}");
+            }
+            // A part with positions stays what it is.
+            let (out, lse) = merged(&[(f32::NAN, -1000.0), (3.0, 1.5)]);
+            assert!(out.iter().all(|x| x.is_nan()) && lse == 1.5, "{dtype} {lse}");
+            let (out, lse) = merged(&[(f32::NAN, f32::NAN), (3.0, 1.5)]);
+            assert!(out.iter().all(|x| x.is_nan()) && lse.is_nan(), "{dtype} {lse}");
+        }
+    });
+}
+
+/// A block's warps each take some positions, here one tile: those that a query does not see add nothing to it, even if they hold no
+/// numbers. (Of a tile that it sees in part they do, as `what_is_not_a_number_stays_so` of the conformance suite says.)
+#[test]
+fn sums_of_unseen_positions_do_not_matter() {
+    on_both(|device| {
+        let (d, len, new) = (128, 200, 32);
+        for codec in [Codec::tq(4), Codec::tq(3), Codec::seed(4)] {
+            let row = RowFormat::new(codec, d).unwrap();
+            let mut rng = Rng(3);
+            let key = filled(device, row, 1, &rng.normals(len * d));
+            let mut values = rng.normals(len * d);
+            values[(len - 1) * d..].fill(f32::NAN);
+            let value = filled(device, row, 1, &values);
+            for dtype in FLOATS {
+                let q = upload(device, dtype, &rng.normals(new * d), &[new, 1, d]);
+                let params = AttentionParams::for_head_dim(d);
+                let (out, _) = attend(device, &q, [&key, &value], &batch(device, len, new), &params);
+                for (i, out) in out.chunks(d).enumerate() {
+                    // The last tile has 16 positions or 32.
+                    if len - new + i < 192 {
+                        assert!(out.iter().all(|x| x.is_finite()), "{codec} {dtype}: query {i}");
+                    }
+                }
+                assert!(out[(new - 1) * d..].iter().all(|x| x.is_nan()), "{codec} {dtype}");
+            }
+        }
+    });
+}
+
+/// What a pool holds, in the original domain.
+fn decoded(device: &Device, pool: &PagePool, n: usize) -> Vec<f32> {
+    let out = Guarded::new(device, DType::F32, &[n, pool.kv_heads(), pool.row().head_dim()]);
+    let (all, order) = (batch(device, n, 1), RowOrder::TokenMajor);
+    run(device, |e| dequantize(e, pool, &all, 0, 0..n, Domain::Original, order, &out.buffer));
+    out.take()
+}
+
+/// Attention of one query a head over one KV head, against the judge.
+fn check(
+    device: &Device,
+    row: RowFormat,
+    q: &[f32],
+    q_type: DType,
+    keys: &[f32],
+    values: &[f32],
+    softcap: Option<f32>,
+) {
+    let d = row.head_dim();
+    let (n, heads) = (keys.len() / d, q.len() / d);
+    let (key, value) = (filled(device, row, 1, keys), filled(device, row, 1, values));
+    let q: Vec<f32> = q.iter().map(|&x| rounded(q_type, x)).collect();
+    let params = AttentionParams { softcap, ..AttentionParams::for_head_dim(d) };
+    let on_device = upload(device, q_type, &q, &[1, heads, d]);
+    let (out, lse) = attend(device, &on_device, [&key, &value], &batch(device, n, 1), &params);
+    let (keys, values) = (decoded(device, &key, n), decoded(device, &value, n));
+    let (keys, values): (Vec<_>, Vec<_>) = (keys.chunks(d).collect(), values.chunks(d).collect());
+    let tolerance = attention_tolerance(device, q_type, DType::F32);
+    for (head, q) in q.chunks(d).enumerate() {
+        let query = reference::Query { q, scale: params.scale as f64, softcap: softcap.map(f64::from), sink: None };
+        let (want, want_lse) = reference::attention(&query, &keys, &values);
+        let name = format!(
+            "{} {softcap:?} q {q_type} {} k {} v {}: {n} positions, head {head}",
+            row.codec(),
+            q[0],
+            keys[0][0],
+            values[0][0]
+        );
+        let error = relative_error(&out[head * d..][..d], &want);
+        assert!(error <= tolerance, "{name}: {error:e}");
+        let error = (lse[head] as f64 - want_lse).abs() / want_lse.abs().max(1.0);
+        assert!(error <= tolerance, "{name}: lse {} {want_lse}", lse[head]);
+    }
+}
+
+/// Equal keys and values give back that value, however large the scores and however large or small the values are.
+#[test]
+fn large_scores_and_scales_give_the_value() {
+    on_both(|device| {
+        let d = 64;
+        for codec in [Codec::tq(3), Codec::tq(4), Codec::tq(8), Codec::seed(4), Codec::seed(6)] {
+            let row = RowFormat::new(codec, d).unwrap();
+            for (size, n) in [1.0, 1e4, 3e4].into_iter().flat_map(|s| [1, 5, 70, 700].map(|n| (s, n))) {
+                // f16 scales are never too large for f16.
+                let others: &[f32] = if matches!(codec, Codec::Seed { .. }) { &[1e-5, 1e6] } else { &[] };
+                for &value in [size].iter().chain(others) {
+                    for (heads, q_type) in [1, 8].into_iter().flat_map(|h| FLOATS.map(|t| (h, t))) {
+                        let of = |x: f32, n: usize| vec![x; n * d];
+                        check(device, row, &of(size, heads), q_type, &of(size, n), &of(value, n), None);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Caps far below scores, and far above them.
+#[test]
+fn softcaps_of_any_size() {
+    on_both(|device| {
+        let (d, n, heads) = (64, 90, 4);
+        let mut rng = Rng(4);
+        for codec in [Codec::tq(3), Codec::tq(8)] {
+            let row = RowFormat::new(codec, d).unwrap();
+            for q_type in FLOATS {
+                for cap in [1e-2, 1.0, 30.0, 1e4, 1e6] {
+                    let mut vectors = |n: usize| rng.normals(n * d);
+                    check(device, row, &vectors(heads), q_type, &vectors(n), &vectors(n), Some(cap));
+                }
+                // Every score is far from zero: what is rounded of it does not matter.
+                let keys: Vec<f32> = (0..n * d).map(|i| [1e4, 5e3, -1e4][i / d % 3]).collect();
+                for cap in [1e-2, 30.0] {
+                    check(device, row, &vec![1e4; heads * d], q_type, &keys, &rng.normals(n * d), Some(cap));
+                }
+            }
+        }
+    });
+}
