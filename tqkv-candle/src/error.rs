@@ -200,6 +200,33 @@ pub enum Error {
         /// The temperature.
         got: f32,
     },
+    /// A sampling option outside of its range.
+    #[error("{option} is {got}, expected {expected}")]
+    Sampling {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        got: f32,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A stop string that every text begins with.
+    #[error("an empty stop string, expected at least one character")]
+    StopString,
+    /// The model comes without a chat template.
+    #[error("{} has no chat template", path.display())]
+    NoChatTemplate {
+        /// Where the tokenizer comes from.
+        path: PathBuf,
+    },
+    /// A chat template is no template, or refuses the conversation.
+    #[error("{}: chat template: {message}", path.display())]
+    ChatTemplate {
+        /// Where it comes from.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// The model's output holds no finite maximum: the weights or the cache hold NaN or infinity.
     #[error("the logits after position {position} are not finite")]
     NonFiniteLogits {

@@ -2,7 +2,7 @@
 
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
-use crate::model::Llama;
+use crate::models::Model;
 use crate::room;
 use crate::tokenizer::Encoded;
 use candle_core::{IndexOp, Tensor};
@@ -132,7 +132,7 @@ impl Fidelity {
 /// one of the caches has no room for: all of these before anything is changed. [`Error::NonFiniteLogits`]; those of the caches
 /// and of candle.
 pub fn evaluate(
-    model: &Llama,
+    model: &Model,
     reference: &mut SequenceCache,
     caches: &mut [SequenceCache],
     windows: &Windows,
@@ -184,7 +184,7 @@ struct Row<'a> {
 }
 
 impl Prediction {
-    fn run(model: &Llama, tokens: &[u32], cache: &mut SequenceCache) -> Result<Self> {
+    fn run(model: &Model, tokens: &[u32], cache: &mut SequenceCache) -> Result<Self> {
         let start = cache.tokens()?;
         Self::new(&model.logits(&model.forward(tokens, cache)?)?, start)
     }

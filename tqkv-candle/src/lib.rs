@@ -33,26 +33,22 @@ mod fields;
 mod generate;
 mod models;
 mod room;
+mod sampling;
+mod text;
 mod tokenizer;
 
 pub use attention::Attention;
 pub use cache::SequenceCache;
 pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};
-pub use generate::{GenerateOptions, Generated, StopReason, generate};
+pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
-pub use tokenizer::{Decoder, Encoded, Tokenizer, Vocabulary};
+pub use sampling::Sampler;
+pub use text::{TextProgress, generate_text};
+pub use tokenizer::{ChatTemplate, Decoder, Encoded, GgufTokenizer, Message, Tokenizer, Vocabulary};
 
 /// The name that [`Model`] had when it was only this.
 pub type Llama = Model;
 
 /// The name that [`ModelConfig`] had when it was only this.
 pub type LlamaConfig = ModelConfig;
-
-mod config {
-    pub(crate) use crate::models::ModelConfig as LlamaConfig;
-}
-
-mod model {
-    pub(crate) use crate::models::Model as Llama;
-}

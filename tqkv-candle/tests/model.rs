@@ -9,8 +9,8 @@ use tempfile::tempdir;
 use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Model, ModelConfig, SequenceCache, StopReason, Vocabulary, Windows, evaluate,
-    generate,
+    Encoded, Error, GenerateOptions, Model, ModelConfig, Progress, SequenceCache, StopReason, TextProgress, Vocabulary,
+    Windows, evaluate, generate, generate_text, generate_with,
 };
 
 fn load(tiny: &TinyModel) -> Model {
@@ -389,4 +389,83 @@ fn a_prompt_that_fails_leaves_the_cache_as_it_was() {
     let error = generate(&model, &mut cache, &[1, 2, 3, 7], &options, |_| ControlFlow::Continue(()));
     assert!(matches!(error, Err(Error::NonFiniteLogits { position: 5 })), "{error:?}");
     assert_eq!(cache.tokens().unwrap(), 2);
+}
+
+#[test]
+fn text_is_generated_up_to_a_stop_string() {
+    let model = load(&TinyModel::new());
+    let options = GenerateOptions { max_tokens: 40, temperature: 2.0, seed: 3, chunk: 2, ..GenerateOptions::default() };
+    let run = |stop: &[&str]| {
+        let stop: Vec<String> = stop.iter().map(|s| s.to_string()).collect();
+        let (mut text, mut done) = (String::new(), Vec::new());
+        let prompt = [0, 65, 66, 67, 68];
+        let decoder = Vocabulary::Bytes.decoder();
+        let generated = generate_text(&model, &mut cache(&model), &prompt, &options, decoder, &stop, |progress| {
+            match progress {
+                TextProgress::Prompt(tokens) => done.push(tokens),
+                TextProgress::Text(piece) => text += piece,
+            }
+            ControlFlow::Continue(())
+        });
+        assert_eq!(done, [2, 4, 5]);
+        (generated.unwrap(), text)
+    };
+    let (whole, text) = run(&[]);
+    let bytes: Vec<u8> = whole.tokens.iter().map(|&token| token as u8).collect();
+    assert_eq!((text.as_str(), whole.stop), (&*String::from_utf8_lossy(&bytes), StopReason::MaxTokens));
+    // Two characters from the middle.
+    let at = text.char_indices().map(|(at, _)| at).nth(20).unwrap();
+    let stop: String = text[at..].chars().take(2).collect();
+    let at = text.find(&stop).unwrap();
+    let (cut, before) = run(&["not there at all", &stop]);
+    assert_eq!((before.as_str(), cut.stop), (&text[..at], StopReason::StopString));
+    assert!(whole.tokens.starts_with(&cut.tokens) && cut.tokens.len() < whole.tokens.len());
+    let result = generate_text(
+        &model,
+        &mut cache(&model),
+        &[65],
+        &options,
+        Vocabulary::Bytes.decoder(),
+        &[String::new()],
+        |_| ControlFlow::Continue(()),
+    );
+    assert!(matches!(result, Err(Error::StopString)));
+}
+
+#[test]
+fn a_generation_may_be_ended_within_the_prompt() {
+    let model = load(&TinyModel::new());
+    let options = GenerateOptions { chunk: 4, ..GenerateOptions::default() };
+    let mut cache = cache(&model);
+    let mut end_at = |tokens| {
+        generate_with(&model, &mut cache, &[65; 10], &options, |progress| match progress {
+            Progress::Prompt(done) if done >= tokens => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+        .unwrap()
+    };
+    for (tokens, ran) in [(5, 8), (10, 10)] {
+        let generated = end_at(tokens);
+        assert_eq!((generated.stop, generated.prompt_tokens, generated.tokens.len()), (StopReason::Callback, ran, 0));
+    }
+    assert_eq!(cache.tokens().unwrap(), 18);
+}
+
+#[test]
+fn tokens_before_the_prompt_count_as_repetitions() {
+    let model = load(&TinyModel::new());
+    let options = GenerateOptions { max_tokens: 12, ..GenerateOptions::default() };
+    let plain = tokens_with(&model, &options);
+    let penalty = GenerateOptions { repetition_penalty: 1e6, ..options };
+    let distinct = tokens_with(&model, &penalty);
+    let count = |tokens: &[u32]| tokens.iter().collect::<std::collections::HashSet<_>>().len();
+    assert!(count(&plain) <= count(&distinct) && count(&distinct) == 12, "{plain:?} {distinct:?}");
+    assert!(distinct.iter().all(|token| ![0, 65, 66, 67].contains(token)));
+    let others = tokens_with(&model, &GenerateOptions { history: distinct.clone(), ..penalty });
+    assert!(others.iter().all(|token| !distinct.contains(token)), "{distinct:?} {others:?}");
+}
+
+fn tokens_with(model: &Model, options: &GenerateOptions) -> Vec<u32> {
+    let run = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |_| ControlFlow::Continue(()));
+    run.unwrap().tokens
 }

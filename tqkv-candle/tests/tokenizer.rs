@@ -188,7 +188,8 @@ proptest! {
             prop_assert_eq!(&text, &vocabulary.decode(&tokens).unwrap());
             // Where there is nothing but spaces to strip, or no token at all, the crate panics.
             let blank = tokens.iter().all(|token| [3, 13].contains(token));
-            if !blank && !(bytes_differ && tokens.iter().any(|&token| byte(token).is_some())) {
+            let has_bytes = tokens.iter().any(|&token| byte(token).is_some());
+            if !(blank || bytes_differ && has_bytes) {
                 prop_assert_eq!(&text, &crates_own(&tokenizer, &tokens), "{}", decoder);
             }
             if decoder["decoders"][2]["type"] == "Fuse" && bytes_differ {
@@ -282,7 +283,7 @@ fn a_start_token_is_added_where_only_the_configuration_says_so() {
     refused(json!({"add_bos_token": true}), "bos_token");
     refused(json!({"add_bos_token": true, "bos_token": "<start>"}), "bos_token");
     refused(json!({"add_eos_token": true, "eos_token": 3}), "eos_token");
-    assert!(matches!(load(&words.to_string(), Some(json!([]))), Err(Error::Json { .. })));
+    assert!(matches!(load(&words.to_string(), Some(json!([]))), Err(Error::FieldType { .. })));
 
     // Without a name, the model's.
     let dir = tempfile::tempdir().unwrap();

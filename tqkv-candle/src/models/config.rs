@@ -79,6 +79,23 @@ impl ModelConfig {
         })
     }
 
+    /// The same with room for so many sequences of so many positions each, where no step appends more than `step` tokens to
+    /// one of them: layers with a window then take no more than that needs.
+    pub fn cache_config_for(&self, sequences: usize, positions: usize, step: usize) -> CacheConfig {
+        let config = self.cache_config();
+        let page = config.positions_per_page();
+        let pages = |positions: usize| positions.div_ceil(page).saturating_mul(page).saturating_mul(sequences);
+        let config = config.capacity(pages(positions));
+        match self.windows.iter().flatten().max() {
+            // The oldest position that is seen may be the last of its page.
+            Some(window) => {
+                let held = window.saturating_add(step).saturating_add(page);
+                config.window_capacity(pages(held.min(positions)))
+            }
+            None => config,
+        }
+    }
+
     /// What a layer's attention computes.
     pub fn attention_params(&self, layer: usize) -> AttentionParams {
         let mut params = AttentionParams::new(self.attention_scale);

@@ -1,8 +1,9 @@
 //! Products with a weight matrix, dense or quantized.
 
+use super::product::product;
 use crate::error::Result;
+use candle_core::Tensor;
 use candle_core::quantized::QTensor;
-use candle_core::{Module, Tensor};
 use std::sync::Arc;
 
 /// A weight matrix, `[outputs, inputs]`, as it is computed with.
@@ -11,7 +12,7 @@ pub(crate) enum Matrix {
     /// f32, turned to `[inputs, outputs]`: the files have it the other way round, which the product of a few tokens would
     /// turn each time.
     Dense(Tensor),
-    /// In blocks of a few bits. Products quantize the other side to 8 bits.
+    /// In blocks of a few bits, which products decode on the way.
     Quantized(Arc<QTensor>),
 }
 
@@ -26,7 +27,7 @@ impl Matrix {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::Dense(matrix) => x.matmul(matrix)?,
-            Self::Quantized(matrix) => candle_core::quantized::QMatMul::QTensor(matrix.clone()).forward(x)?,
+            Self::Quantized(matrix) => product(x, matrix)?,
         })
     }
 

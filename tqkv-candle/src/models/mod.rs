@@ -2,12 +2,14 @@
 //! decoder ([`decoder`]) runs.
 
 mod architecture;
+mod blocks;
 mod config;
 mod decoder;
 mod gguf;
 mod json;
 mod linear;
 mod metadata;
+mod product;
 mod refused;
 mod rope;
 mod weights;

@@ -23,7 +23,7 @@ enum Literal {
 }
 
 /// Refused at every level unless neutral, or one of the architecture's own fields.
-const REFUSED: [(&str, Neutral, &str); 37] = {
+const REFUSED: [(&str, Neutral, &str); 39] = {
     use Literal::{Flag, Number, Text};
     use Neutral::{All, Any, Nothing};
     const OFF: Neutral = Any(&[Flag(false)]);
@@ -62,6 +62,8 @@ const REFUSED: [(&str, Neutral, &str); 37] = {
         ("use_parallel_residual", OFF, "false"),
         ("kv_lora_rank", NONE, "null (keys and values of full rank)"),
         ("num_kv_shared_layers", NONE, "0 (keys and values in every layer)"),
+        ("global_head_dim", Nothing, "null (heads of one size)"),
+        ("num_global_key_value_heads", Nothing, "null (as many heads in every layer)"),
         ("num_local_experts", NONE, "0 (a dense feed-forward layer)"),
         ("num_experts", NONE, "0 (a dense feed-forward layer)"),
         ("n_routed_experts", NONE, "0 (a dense feed-forward layer)"),

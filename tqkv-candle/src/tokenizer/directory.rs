@@ -3,9 +3,10 @@
 use super::contain::contain;
 use super::{Tokenizer, failed};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
 use crate::models::{parse_json, read};
 use serde::de::IgnoredAny;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::path::Path;
 use tokenizers::{PostProcessor as _, Tokenizer as HfTokenizer};
 
@@ -27,14 +28,24 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| failed(&path, e.to_string()))?;
         let mut tokenizer = Self::new(inner, &path)?;
 
-        // Where the file says itself what stands around a text, that holds.
-        let around = tokenizer.inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
         let config = dir.join("tokenizer_config.json");
-        if around == 0 && config.exists() {
-            let json = parse_json(&read(&config)?, &config)?;
+        let json = if config.exists() { parse_json(&read(&config)?, &config)? } else { Value::Object(Map::new()) };
+        Fields::new(&config, &json)?;
+        // Where `tokenizer.json` says itself what stands around a text, that holds.
+        if tokenizer.inner.get_post_processor().map_or(0, |p| p.added_tokens(false)) == 0 {
             tokenizer.start = tokenizer.marker(&json, "add_bos_token", "bos_token", start)?;
             tokenizer.end = tokenizer.marker(&json, "add_eos_token", "eos_token", None)?;
         }
+        for name in ["bos_token", "eos_token", "unk_token", "pad_token"] {
+            if let Some(content) = json.get(name).and_then(content) {
+                tokenizer.names.insert(name, content.to_owned());
+            }
+        }
+        let template = dir.join("chat_template.jinja");
+        tokenizer.chat_template = match template.exists() {
+            true => Some(String::from_utf8_lossy(&read(&template)?).into_owned()),
+            false => json.get("chat_template").and_then(usual_template).map(str::to_owned),
+        };
         Ok(tokenizer)
     }
 
@@ -52,10 +63,20 @@ impl Tokenizer {
         let Some(token) = token else {
             return usual.map(Some).ok_or_else(|| value(name, "missing".into(), "a token, as it is to be added"));
         };
-        let content = token.as_str().or_else(|| token.get("content")?.as_str());
-        let id = content.and_then(|content| self.inner.token_to_id(content));
+        let id = content(token).and_then(|content| self.inner.token_to_id(content));
         id.map(Some).ok_or_else(|| value(name, token.to_string(), "a token of the vocabulary"))
     }
+}
+
+/// A token's string, which may stand in an object.
+fn content(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+/// Of several templates with names the one called "default".
+fn usual_template(templates: &Value) -> Option<&str> {
+    let named = || templates.as_array()?.iter().find(|t| t["name"] == "default")?["template"].as_str();
+    templates.as_str().or_else(named)
 }
 
 fn value(field: &'static str, got: String, expected: &str) -> Error {

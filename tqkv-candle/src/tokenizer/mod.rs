@@ -1,16 +1,21 @@
 //! Text to tokens and back.
 
+mod chat;
 mod contain;
 mod directory;
+mod gguf;
 mod stream;
 mod utf8;
 
+pub use chat::{ChatTemplate, Message};
+pub use gguf::GgufTokenizer;
 pub use stream::Decoder;
 
-use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
+use crate::models::{Metadata, ModelConfig};
 use contain::contain;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizers::{
@@ -37,6 +42,10 @@ pub struct Tokenizer {
     /// Those of `inner`, but without the space that some put before a text: for text that follows other text.
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
+    /// The source of the chat template.
+    chat_template: Option<String>,
+    /// Strings of tokens by the names that templates have for them: `bos_token` and the like.
+    names: BTreeMap<&'static str, String>,
 }
 
 /// Tokens of a text, and where in the text each one stands.
@@ -49,20 +58,23 @@ pub struct Encoded {
 }
 
 impl Vocabulary {
-    /// Reads `tokenizer.json` from a model's directory, and from `tokenizer_config.json` whether prompts get a start and an
-    /// end token, where `tokenizer.json` does not say. Without `tokenizer.json` the vocabulary is the 256 byte values, if the
-    /// model has that many tokens.
+    /// Reads the tokenizer of a model: from its GGUF file, or from its directory. There `tokenizer.json` says it, and
+    /// `tokenizer_config.json` whether prompts get a start and an end token, where `tokenizer.json` does not say. Without
+    /// `tokenizer.json` the vocabulary is the 256 byte values, if the model has that many tokens.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::Tokenizer`] for a file that is no tokenizer; [`Error::Json`] and [`Error::ConfigValue`] for
-    /// `tokenizer_config.json`; [`Error::NoTokenizer`].
-    pub fn load(dir: &Path, config: &LlamaConfig) -> Result<Self> {
-        if dir.join("tokenizer.json").exists() {
-            Ok(Self::Tokenizer(Box::new(Tokenizer::load(dir, config.bos_token)?)))
+    /// [`Error::Read`]; [`Error::Tokenizer`] for a file that is no tokenizer; [`Error::Json`], [`Error::FieldType`] and
+    /// [`Error::ConfigValue`] for `tokenizer_config.json`; those of [`Metadata::load`] and [`Vocabulary::from_gguf`];
+    /// [`Error::NoTokenizer`].
+    pub fn load(path: &Path, config: &ModelConfig) -> Result<Self> {
+        if path.is_file() {
+            Self::from_gguf(GgufTokenizer::new(&Metadata::load(path)?)?, path)
+        } else if path.join("tokenizer.json").exists() {
+            Ok(Self::Tokenizer(Box::new(Tokenizer::load(path, config.bos_token)?)))
         } else if config.vocab_size == 256 {
             Ok(Self::Bytes)
         } else {
-            Err(Error::NoTokenizer { dir: dir.into(), vocab_size: config.vocab_size })
+            Err(Error::NoTokenizer { dir: path.into(), vocab_size: config.vocab_size })
         }
     }
 
@@ -135,6 +147,32 @@ impl Vocabulary {
         Ok(text + &decoder.finish())
     }
 
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// [`Error::NoChatTemplate`]; [`Error::ChatTemplate`] if it is no template.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        match self {
+            Self::Bytes => Err(Error::NoChatTemplate { path: "a vocabulary of bytes".into() }),
+            Self::Tokenizer(tokenizer) => tokenizer.chat_template(),
+        }
+    }
+
+    /// Puts another chat template in place of the model's.
+    pub fn set_chat_template(&mut self, source: String) {
+        if let Self::Tokenizer(tokenizer) = self {
+            tokenizer.chat_template = Some(source);
+        }
+    }
+
+    /// The tokens of a conversation's text, as a [`ChatTemplate`] gives it: the template says where it begins.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer fails on the text.
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.encode(text.as_bytes())?.tokens)
+    }
+
     /// A decoder for tokens that arrive one by one.
     pub fn decoder(&self) -> Decoder<'_> {
         Decoder::new(self)
@@ -153,6 +191,8 @@ impl Tokenizer {
             end: None,
             normalizer: serde_json::from_value(normalizer).map_err(json)?,
             pre_tokenizer: serde_json::from_value(pre_tokenizer).map_err(json)?,
+            chat_template: None,
+            names: BTreeMap::new(),
             inner,
         })
     }
