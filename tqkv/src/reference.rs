@@ -1,6 +1,7 @@
 //! The naive oracle: one obvious loop an operation, sums in f64. It judges every backend and is never fast.
 //!
-//! It works on single vectors and plain slices, so that it shares neither code nor structure with what it judges.
+//! It works on single vectors and plain slices. What a stored row is (signs, block, codebook, scale factors, unpacked codes) it takes
+//! from `format`; rotation, encoding, decoding and attention are its own.
 
 use crate::format::{Packing, RowFormat, Scaling, ZERO_NORM};
 use half::f16;
