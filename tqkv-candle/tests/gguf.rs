@@ -255,6 +255,7 @@ fn configurations_are_checked() {
         (Builder::new().value("general.architecture", 4, &int(1)), "general.architecture is 1, expected a text"),
         (model("llama"), "llama.embedding_length is missing"),
         (whole("llama").value("llama.expert_count", 4, &int(8)), "llama.expert_count is 8, but only 0 is supported"),
+        (whole("llama").value("split.count", 2, &3u16.to_le_bytes()), "split.count is 3, but only 1 (one file)"),
         (whole("gemma3").value("gemma3.attention.causal", 7, &[0]), "gemma3.attention.causal is false, but only true"),
         (
             whole("llama").value("llama.attention.head_count_kv", 4, &int(3)),

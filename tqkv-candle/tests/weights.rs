@@ -33,7 +33,10 @@ fn every_float_type_gives_the_same_model() {
     let expected = logits(&load(&tiny).unwrap());
     for dtype in [Dtype::F16, Dtype::BF16] {
         tiny.dtype = dtype;
-        assert!(logits(&load(&tiny).unwrap()) == expected, "{dtype:?}");
+        // The weights are the same numbers; they stay in 16 bits, and their products are summed up in another order.
+        let got = logits(&load(&tiny).unwrap());
+        let error = got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
+        assert!(error < 1e-5, "{dtype:?}: {error:e}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Blocks of quantized weights as f32, by ggml's definitions (`ggml-quants.c`): what each byte stands for.
+//! Blocks of quantized weights, and numbers of 16 bits, as f32, by ggml's definitions (`ggml-quants.c`): what each byte stands for.
 //!
 //! Everything here is inlined into loops that are compiled for wide registers.
 
@@ -33,6 +33,10 @@ pub(super) fn decode(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
         GgmlDType::Q4K => each::<144, 256>(bytes, out, q4k),
         GgmlDType::Q5K => each::<176, 256>(bytes, out, q5k),
         GgmlDType::Q6K => each::<210, 256>(bytes, out, q6k),
+        GgmlDType::F16 => each::<2, 1>(bytes, out, |b, out| out[0] = half(b, 0)),
+        GgmlDType::BF16 => each::<2, 1>(bytes, out, |b, out| {
+            out[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+        }),
         // The others are not kept in blocks.
         _ => {}
     }

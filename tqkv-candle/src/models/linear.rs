@@ -1,4 +1,4 @@
-//! Products with a weight matrix, dense or quantized.
+//! Products with a weight matrix, dense or packed.
 
 use super::product::product;
 use crate::error::Result;
@@ -12,8 +12,8 @@ pub(crate) enum Matrix {
     /// f32, turned to `[inputs, outputs]`: the files have it the other way round, which the product of a few tokens would
     /// turn each time.
     Dense(Tensor),
-    /// In blocks of a few bits, which products decode on the way.
-    Quantized(Arc<QTensor>),
+    /// In blocks of a few bits or in numbers of 16, which products decode on the way.
+    Packed(Arc<QTensor>),
 }
 
 /// A matrix and its bias.
@@ -27,7 +27,7 @@ impl Matrix {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::Dense(matrix) => x.matmul(matrix)?,
-            Self::Quantized(matrix) => product(x, matrix)?,
+            Self::Packed(matrix) => product(x, matrix)?,
         })
     }
 
@@ -35,7 +35,7 @@ impl Matrix {
     pub fn rows(&self, numbers: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::Dense(matrix) => matrix.t()?.embedding(numbers)?,
-            Self::Quantized(matrix) => matrix.embedding(numbers)?,
+            Self::Packed(matrix) => matrix.embedding(numbers)?,
         })
     }
 }

@@ -209,6 +209,9 @@ impl Keys<'_> {
                 Some(got) => return unsupported(key, got, neutral.to_string()),
             }
         }
+        if let Some(got) = self.metadata.count("split.count")?.filter(|&got| got > 1) {
+            return unsupported("split.count".into(), &Value::Integer(got as i128), "1 (one file)".into());
+        }
         let key = self.key("attention.causal");
         if let Some(got @ Value::Bool(false)) = self.metadata.values.get(&key) {
             return unsupported(key, got, "true".into());

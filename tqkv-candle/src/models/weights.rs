@@ -102,7 +102,7 @@ impl Weights {
         Ok((Self { files: vec![(path.into(), Box::new(file))], tensors, gguf: true, ..Self::new() }, header.metadata))
     }
 
-    /// The same tensors, of which none stays quantized: all products are of f32.
+    /// The same tensors, all as f32: none stays in blocks or in 16 bits.
     pub fn dequantized(mut self) -> Self {
         self.dequantize = true;
         self
@@ -185,10 +185,9 @@ impl Weights {
         turn: impl Fn(Tensor) -> Result<Tensor>,
     ) -> Result<Matrix> {
         let matrix = self.read(name, &shape, rows)?;
-        let dense = matches!(matrix.dtype(), GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
-        Ok(match dense || self.dequantize {
+        Ok(match matrix.dtype() == GgmlDType::F32 || self.dequantize {
             true => Matrix::Dense(turn(matrix.dequantize(&Device::Cpu)?)?),
-            false => Matrix::Quantized(Arc::new(matrix)),
+            false => Matrix::Packed(Arc::new(matrix)),
         })
     }
 
