@@ -1,10 +1,13 @@
 //! Codecs as arguments.
 
 use crate::output;
-use tqkv::CodecPair;
+use tqkv::{Codec, CodecPair};
 
 /// What `demo` and `eval` compare unless told otherwise.
 pub const USUAL: [&str; 8] = ["f16", "seed4", "seed8", "k8v8", "k6v6", "k5v4", "k4v4", "k3v3"];
+
+/// What `auto` is.
+pub const RECOMMENDED: CodecPair = CodecPair { key: Codec::tq(5), value: Codec::tq(4) };
 
 /// Help for a list of codecs.
 pub const HELP: &str = "Codecs, separated by commas: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys \
@@ -30,4 +33,26 @@ pub fn usual(head_dim: usize) -> Vec<CodecPair> {
         }
     }
     codecs
+}
+
+/// A codec, or the recommended one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Choice {
+    Auto,
+    Codec(CodecPair),
+}
+
+impl Choice {
+    /// The codec; with `auto` that of a file to go on with, if there is one, else the recommended one.
+    pub fn unwrap_or(self, of_file: Option<CodecPair>) -> CodecPair {
+        match self {
+            Self::Codec(codec) => codec,
+            Self::Auto => of_file.unwrap_or(RECOMMENDED),
+        }
+    }
+}
+
+/// For clap.
+pub fn parse_choice(name: &str) -> tqkv::Result<Choice> {
+    if name == "auto" { Ok(Choice::Auto) } else { parse(name).map(Choice::Codec) }
 }

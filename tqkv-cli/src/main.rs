@@ -2,9 +2,11 @@
 
 mod codecs;
 mod commands;
+mod interrupt;
+mod language;
 mod output;
 mod plot;
-mod stream;
+mod session;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -25,6 +27,7 @@ enum Command {
     Verify(commands::verify::Verify),
     Eval(commands::eval::Eval),
     Generate(commands::generate::Generate),
+    Chat(commands::chat::Chat),
     Bench(commands::bench::Bench),
     Snapshot(commands::snapshot::Command),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Command::Verify(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Generate(command) => command.run(),
+        Command::Chat(command) => command.run(),
         Command::Bench(command) => command.run(),
         Command::Snapshot(command) => command.run(),
     };

@@ -84,6 +84,19 @@ pub fn progress(what: &'static str, length: usize) -> Result<ProgressBar> {
     Ok(bar)
 }
 
+/// A sign that something takes its time; invisible unless standard error is a terminal.
+pub fn spinner(what: &'static str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(what);
+    spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+    spinner
+}
+
+/// A question beside the results, without an end of line.
+pub fn ask(text: &str) {
+    let mut out = std::io::stderr();
+    let _ = write!(out, "{text}").and_then(|()| out.flush());
+}
+
 /// A number of bytes for people.
 pub fn bytes(n: usize) -> String {
     indicatif::BinaryBytes(n as u64).to_string()

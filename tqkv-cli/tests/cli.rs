@@ -1,47 +1,16 @@
 //! The program as its users run it.
 
+mod common;
+
+use common::{LLAMA2, MODEL, command, fails, json, run, run_ok, stdout, write_model};
 use serde_json::Value;
 use std::io::Read;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 use tempfile::tempdir;
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/byte-llama-4m");
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/heldout.txt");
-const LLAMA2: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tqkv-candle/testdata/llama2.json");
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/golden");
-
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tqkv"));
-    command.args(arguments);
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    command(arguments).output().unwrap()
-}
-
-/// Standard output of a run that must succeed.
-fn stdout(arguments: &[&str]) -> String {
-    let output = run(arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn json(arguments: &[&str]) -> Vec<Value> {
-    stdout(arguments).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Runs what must fail with an error that has all of `words`, print no result, and not panic.
-fn fails(arguments: &[&str], words: &[&str]) {
-    let output = run(arguments);
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && !error.contains("panicked"), "{arguments:?}: {error}");
-    assert!(output.stdout.is_empty(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stdout));
-    for word in words {
-        assert!(error.contains(word), "{arguments:?}: {word:?} is not in {error:?}");
-    }
-}
 
 fn keys(value: &Value) -> Vec<&str> {
     value.as_object().unwrap().keys().map(String::as_str).collect()
@@ -185,38 +154,6 @@ fn a_plot_that_is_not_drawn_does_not_touch_its_file() {
     fails(&["eval", "--model", MODEL, "--text", TEXT, "--plot", dir.path().to_str().unwrap()], &["cannot write"]);
 }
 
-/// Writes a model of one layer without sense.
-fn write_model(dir: &Path, vocab: usize, head_dim: usize) {
-    let config = serde_json::json!({
-        "vocab_size": vocab, "hidden_size": head_dim, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": true,
-    });
-    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let matrices = [("self_attn.q_proj", [head_dim, head_dim]), ("self_attn.k_proj", [head_dim, head_dim])];
-    let matrices = matrices.into_iter().chain([("self_attn.v_proj", [head_dim, head_dim])]);
-    let matrices = matrices.chain([("self_attn.o_proj", [head_dim, head_dim]), ("mlp.gate_proj", [8, head_dim])]);
-    let matrices = matrices.chain([("mlp.up_proj", [8, head_dim]), ("mlp.down_proj", [head_dim, 8])]);
-    let mut tensors: Vec<(String, Vec<usize>)> =
-        matrices.map(|(name, shape)| (format!("model.layers.0.{name}.weight"), shape.to_vec())).collect();
-    for norm in ["model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"] {
-        tensors.push((format!("{norm}.weight"), vec![head_dim]));
-    }
-    tensors.push(("model.embed_tokens.weight".into(), vec![vocab, head_dim]));
-    let mut state = 1u32;
-    let mut data = |shape: &[usize]| -> Vec<u8> {
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state as f32 / u32::MAX as f32 - 0.5
-        };
-        (0..shape.iter().product()).flat_map(|_| next().to_le_bytes()).collect()
-    };
-    let data: Vec<_> = tensors.iter().map(|(name, shape)| (name, shape, data(shape))).collect();
-    let view =
-        |shape: &[usize], data| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.into(), data);
-    let views = data.iter().map(|(name, shape, data)| (name, view(shape, data).unwrap()));
-    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-}
-
 #[test]
 fn eval_leaves_out_what_does_not_exist() {
     let dir = tempdir().unwrap();
@@ -325,12 +262,6 @@ fn generate_is_reproducible() {
     let output = run_ok(&[&common[..], &["--seed", "1", "--temperature", "0.9", "--codec", "k4v4"]].concat());
     assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{text}\n"));
     assert!(String::from_utf8(output.stderr).unwrap().contains("tokens/s"));
-}
-
-fn run_ok(arguments: &[&str]) -> Output {
-    let output = run(arguments);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    output
 }
 
 #[test]

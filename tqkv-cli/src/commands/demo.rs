@@ -1,6 +1,5 @@
 //! `tqkv demo`
 
-use crate::stream::stream;
 use crate::{codecs, output};
 use anyhow::Result;
 use std::ops::ControlFlow;
@@ -8,7 +7,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{
-    GenerateOptions, Llama, LlamaConfig, SequenceCache, Vocabulary, Weights, Windows, evaluate, generate,
+    GenerateOptions, Llama, LlamaConfig, SequenceCache, TextProgress, Vocabulary, Weights, Windows, evaluate, generate,
+    generate_text,
 };
 
 const CONFIG: &[u8] = include_bytes!("../../assets/byte-llama-4m/config.json");
@@ -57,7 +57,14 @@ fn show_text(model: &Llama, device: &Device) -> Result<()> {
     let options = GenerateOptions { max_tokens: SHOWN_TOKENS, temperature: 0.6, seed: 2, ..GenerateOptions::default() };
     let prompt = Vocabulary::Bytes.encode_prompt(PROMPT)?;
     let decoder = Vocabulary::Bytes.decoder();
-    let generated = stream(model, &mut cache, &prompt, &options, decoder, output::print)?;
+    let mut printed = Ok(());
+    let generated = generate_text(model, &mut cache, &prompt, &options, decoder, &[], |progress| {
+        if let TextProgress::Text(text) = progress {
+            printed = output::print(text);
+        }
+        if printed.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    printed?;
     output::print(&format!(
         "\n\n{} bytes at {:.0} a second\n\n",
         generated.tokens.len(),

@@ -1,17 +1,14 @@
-//! `tqkv snapshot`, and what `tqkv generate` saves.
+//! `tqkv snapshot`
 
 use crate::output;
-use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use anyhow::{Result, bail};
+use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tqkv::cache::{Label, LayerKind};
+use tqkv::cache::LayerKind;
 use tqkv::format::RowFormat;
 use tqkv::{CodecPair, Snapshot};
-use tqkv_candle::SequenceCache;
-use xxhash_rust::xxh3::Xxh3Default;
 
 /// Looks at saved caches
 #[derive(clap::Args)]
@@ -150,56 +147,4 @@ fn verify(file: &Path, json: bool) -> Result<ExitCode> {
         }
     }
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// What `tqkv generate` keeps beside the cache: all tokens, of which the cache may lack the last.
-#[derive(Serialize, Deserialize)]
-pub struct Saved {
-    pub tokens: Vec<u32>,
-}
-
-impl Saved {
-    /// The tokens in a file, and the codecs of its cache.
-    pub fn open(path: &Path) -> Result<(Self, CodecPair)> {
-        let snapshot = Snapshot::open(path)?;
-        let saved: Saved = serde_json::from_slice(snapshot.note())
-            .with_context(|| format!("{} was not saved by tqkv generate", path.display()))?;
-        let lens: Vec<_> = snapshot.lens().collect();
-        let known = matches!(lens[..], [len] if len > 0 && (len..=len + 1).contains(&saved.tokens.len()));
-        ensure!(known, "{} holds {lens:?} positions, expected one sequence as long as its tokens", path.display());
-        let layer = snapshot.geometry().layers.first().context("no layers")?;
-        Ok((saved, CodecPair { key: layer.key.codec(), value: layer.value.codec() }))
-    }
-
-    pub fn write(&self, cache: &SequenceCache, path: &Path, model: &str) -> Result<()> {
-        let note = serde_json::to_vec(self)?;
-        Ok(cache.save(path, Label { model: model.as_bytes(), note: &note })?)
-    }
-}
-
-/// Which model a directory holds: a hash of its configuration and weights.
-pub fn fingerprint(model: &Path) -> Result<String> {
-    let mut files = vec![];
-    for entry in std::fs::read_dir(model).with_context(|| model.display().to_string())? {
-        let path = entry?.path();
-        if path.file_name().is_some_and(|n| n == "config.json") || path.extension().is_some_and(|e| e == "safetensors")
-        {
-            files.push(path);
-        }
-    }
-    files.sort();
-    let mut hash = Xxh3Default::new();
-    let mut buffer = vec![0; 1 << 20];
-    for path in files {
-        let context = || path.display().to_string();
-        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-        let mut file = std::fs::File::open(&path).with_context(context)?;
-        loop {
-            match file.read(&mut buffer).with_context(context)? {
-                0 => break,
-                n => hash.update(&buffer[..n]),
-            }
-        }
-    }
-    Ok(format!("xxh3-128:{:032x}", hash.digest128()))
 }
