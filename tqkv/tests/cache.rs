@@ -5,7 +5,7 @@ mod support;
 use proptest::prelude::*;
 use std::collections::HashMap;
 use support::*;
-use tqkv::cache::{LayerKind, Side, Sinks};
+use tqkv::cache::{Heads, LayerKind, Side, Sinks};
 use tqkv::format::RowFormat;
 use tqkv::ops::*;
 use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
@@ -754,6 +754,86 @@ fn a_step_is_one_thing() {
     assert!(matches!(cache.step(&[(ids[0], 1)]).map(drop), Err(Error::UnevenLayers { .. })));
     cache.truncate(ids[0], len).unwrap();
     assert_eq!((cache.usage(), cache.len(ids[0])), before);
+}
+
+/// Each layer is as the only one of a cache of its own, however different the others are.
+#[test]
+fn layers_may_differ_in_their_heads() {
+    let device = Device::cpu();
+    let (a, b, c) = (Heads::new(KV_HEADS, D), Heads::new(1, 64), Heads::new(4, 16));
+    let window = LayerKind::Window(WINDOW);
+    let sinks = Sinks { positions: 3, codec: CodecPair::both(Codec::F16) };
+    let config = CacheConfig::new(5, KV_HEADS, D).page_size(PAGE).capacity(CAPACITY).sink_sequences(2);
+    let config = config.heads_at(1, b).codec_at(1, "k8v8".parse().unwrap()).kind_at(2, LayerKind::Shared(1));
+    let config = config.kind_at(3, window).heads_at(3, c).sinks_at(3, sinks).kind_at(4, window);
+    let alone = |heads: Heads| {
+        let config = CacheConfig::new(1, heads.kv_heads, heads.head_dim).page_size(PAGE).capacity(CAPACITY);
+        config.sink_sequences(2)
+    };
+    let alone = [
+        alone(a),
+        alone(b).codec("k8v8".parse().unwrap()),
+        alone(b).codec("k8v8".parse().unwrap()),
+        alone(c).kind_at(0, window).sinks(sinks),
+        alone(a).kind_at(0, window),
+    ];
+    let sum: usize = [0, 1, 3, 4].iter().map(|&layer| alone[layer].bytes().unwrap()).sum();
+    assert_eq!(config.bytes(), Ok(sum));
+    let mut cache = KvCache::new(&device, config.clone()).unwrap();
+    assert_eq!(cache.bytes(), sum);
+    let seq = cache.add_sequence();
+    let mut alone: Vec<_> = alone
+        .into_iter()
+        .map(|config| {
+            let mut cache = KvCache::new(&device, config).unwrap();
+            let seq = cache.add_sequence();
+            (cache, seq)
+        })
+        .collect();
+    let mut rng = Rng(4);
+    for n in [11, 1, 1, 20, 1, 9] {
+        let mut encoder = device.encoder().unwrap();
+        let mut step = cache.step(&[(seq, n)]).unwrap();
+        let mut outs = vec![];
+        let mut kv = vec![];
+        for (layer, heads) in [a, b, b, c, a].into_iter().enumerate() {
+            let mut input =
+                |heads: usize, d: usize| device.upload(&rng.normals(n * heads * d), &[n, heads, d]).unwrap();
+            let (kv_heads, d) = (heads.kv_heads, heads.head_dim);
+            if layer != 2 {
+                kv = vec![input(kv_heads, d), input(kv_heads, d)];
+                step.append(&mut encoder, layer, &kv[0], &kv[1]).unwrap();
+            }
+            let (q, params) = (input(HEADS, d), AttentionParams::for_head_dim(d));
+            let out = || device.zeros(DType::F32, &[n, HEADS, d]).unwrap();
+            let (got, want) = (out(), out());
+            step.attend(&mut encoder, layer, &q, &got, None, &params).unwrap();
+            let (other, id) = &mut alone[layer];
+            run(&device, |e| {
+                other.append(e, 0, &[(*id, n)], &kv[0], &kv[1])?;
+                other.attend(e, 0, &[(*id, n)], &q, &want, None, &params)
+            });
+            outs.push((got, want));
+        }
+        step.submit(encoder).unwrap().wait().unwrap();
+        for (layer, (got, want)) in outs.iter().enumerate() {
+            assert_eq!(got.read::<f32>(), want.read::<f32>(), "layer {layer}");
+        }
+    }
+    // Keys of other layers do not fit, and what no kernel takes is refused before there is a cache.
+    let mut step = cache.step(&[(seq, 1)]).unwrap();
+    let x = device.zeros(DType::F32, &[1, KV_HEADS, D]).unwrap();
+    assert!(matches!(step.append(&mut device.encoder().unwrap(), 1, &x, &x), Err(Error::Shape { .. })));
+    let mismatch = |layer, heads: Heads| match config.clone().heads_at(layer, heads).bytes() {
+        Err(Error::Mismatch { what, got, .. }) => (what, got),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(mismatch(1, b.value_dim(32)), ("head_dim of the values", 32));
+    assert_eq!(mismatch(2, a), ("kv_heads of a shared layer", KV_HEADS));
+    assert_eq!(mismatch(2, Heads::new(1, 32)), ("head_dim of a shared layer", 32));
+    assert_eq!(config.clone().heads_at(2, b).bytes(), Ok(sum));
+    assert_eq!(config.clone().heads_at(5, b).bytes(), Err(Error::Layer { got: 5, layers: 5 }));
+    assert_eq!(config.clone().heads_at(0, Heads::new(0, 32)).bytes(), Err(Error::Zero { what: "kv_heads" }));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
 use std::sync::Arc;
 use support::*;
-use tqkv::cache::{LayerKind, Side, Sinks};
+use tqkv::cache::{Heads, LayerKind, Side, Sinks};
 use tqkv::ops::{AttentionParams, Domain, RowOrder};
 use tqkv::{CacheConfig, DType, Device, Error, KvCache, PrefixStore, Prompt, SequenceId};
 
@@ -32,12 +32,13 @@ fn cache(config: CacheConfig) -> KvCache {
 /// Appends tokens whose vectors are a function of the token and its layer.
 fn append(cache: &mut KvCache, sequence: SequenceId, tokens: &[u32]) {
     let (device, config) = (cache.device().clone(), cache.config().clone());
-    let shape = [tokens.len(), config.kv_heads(), config.head_dim()];
     run(&device, |encoder| {
         for layer in 0..config.layers() {
             if matches!(config.layer_kind(layer), LayerKind::Shared(_)) {
                 continue;
             }
+            let heads = config.layer_heads(layer);
+            let shape = [tokens.len(), heads.kv_heads, heads.head_dim];
             let input = |side: u64| {
                 let row = |&t: &u32| Rng(t as u64 * 64 + layer as u64 * 2 + side).normals(shape[1] * shape[2]);
                 device.upload(&tokens.iter().flat_map(row).collect::<Vec<f32>>(), &shape).unwrap()
@@ -62,7 +63,8 @@ fn decoded(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
     for layer in 0..config.layers() {
         let seen = if let LayerKind::Window(w) = config.layer_kind(layer) { w.min(len) } else { len };
         for side in [Side::Key, Side::Value] {
-            let out = device.zeros(DType::F32, &[seen, config.kv_heads(), config.head_dim()]).unwrap();
+            let heads = config.layer_heads(layer);
+            let out = device.zeros(DType::F32, &[seen, heads.kv_heads, heads.head_dim]).unwrap();
             let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
             run(&device, |e| cache.dequantize(e, layer, side, sequence, len - seen..len, domain, order, &out));
             all.push(out.read::<f32>().unwrap().into_iter().map(f32::to_bits).collect());
@@ -225,6 +227,26 @@ fn names_are_those_of_the_document() {
     );
     let names: Vec<String> = objects(&inner).into_iter().map(|path| path.to_string()).collect();
     assert_eq!(names, [format!("pages/{own}-{before}-0"), format!("pages/{own}-{before}-1"), format!("used/{own}")]);
+}
+
+#[test]
+fn layers_that_differ_have_other_names() {
+    let store = PrefixStore::new(Arc::new(InMemory::new()), "").unwrap();
+    let long = tokens(15, 32);
+    let mut names = vec![];
+    for heads in [Heads::new(1, 64), Heads::new(2, 64), Heads::new(2, 128)] {
+        let config = || config().heads_at(1, heads);
+        let mut writer = cache(config());
+        assert!(store.get(&mut writer, &long, b"model").unwrap().is_none(), "{heads:?}");
+        let sequence = prefill(&mut writer, &long);
+        names.push(store.put(&writer, sequence, &long, b"model").unwrap().written);
+        let mut reader = cache(config());
+        let found = store.get(&mut reader, &long, b"model").unwrap().unwrap();
+        assert_eq!(found.len, 32);
+        assert_eq!(decoded(&mut reader, found.sequence), decoded(&mut writer, sequence));
+    }
+    assert!(names.iter().all(|&written| written == names[0] && written > 0));
+    assert!(store.get(&mut cache(config()), &long, b"model").unwrap().is_none());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::*;
-use tqkv::cache::{Label, LayerKind, SNAPSHOT_VERSION, Side, Sinks};
+use tqkv::cache::{Heads, Label, LayerKind, SNAPSHOT_VERSION, Side, Sinks};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, Snapshot, SnapshotPart};
 
@@ -42,12 +42,13 @@ const MODEL: &[u8] = b"a model";
 /// What every snapshot here says.
 const LABEL: Label = Label { model: MODEL, note: b"tokens" };
 
-/// Every kind of codec and layer; sinks that fill a page and more, and less than one.
+/// Every kind of codec and layer, one with heads of its own; sinks that fill a page and more, and less than one.
 fn config() -> CacheConfig {
     CacheConfig::new(6, 2, 32)
         .codec("k5v4".parse().unwrap())
         .codec_at(1, CodecPair { key: Codec::F16, value: Codec::F32 })
         .codec_at(2, CodecPair { key: Codec::seed(4), value: Codec::seed(5) })
+        .heads_at(2, Heads::new(3, 64))
         .kind_at(3, LayerKind::Window(12))
         .kind_at(4, LayerKind::Shared(1))
         .kind_at(5, LayerKind::Window(12))
@@ -65,9 +66,10 @@ fn tiny() -> CacheConfig {
 /// Appends tokens that are a function of the seed and their position in the call.
 fn append(cache: &mut KvCache, sequence: SequenceId, n: usize, seed: u64) {
     let (device, config) = (cache.device().clone(), cache.config().clone());
-    let shape = [n, config.kv_heads(), config.head_dim()];
     let mut encoder = device.encoder().unwrap();
     for layer in (0..config.layers()).filter(|&l| !matches!(config.layer_kind(l), LayerKind::Shared(_))) {
+        let heads = config.layer_heads(layer);
+        let shape = [n, heads.kv_heads, heads.head_dim];
         let input = |side: u64| {
             let mut rng = Rng(seed * 1000 + layer as u64 * 2 + side);
             device.upload(&rng.normals(shape.iter().product()), &shape).unwrap()
@@ -105,7 +107,8 @@ fn decoded(cache: &mut KvCache, sequence: SequenceId) -> Vec<Vec<u32>> {
         let sinks = config.layer_sinks(layer).map_or(0, |s| s.positions).min(len);
         for range in [0..sinks, sinks.max(len - seen)..len] {
             for side in [Side::Key, Side::Value] {
-                let out = device.zeros(DType::F32, &[range.len(), config.kv_heads(), config.head_dim()]).unwrap();
+                let heads = config.layer_heads(layer);
+                let out = device.zeros(DType::F32, &[range.len(), heads.kv_heads, heads.head_dim]).unwrap();
                 let (domain, order) = (Domain::Rotated, RowOrder::TokenMajor);
                 run(&device, |e| cache.dequantize(e, layer, side, sequence, range.clone(), domain, order, &out));
                 all.push(out.read::<f32>().unwrap().into_iter().map(f32::to_bits).collect());
@@ -269,8 +272,10 @@ fn other_models_shapes_and_versions_are_named() {
     let held = "3 positions, keys in tq8 with scale_factor_d512 1, values in tq8 with scale_factor_d512 1";
     let cases = [
         (layers, "layers", "6", "5"),
-        (heads, "kv_heads", "2", "1"),
-        (wide, "head_dim", "32", "48"),
+        (heads, "kv_heads of layer 0", "2", "1"),
+        (wide, "head_dim of the keys of layer 0", "32", "48"),
+        (config().heads_at(2, Heads::new(2, 64)), "kv_heads of layer 2", "3", "2"),
+        (config().heads_at(2, Heads::new(3, 128)), "head_dim of the keys of layer 2", "64", "128"),
         (config().page_size(16), "page_size", "8", "16"),
         (codec, "value codec of layer 2", "seed5 with scale_factor_d512 1", "seed4 with scale_factor_d512 1"),
         (config().kind_at(5, LayerKind::Window(13)), "kind of layer 5", "Window(12)", "Window(13)"),
@@ -476,7 +481,7 @@ fn garbage_neither_panics_nor_asks_for_much() {
             _ => {
                 let mut bytes = saved.clone();
                 for _ in 0..=rng.below(2) {
-                    let at = 16 + rng.below(130) / 4 * 4;
+                    let at = 16 + rng.below(146) / 4 * 4;
                     let value = match rng.below(4) {
                         0 => rng.next() as u32,
                         1 => rng.below(20) as u32,
@@ -512,10 +517,10 @@ fn too_many_layers_are_refused_before_they_are_looked_at() {
     let layers = 300_000u32;
     let mut bytes = saved[..80].to_vec();
     for window in 1..=layers {
-        bytes.extend(&saved[80..84]);
+        bytes.extend(&saved[80..100]);
         bytes.extend([1, 0, 0, 0]);
         bytes.extend(u64::from(window).to_le_bytes());
-        bytes.extend(&saved[96..120]);
+        bytes.extend(&saved[112..136]);
     }
     bytes.resize((bytes.len() + 8).next_multiple_of(4096) - 8, 0);
     let header = bytes.len() as u64 + 8;

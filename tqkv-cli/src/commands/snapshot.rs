@@ -41,8 +41,6 @@ struct Report {
     bytes: u64,
     model: String,
     note_bytes: usize,
-    kv_heads: usize,
-    head_dim: usize,
     page_size: usize,
     layers: Vec<Layer>,
     pages: usize,
@@ -51,6 +49,8 @@ struct Report {
 
 #[derive(Serialize, PartialEq)]
 struct Layer {
+    kv_heads: usize,
+    head_dim: usize,
     codec: String,
     kind: String,
     sinks: usize,
@@ -78,6 +78,8 @@ fn inspect(file: &Path, json: bool) -> Result<ExitCode> {
     let geometry = snapshot.geometry();
     let codec = |key: RowFormat, value: RowFormat| CodecPair { key: key.codec(), value: value.codec() }.to_string();
     let layer = |layer: &tqkv::cache::LayerGeometry| Layer {
+        kv_heads: layer.kv_heads,
+        head_dim: layer.key.head_dim(),
         codec: codec(layer.key, layer.value),
         kind: match layer.kind {
             LayerKind::Full => "full".to_owned(),
@@ -92,8 +94,6 @@ fn inspect(file: &Path, json: bool) -> Result<ExitCode> {
         bytes: snapshot.bytes(),
         model: String::from_utf8_lossy(snapshot.fingerprint()).into_owned(),
         note_bytes: snapshot.note().len(),
-        kv_heads: geometry.kv_heads,
-        head_dim: geometry.head_dim,
         page_size: geometry.page_size,
         layers: geometry.layers.iter().map(layer).collect(),
         pages: snapshot.pages().count(),
@@ -112,14 +112,14 @@ impl Report {
         let mut text = String::new();
         writeln!(text, "{}: {}", self.file, output::bytes(usize::try_from(self.bytes).unwrap_or(usize::MAX)))?;
         writeln!(text, "model      {}", self.model)?;
-        writeln!(text, "geometry   {} KV heads of {}, pages of {}", self.kv_heads, self.head_dim, self.page_size)?;
+        writeln!(text, "geometry   pages of {}", self.page_size)?;
         // Layers that are alike in one line.
         let mut first = 0;
         for run in self.layers.chunk_by(|a, b| a == b) {
             let last = first + run.len() - 1;
             let numbers = if first == last { format!("{first}") } else { format!("{first}-{last}") };
-            let Layer { codec, kind, sinks, sink_codec } = &run[0];
-            write!(text, "layers     {numbers}: {codec}, {kind}")?;
+            let Layer { kv_heads, head_dim, codec, kind, sinks, sink_codec } = &run[0];
+            write!(text, "layers     {numbers}: {kv_heads} KV heads of {head_dim}, {codec}, {kind}")?;
             match sink_codec {
                 Some(codec) => writeln!(text, ", {sinks} sinks in {codec}")?,
                 None => writeln!(text)?,

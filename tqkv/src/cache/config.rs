@@ -16,12 +16,52 @@ pub struct Sinks {
     pub codec: CodecPair,
 }
 
+/// The KV heads of a layer and the elements of their vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Heads {
+    /// How many.
+    pub kv_heads: usize,
+    /// Elements of a key.
+    pub head_dim: usize,
+    /// Elements of a value. No kernel takes other values than keys yet, so a cache must have `head_dim` here.
+    pub value_dim: usize,
+}
+
+impl Heads {
+    /// So many, with keys and values of `head_dim` elements.
+    pub fn new(kv_heads: usize, head_dim: usize) -> Self {
+        Heads { kv_heads, head_dim, value_dim: head_dim }
+    }
+
+    /// Values of other elements than keys.
+    pub fn value_dim(self, value_dim: usize) -> Self {
+        Heads { value_dim, ..self }
+    }
+
+    /// How a layer of these heads stores keys and values.
+    pub(super) fn rows(self, codec: CodecPair) -> Result<[RowFormat; 2]> {
+        Ok([RowFormat::new(codec.key, self.head_dim)?, RowFormat::new(codec.value, self.value_dim)?])
+    }
+
+    fn check(self) -> Result<()> {
+        if self.kv_heads == 0 {
+            return Err(Error::Zero { what: "kv_heads" });
+        }
+        if self.value_dim != self.head_dim {
+            let expected = format!("{} as in the keys", self.head_dim);
+            return Err(Error::Mismatch { what: "head_dim of the values", got: self.value_dim, expected });
+        }
+        Ok(())
+    }
+}
+
 /// Geometry, codecs and layer kinds of a [`KvCache`](super::KvCache). Checked as a whole by [`CacheConfig::bytes`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheConfig {
     layers: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    heads: Heads,
+    heads_at: BTreeMap<usize, Heads>,
     codec: CodecPair,
     codec_at: BTreeMap<usize, CodecPair>,
     kind_at: BTreeMap<usize, LayerKind>,
@@ -39,8 +79,8 @@ impl CacheConfig {
     pub fn new(layers: usize, kv_heads: usize, head_dim: usize) -> Self {
         CacheConfig {
             layers,
-            kv_heads,
-            head_dim,
+            heads: Heads::new(kv_heads, head_dim),
+            heads_at: BTreeMap::new(),
             codec: CodecPair::both(Codec::tq(4)),
             codec_at: BTreeMap::new(),
             kind_at: BTreeMap::new(),
@@ -68,6 +108,13 @@ impl CacheConfig {
     /// The codec of values.
     pub fn value(mut self, codec: Codec) -> Self {
         self.codec.value = codec;
+        self
+    }
+
+    /// Other heads in one layer, with elements of their own: Gemma 4, say, has layers of 256 and of 512. Layers that share have
+    /// those of the other layer.
+    pub fn heads_at(mut self, layer: usize, heads: Heads) -> Self {
+        self.heads_at.insert(layer, heads);
         self
     }
 
@@ -135,14 +182,20 @@ impl CacheConfig {
         self.layers
     }
 
-    /// KV heads.
+    /// KV heads of the layers that have none of their own ([`heads_at`](CacheConfig::heads_at)).
     pub fn kv_heads(&self) -> usize {
-        self.kv_heads
+        self.heads.kv_heads
     }
 
-    /// Elements of a vector.
+    /// Elements of a vector in the layers that have no heads of their own.
     pub fn head_dim(&self) -> usize {
-        self.head_dim
+        self.heads.head_dim
+    }
+
+    /// The heads of a layer; of a shared one, those that it reads.
+    pub fn layer_heads(&self, layer: usize) -> Heads {
+        let layer = if let LayerKind::Shared(source) = self.layer_kind(layer) { source } else { layer };
+        self.heads_at.get(&layer).copied().unwrap_or(self.heads)
     }
 
     /// Positions of a page.
@@ -196,7 +249,6 @@ impl CacheConfig {
     pub fn bytes(&self) -> Result<usize> {
         let counts = [
             ("layers", self.layers),
-            ("kv_heads", self.kv_heads),
             ("page_size", self.page_size),
             ("capacity", self.capacity),
             ("window_capacity", self.window_capacity.unwrap_or(1)),
@@ -211,48 +263,63 @@ impl CacheConfig {
             let expected = "a multiple of 8".to_owned();
             return Err(Error::Mismatch { what: "page_size", got: self.page_size, expected });
         }
+        let (codecs, kinds) = (self.codec_at.keys(), self.kind_at.keys());
         let special: BTreeSet<usize> =
-            self.codec_at.keys().chain(self.kind_at.keys()).chain(self.sinks_at.keys()).copied().collect();
+            codecs.chain(kinds).chain(self.sinks_at.keys()).chain(self.heads_at.keys()).copied().collect();
         if let Some(&layer) = special.iter().find(|&&l| l >= self.layers) {
             return Err(Error::Layer { got: layer, layers: self.layers });
         }
         let overflow = || Error::SizeOverflow { what: "cache size", limit: "isize" };
-        let part = |extent: Extent, pair: CodecPair| {
-            let (pages, page_size) = (self.pages(extent), extent.page_size(self.page_size));
-            to_u32("pages", pages)?;
-            let (key, value) = (RowFormat::new(pair.key, self.head_dim)?, RowFormat::new(pair.value, self.head_dim)?);
-            let bytes = checked_product("cache size", &[pages, page_size, self.kv_heads, key.bytes() + value.bytes()])?;
-            for row in [key, value] {
-                check_geometry(&row, self.kv_heads, page_size, pages)?;
-            }
-            Ok(bytes)
-        };
-        let bytes_of = |kind: LayerKind, codec: CodecPair, sinks: Option<Sinks>| {
-            // A shared layer takes nothing, but its codecs must exist.
-            for codec in [codec.key, codec.value] {
-                RowFormat::new(codec, self.head_dim)?;
-            }
-            Extent::of(kind, sinks.map_or(0, |s| s.positions)).try_fold(0usize, |sum, extent| {
-                let codec = if let (Extent::First(_), Some(s)) = (extent, sinks) { s.codec } else { codec };
-                sum.checked_add(part(extent, codec)?).ok_or_else(overflow)
-            })
-        };
         // Layers without settings of their own are alike, however many.
-        let usual = bytes_of(LayerKind::Full, self.codec, self.sinks)?;
+        let usual = self.layer_bytes(self.heads, LayerKind::Full, self.codec, self.sinks)?;
         let mut total = checked_product("cache size", &[usual, self.layers - special.len()])?;
         for layer in special {
-            match self.layer_kind(layer) {
-                LayerKind::Shared(with) if with >= layer || matches!(self.layer_kind(with), LayerKind::Shared(_)) => {
-                    let expected = format!("a layer before {layer} that holds positions of its own");
-                    return Err(Error::Mismatch { what: "shared layer", got: with, expected });
-                }
-                LayerKind::Window(0) => return Err(Error::Zero { what: "window" }),
-                kind => {
-                    let bytes = bytes_of(kind, self.layer_codec(layer), self.layer_sinks(layer))?;
-                    total = total.checked_add(bytes).filter(|&n| n <= isize::MAX as usize).ok_or_else(overflow)?;
-                }
-            }
+            self.check_kind(layer)?;
+            let (heads, kind) = (self.layer_heads(layer), self.layer_kind(layer));
+            let bytes = self.layer_bytes(heads, kind, self.layer_codec(layer), self.layer_sinks(layer))?;
+            total = total.checked_add(bytes).filter(|&n| n <= isize::MAX as usize).ok_or_else(overflow)?;
         }
         Ok(total)
+    }
+
+    /// Fails unless a layer's kind, and its heads if it shares, can be.
+    fn check_kind(&self, layer: usize) -> Result<()> {
+        let shared = match self.layer_kind(layer) {
+            LayerKind::Full => return Ok(()),
+            LayerKind::Window(0) => return Err(Error::Zero { what: "window" }),
+            LayerKind::Window(_) => return Ok(()),
+            LayerKind::Shared(with) => with,
+        };
+        if shared >= layer || matches!(self.layer_kind(shared), LayerKind::Shared(_)) {
+            let expected = format!("a layer before {layer} that holds positions of its own");
+            return Err(Error::Mismatch { what: "shared layer", got: shared, expected });
+        }
+        let (own, read) = (self.heads_at.get(&layer), self.layer_heads(layer));
+        if let Some(own) = own.filter(|own| **own != read) {
+            let (what, got, expected) = match own.kv_heads == read.kv_heads {
+                true => ("head_dim of a shared layer", own.head_dim, read.head_dim),
+                false => ("kv_heads of a shared layer", own.kv_heads, read.kv_heads),
+            };
+            return Err(Error::Mismatch { what, got, expected: format!("{expected} as in layer {shared}") });
+        }
+        Ok(())
+    }
+
+    /// Bytes of a layer: none if it is shared, but its heads and codecs must exist.
+    fn layer_bytes(&self, heads: Heads, kind: LayerKind, codec: CodecPair, sinks: Option<Sinks>) -> Result<usize> {
+        heads.check()?;
+        heads.rows(codec)?;
+        let mut sum = 0usize;
+        for extent in Extent::of(kind, sinks.map_or(0, |s| s.positions)) {
+            let codec = if let (Extent::First(_), Some(s)) = (extent, sinks) { s.codec } else { codec };
+            let (pages, page_size) = (self.pages(extent), extent.page_size(self.page_size));
+            to_u32("pages", pages)?;
+            let rows = heads.rows(codec)?;
+            let row = rows.iter().map(RowFormat::bytes).sum();
+            let bytes = checked_product("cache size", &[pages, page_size, heads.kv_heads, row])?;
+            rows.iter().try_for_each(|row| check_geometry(row, heads.kv_heads, page_size, pages))?;
+            sum = sum.checked_add(bytes).ok_or(Error::SizeOverflow { what: "cache size", limit: "isize" })?;
+        }
+        Ok(sum)
     }
 }

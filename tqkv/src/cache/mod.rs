@@ -31,7 +31,7 @@ mod state;
 mod step;
 mod usage;
 
-pub use config::{CacheConfig, Sinks};
+pub use config::{CacheConfig, Heads, Sinks};
 pub use extent::LayerKind;
 #[cfg(feature = "prefix-store")]
 pub use prefix_store::{FoundPrefix, PrefixStore, Prompt, StoredPrefix};

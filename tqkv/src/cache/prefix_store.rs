@@ -1,7 +1,7 @@
 //! Prefixes that machines share through an object store. `docs/prefix-store.md` describes names and bytes.
 
 use super::extent::Extent;
-use super::snapshot::{Geometry, GroupGeometry, Stored, encode_layer};
+use super::snapshot::{Geometry, GroupGeometry, LayerGeometry, Stored, encode_heads, encode_layer};
 use super::state::{Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
@@ -461,11 +461,22 @@ struct Node {
 
 /// The hash of everything before the first token, then that of each whole block.
 fn keys(geometry: &Geometry, prompt: &Prompt, model: &[u8]) -> Vec<Key> {
-    let mut start = b"tqkv prefix store 1".to_vec();
+    let heads = |layer: &LayerGeometry| (layer.kv_heads, layer.key.head_dim(), layer.value.head_dim());
+    let first = geometry.layers.first().map_or((0, 0, 0), heads);
+    // As it was before layers could differ, where they do not.
+    let alike = first.1 == first.2 && geometry.layers.iter().all(|layer| heads(layer) == first);
+    let (tag, kv_heads, head_dim) =
+        if alike { ("tqkv prefix store 1", first.0, first.1) } else { ("tqkv prefix store 1, heads by layer", 0, 0) };
+    let mut start = tag.as_bytes().to_vec();
     start.extend(FORMAT_VERSION.to_le_bytes());
-    let counts = [model.len(), geometry.kv_heads, geometry.head_dim, geometry.page_size, geometry.layers.len()];
+    let counts = [model.len(), kv_heads, head_dim, geometry.page_size, geometry.layers.len()];
     counts.iter().for_each(|&n| start.extend((n as u64).to_le_bytes()));
-    geometry.layers.iter().for_each(|layer| encode_layer(layer, &mut start));
+    for layer in &geometry.layers {
+        if !alike {
+            encode_heads(layer, &mut start);
+        }
+        encode_layer(layer, &mut start);
+    }
     start.extend(model);
     // The model's length is said above, so a model and a salt never read as another model.
     start.extend(prompt.salt);

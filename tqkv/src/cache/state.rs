@@ -1,11 +1,11 @@
 //! What a cache consists of: layers over pools, groups of layers that share page numbers, sequences.
 
-use super::config::CacheConfig;
+use super::config::{CacheConfig, Heads};
 use super::extent::{Extent, LayerKind};
 use super::pages::Pages;
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
-use crate::format::{CodecPair, RowFormat};
+use crate::format::CodecPair;
 use crate::ops::{self, Batch, PagePool};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -144,7 +144,7 @@ impl KvCache {
                     _ => config.layer_codec(index),
                 };
                 let group = Group::of(extent, &config, &mut groups);
-                let pools = Pools::new(device, &config, &groups[group], codec, group)?;
+                let pools = Pools::new(device, config.layer_heads(index), &groups[group], codec, group)?;
                 groups[group].layers.push(index);
                 groups[group].page_bytes += pools.page_bytes();
                 extents.push(pools);
@@ -280,12 +280,10 @@ impl Group {
 }
 
 impl Pools {
-    fn new(device: &Device, config: &CacheConfig, of: &Group, codec: CodecPair, group: usize) -> Result<Self> {
-        let pool = |codec| {
-            let row = RowFormat::new(codec, config.head_dim())?;
-            PagePool::new(device, row, config.kv_heads(), of.page_size, of.pages.total())
-        };
-        Ok(Pools { key: pool(codec.key)?, value: pool(codec.value)?, group })
+    fn new(device: &Device, heads: Heads, of: &Group, codec: CodecPair, group: usize) -> Result<Self> {
+        let pool = |row| PagePool::new(device, row, heads.kv_heads, of.page_size, of.pages.total());
+        let [key, value] = heads.rows(codec)?;
+        Ok(Pools { key: pool(key)?, value: pool(value)?, group })
     }
 
     pub fn side(&self, side: Side) -> &PagePool {

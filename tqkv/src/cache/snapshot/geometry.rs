@@ -16,10 +16,6 @@ const PIECE_ALIGN: u64 = 16;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Geometry {
-    /// KV heads.
-    pub kv_heads: usize,
-    /// Elements of a vector.
-    pub head_dim: usize,
     /// Positions of a page.
     pub page_size: usize,
     /// Every layer.
@@ -30,6 +26,8 @@ pub struct Geometry {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LayerGeometry {
+    /// KV heads; the elements of their vectors are those of the rows.
+    pub kv_heads: usize,
     /// How keys are stored.
     pub key: RowFormat,
     /// How values are stored.
@@ -63,10 +61,18 @@ pub(crate) struct GroupGeometry {
 /// each as [kv_heads, positions, unit bytes].
 #[derive(Clone, Debug)]
 pub(crate) struct PageLayout {
-    kv_heads: usize,
     page_size: usize,
-    /// Bytes of a head and position in each piece.
-    units: Vec<usize>,
+    /// KV heads, and bytes of a head and position, in each piece.
+    units: Vec<(usize, usize)>,
+}
+
+/// One of the arrays that a stored page consists of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    /// First byte within the page.
+    pub start: u64,
+    pub bytes: u64,
+    pub kv_heads: usize,
 }
 
 impl Geometry {
@@ -80,11 +86,10 @@ impl Geometry {
                 key: *key.row(),
                 value: *value.row(),
             });
-            Ok(LayerGeometry { key, value, kind: config.layer_kind(l), sinks })
+            let kv_heads = cache.pool(l, Side::Key)?.kv_heads();
+            Ok(LayerGeometry { kv_heads, key, value, kind: config.layer_kind(l), sinks })
         };
         Ok(Geometry {
-            kv_heads: config.kv_heads(),
-            head_dim: config.head_dim(),
             page_size: config.positions_per_page(),
             layers: (0..config.layers()).map(layer).collect::<Result<_>>()?,
         })
@@ -97,7 +102,7 @@ impl Geometry {
                 let group = groups.iter().position(|g| g.extent == extent).unwrap_or(groups.len());
                 if group == groups.len() {
                     let page_size = extent.page_size(self.page_size);
-                    let layout = PageLayout { kv_heads: self.kv_heads, page_size, units: vec![] };
+                    let layout = PageLayout { page_size, units: vec![] };
                     groups.push(GroupGeometry { extent, layers: vec![], layout });
                 }
                 groups[group].layers.push(index);
@@ -107,7 +112,8 @@ impl Geometry {
                 };
                 for row in rows {
                     let scales = row.scales_per_row() * row.scale_dtype().size();
-                    groups[group].layout.units.extend([row.row_bytes(), scales].into_iter().filter(|&n| n > 0));
+                    let bytes = [row.row_bytes(), scales].into_iter().filter(|&n| n > 0);
+                    groups[group].layout.units.extend(bytes.map(|n| (layer.kv_heads, n)));
                 }
             }
         }
@@ -117,12 +123,8 @@ impl Geometry {
     /// Fails unless pages of `self`, a snapshot's geometry, fit a cache of this geometry.
     pub(crate) fn expect(&self, cache: &Geometry) -> Result<()> {
         let differ = |what: String, got: String, expected: String| Err(Error::Geometry { what, got, expected });
-        let counts = [
-            ("layers", self.layers.len(), cache.layers.len()),
-            ("kv_heads", self.kv_heads, cache.kv_heads),
-            ("head_dim", self.head_dim, cache.head_dim),
-            ("page_size", self.page_size, cache.page_size),
-        ];
+        let counts =
+            [("layers", self.layers.len(), cache.layers.len()), ("page_size", self.page_size, cache.page_size)];
         for (what, got, expected) in counts {
             if got != expected {
                 return differ(what.to_owned(), got.to_string(), expected.to_string());
@@ -134,6 +136,13 @@ impl Geometry {
             None => "none".to_owned(),
         };
         for (l, (got, expected)) in self.layers.iter().zip(&cache.layers).enumerate() {
+            let dims = |layer: &LayerGeometry| [layer.kv_heads, layer.key.head_dim(), layer.value.head_dim()];
+            let names = ["kv_heads", "head_dim of the keys", "head_dim of the values"];
+            for (what, (got, expected)) in names.into_iter().zip(dims(got).into_iter().zip(dims(expected))) {
+                if got != expected {
+                    return differ(format!("{what} of layer {l}"), got.to_string(), expected.to_string());
+                }
+            }
             for (side, got, expected) in [("key", got.key, expected.key), ("value", got.value, expected.value)] {
                 if got != expected {
                     return differ(format!("{side} codec of layer {l}"), name(got), name(expected));
@@ -170,29 +179,24 @@ impl GroupGeometry {
 }
 
 impl PageLayout {
-    /// First byte, bytes, and bytes of a head and position of each piece of a page of so many positions.
-    pub fn pieces(&self, positions: usize) -> impl Iterator<Item = (u64, u64, usize)> {
-        let rows = (self.kv_heads * positions) as u64;
+    /// The pieces of a page of so many positions.
+    pub fn pieces(&self, positions: usize) -> impl Iterator<Item = Piece> {
         let mut end = 0u64;
-        self.units.iter().map(move |&unit| {
-            let (start, bytes) = (end.next_multiple_of(PIECE_ALIGN), rows * unit as u64);
+        self.units.iter().map(move |&(kv_heads, unit)| {
+            let (start, bytes) = (end.next_multiple_of(PIECE_ALIGN), (kv_heads * positions) as u64 * unit as u64);
             end = start + bytes;
-            (start, bytes, unit)
+            Piece { start, bytes, kv_heads }
         })
     }
 
     /// Bytes of all pieces.
     pub fn payload(&self, positions: usize) -> u64 {
-        self.pieces(positions).last().map_or(0, |(start, bytes, _)| start + bytes)
+        self.pieces(positions).last().map_or(0, |piece| piece.start + piece.bytes)
     }
 
     /// Bytes of a stored page: the pieces, zeros, and the checksum in the last 8 bytes.
     pub fn slot(&self, positions: usize) -> u64 {
         (self.payload(positions) + 8).next_multiple_of(PAGE_ALIGN)
-    }
-
-    pub fn kv_heads(&self) -> usize {
-        self.kv_heads
     }
 
     pub fn page_size(&self) -> usize {

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub(super) const MAGIC: [u8; 8] = *b"\x89tqkv\r\n\x1a";
 
 /// The version of the snapshot's own layout; that of the vectors in it is [`FORMAT_VERSION`].
-pub const SNAPSHOT_VERSION: u32 = 2;
+pub const SNAPSHOT_VERSION: u32 = 3;
 
 /// The longest model fingerprint, in bytes.
 pub const MAX_FINGERPRINT: usize = 4096;
@@ -30,7 +30,7 @@ const HEADER_ALIGN: usize = 4096;
 const MAX_HEADER: usize = 1 << 28;
 
 /// Bytes of a layer.
-const LAYER: usize = 40;
+const LAYER: usize = 56;
 
 /// More layers than any model has.
 const MAX_LAYERS: usize = 4096;
@@ -120,11 +120,12 @@ impl Snapshot {
 
     /// The rules that counts must keep to each other.
     fn check(&self) -> Result<()> {
-        let Geometry { kv_heads, head_dim, page_size, layers } = &self.geometry;
-        for (what, n) in [("layers", layers.len()), ("kv_heads", *kv_heads), ("page_size", *page_size)] {
-            if n == 0 {
-                return Err(Error::Zero { what });
-            }
+        let Geometry { page_size, layers } = &self.geometry;
+        let kv_heads = layers.iter().map(|layer| ("kv_heads", layer.kv_heads));
+        if let Some((what, _)) =
+            [("layers", layers.len()), ("page_size", *page_size)].into_iter().chain(kv_heads).find(|c| c.1 == 0)
+        {
+            return Err(Error::Zero { what });
         }
         at_most("layers", layers.len() as u64, MAX_LAYERS as u64)?;
         if !page_size.is_multiple_of(8) {
@@ -141,9 +142,8 @@ impl Snapshot {
             // As `PagePool` has it; below, sums over layers then fit 64 bits.
             let rows = [Some(layer.key), Some(layer.value), layer.sinks.map(|s| s.key), layer.sinks.map(|s| s.value)];
             let row = rows.iter().flatten().map(|row| row.bytes()).max().unwrap_or(0) as u64;
-            let page = (*kv_heads as u64).checked_mul(*page_size as u64).and_then(|n| n.checked_mul(row));
+            let page = (layer.kv_heads as u64).checked_mul(*page_size as u64).and_then(|n| n.checked_mul(row));
             at_most("bytes of a page", page.unwrap_or(u64::MAX), u32::MAX as u64)?;
-            debug_assert_eq!(layer.key.head_dim(), *head_dim);
         }
         let groups = self.geometry.groups();
         for &(group, positions) in &self.pages {
@@ -198,21 +198,24 @@ impl Snapshot {
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
-        let Geometry { kv_heads, head_dim, page_size, layers } = &self.geometry;
+        let Geometry { page_size, layers } = &self.geometry;
         let mut out = Vec::with_capacity(self.header_bytes as usize);
         out.extend(MAGIC);
         out.extend(SNAPSHOT_VERSION.to_le_bytes());
         out.extend(FORMAT_VERSION.to_le_bytes());
         out.extend(self.file_bytes.to_le_bytes());
         out.extend(self.header_bytes.to_le_bytes());
-        let counts = [layers.len(), *kv_heads, *head_dim, *page_size];
+        let counts = [layers.len(), 0, 0, *page_size];
         let more = [self.fingerprint.len(), self.sequences.len(), self.pages.len(), self.note.len()];
         counts.iter().chain(&more).for_each(|&n| out.extend((n as u32).to_le_bytes()));
         for text in [&self.fingerprint, &self.note] {
             out.extend(text);
             out.resize(out.len().next_multiple_of(8), 0);
         }
-        layers.iter().for_each(|layer| encode_layer(layer, &mut out));
+        for layer in layers {
+            encode_heads(layer, &mut out);
+            encode_layer(layer, &mut out);
+        }
         for (group, positions) in &self.pages {
             out.extend(group.to_le_bytes());
             out.extend(positions.to_le_bytes());
@@ -288,7 +291,10 @@ impl Snapshot {
         for n in &mut counts {
             *n = fields.u32()? as usize;
         }
-        let [layers, kv_heads, head_dim, page_size, fingerprint, sequences, pages, note] = counts;
+        let [layers, zero, zeros, page_size, fingerprint, sequences, pages, note] = counts;
+        if let Some(got) = [zero, zeros].into_iter().find(|&n| n != 0) {
+            return absurd("space between counts", got, "0");
+        }
         at_most("bytes of the fingerprint", fingerprint as u64, MAX_FINGERPRINT as u64)?;
         at_most("bytes of the note", note as u64, MAX_NOTE as u64)?;
         // Grouping them takes a time that grows with the square of their number.
@@ -296,9 +302,9 @@ impl Snapshot {
         let mut text = |n: usize| Ok(&fields.bytes(n.next_multiple_of(8))?[..n]);
         let label = Label { model: text(fingerprint)?, note: text(note)? };
         // Each count is held against the bytes that are left before anything of its size is made.
-        let layers = fields.entries("layers", layers, LAYER)?.map(|f| decode_layer(f, head_dim));
+        let layers = fields.entries("layers", layers, LAYER)?.map(decode_layer);
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let geometry = Geometry { kv_heads, head_dim, page_size, layers };
+        let geometry = Geometry { page_size, layers };
         let pages = fields.entries("pages", pages, 8)?.map(|mut f| Ok((f.u32()?, f.u32()?)));
         let pages = pages.collect::<Result<Vec<_>>>()?;
         let groups = geometry.groups().len();
@@ -333,7 +339,13 @@ fn check_held(len: usize, group: &GroupGeometry, dropped: usize, pages: usize) -
     Ok(())
 }
 
-/// A layer in 40 bytes; the prefix store hashes them too.
+/// The heads of a layer in 16 bytes; the prefix store hashes them too where layers differ.
+pub(crate) fn encode_heads(layer: &LayerGeometry, out: &mut Vec<u8>) {
+    let dims = [layer.kv_heads, layer.key.head_dim(), layer.value.head_dim(), 0];
+    dims.iter().for_each(|&n| out.extend((n as u32).to_le_bytes()));
+}
+
+/// The rest of a layer in 40 bytes; the prefix store hashes them too.
 pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
     let codec = |row: RowFormat| match row.codec() {
         Codec::F32 => [0, 32],
@@ -364,7 +376,15 @@ pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
     }
 }
 
-fn decode_layer(mut fields: Fields, head_dim: usize) -> Result<LayerGeometry> {
+fn decode_layer(mut fields: Fields) -> Result<LayerGeometry> {
+    let mut dims = [0; 4];
+    for n in &mut dims {
+        *n = fields.u32()? as usize;
+    }
+    let [kv_heads, key_dim, value_dim, zero] = dims;
+    if zero != 0 {
+        return absurd("space in a layer", zero, "0");
+    }
     let (key, value) = (fields.codec()?, fields.codec()?);
     let (kind, argument) = (fields.u32()?, fields.u64()?);
     let argument = usize::try_from(argument).unwrap_or(usize::MAX);
@@ -374,8 +394,8 @@ fn decode_layer(mut fields: Fields, head_dim: usize) -> Result<LayerGeometry> {
         2 => LayerKind::Shared(argument),
         _ => return absurd("kind of a layer", kind as usize, "0 to 2"),
     };
-    let row = |codec, factor| RowFormat::new(codec, head_dim)?.with_scale_factor_d512(f32::from_bits(factor));
-    let (key, value) = (row(key, fields.u32()?)?, row(value, fields.u32()?)?);
+    let row = |codec, dim, factor| RowFormat::new(codec, dim)?.with_scale_factor_d512(f32::from_bits(factor));
+    let (key, value) = (row(key, key_dim, fields.u32()?)?, row(value, value_dim, fields.u32()?)?);
     let sinks = match fields.u32()? as usize {
         0 if fields.0.iter().all(|&b| b == 0) => None,
         0 => return absurd("sinks of a layer", 0, "at least 1 where they have codecs"),
@@ -384,10 +404,11 @@ fn decode_layer(mut fields: Fields, head_dim: usize) -> Result<LayerGeometry> {
         }
         positions => {
             let (key, value) = (fields.codec()?, fields.codec()?);
-            Some(SinkGeometry { positions, key: row(key, fields.u32()?)?, value: row(value, fields.u32()?)? })
+            let key = row(key, key_dim, fields.u32()?)?;
+            Some(SinkGeometry { positions, key, value: row(value, value_dim, fields.u32()?)? })
         }
     };
-    Ok(LayerGeometry { key, value, kind, sinks })
+    Ok(LayerGeometry { kv_heads, key, value, kind, sinks })
 }
 
 fn at_most(what: &'static str, got: u64, limit: u64) -> Result<()> {

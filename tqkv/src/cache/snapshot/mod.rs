@@ -12,8 +12,8 @@ mod transfer;
 #[cfg(feature = "prefix-store")]
 pub(super) use geometry::GroupGeometry;
 pub use geometry::{Geometry, LayerGeometry, SinkGeometry};
-#[cfg(feature = "prefix-store")]
-pub(super) use header::encode_layer;
 pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
+#[cfg(feature = "prefix-store")]
+pub(super) use header::{encode_heads, encode_layer};
 #[cfg(feature = "prefix-store")]
 pub(super) use transfer::Stored;

@@ -1,9 +1,10 @@
 //! Pages between the device and stored form.
 
-use super::geometry::PageLayout;
+use super::geometry::{PageLayout, Piece};
 use crate::cache::state::{KvCache, Pools};
 use crate::compute::{Buffer, DeviceKind};
 use crate::error::Result;
+use std::ops::Range;
 
 /// A page in the pool, the positions that are stored of it, and where its stored form begins in the host's memory.
 #[derive(Clone, Copy)]
@@ -20,7 +21,8 @@ impl KvCache {
         for run in self.runs(pages) {
             for (piece, buffer) in self.group_buffers(group).enumerate() {
                 let view = view(buffer, run)?;
-                let slot = |page: &Stored| layout.piece(page, piece);
+                let slot = |page: &Stored| layout.piece(page, piece).0;
+                let kv_heads = layout.piece(&run[0], piece).1;
                 if let [page] = run
                     && page.positions == layout.page_size()
                 {
@@ -30,9 +32,9 @@ impl KvCache {
                 staging.resize(view.bytes(), 0);
                 view.read_bytes(&mut staging)?;
                 for (page, from) in run.iter().zip(staging.chunks_exact(view.bytes() / run.len())) {
-                    let heads = from.chunks_exact(from.len() / layout.kv_heads());
+                    let heads = from.chunks_exact(from.len() / kv_heads);
                     let to = &mut out[slot(page)];
-                    let row = to.len() / layout.kv_heads();
+                    let row = to.len() / kv_heads;
                     to.chunks_exact_mut(row).zip(heads).for_each(|(to, from)| to.copy_from_slice(&from[..row]));
                 }
             }
@@ -46,7 +48,8 @@ impl KvCache {
         for run in self.runs(pages) {
             for (piece, buffer) in self.group_buffers(group).enumerate() {
                 let view = view(buffer, run)?;
-                let slot = |page: &Stored| layout.piece(page, piece);
+                let slot = |page: &Stored| layout.piece(page, piece).0;
+                let kv_heads = layout.piece(&run[0], piece).1;
                 if let [page] = run
                     && page.positions == layout.page_size()
                 {
@@ -56,9 +59,9 @@ impl KvCache {
                 staging.clear();
                 staging.resize(view.bytes(), 0);
                 for (page, to) in run.iter().zip(staging.chunks_exact_mut(view.bytes() / run.len())) {
-                    let heads = to.len() / layout.kv_heads();
+                    let heads = to.len() / kv_heads;
                     let from = &data[slot(page)];
-                    let row = from.len() / layout.kv_heads();
+                    let row = from.len() / kv_heads;
                     let rows = from.chunks_exact(row).zip(to.chunks_exact_mut(heads));
                     rows.for_each(|(from, to)| to[..row].copy_from_slice(from));
                 }
@@ -87,9 +90,11 @@ fn view(buffer: &Buffer, run: &[Stored]) -> Result<Buffer> {
 }
 
 impl PageLayout {
-    /// Where a piece of a stored page lies.
-    fn piece(&self, page: &Stored, piece: usize) -> std::ops::Range<usize> {
-        let (start, bytes, _) = self.pieces(page.positions).nth(piece).unwrap_or_default();
-        page.at + start as usize..page.at + (start + bytes) as usize
+    /// Where a piece of a stored page lies, and its KV heads.
+    fn piece(&self, page: &Stored, piece: usize) -> (Range<usize>, usize) {
+        let found = self.pieces(page.positions).nth(piece);
+        found.map_or((0..0, 1), |Piece { start, bytes, kv_heads }| {
+            (page.at + start as usize..page.at + (start + bytes) as usize, kv_heads)
+        })
     }
 }
