@@ -43,6 +43,7 @@ impl OwnModel {
     /// `x`, `[tokens, WIDTH]`, are new tokens of one sequence.
     fn forward(&self, x: &Tensor, attention: &mut Attention, sequence: SequenceId) -> Result<Tensor> {
         let (mut x, tokens) = (x.clone(), x.dim(0)?);
+        let mut step = attention.step(&[(sequence, tokens)])?;
         for (i, layer) in self.0.iter().enumerate() {
             let normed = layer.norm.forward(&x)?;
             let heads = |y: Tensor, heads: usize| y.reshape((tokens, heads, HEAD_DIM));
@@ -50,9 +51,10 @@ impl OwnModel {
             let k = heads(layer.k.forward(&normed)?, KV_HEADS)?;
             let v = heads(layer.v.forward(&normed)?, KV_HEADS)?;
             let params = AttentionParams::for_head_dim(HEAD_DIM);
-            let attended = attention.forward(i, &[(sequence, tokens)], &q, &k, &v, &params)?;
+            let attended = step.forward(i, &q, &k, &v, &params)?;
             x = (x + layer.out.forward(&attended.reshape((tokens, WIDTH))?)?)?;
         }
+        step.commit()?;
         Ok(x)
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, Storage, Tensor, WithDType};
 use half::{bf16, f16};
+use tqkv::cache::Step;
 use tqkv::compute::Element;
 use tqkv::ops::AttentionParams;
 use tqkv::{Buffer, CacheConfig, Device, KvCache, SequenceId};
@@ -20,10 +21,12 @@ use tqkv::{Buffer, CacheConfig, Device, KvCache, SequenceId};
 ///
 /// let q = Tensor::randn(0f32, 1.0, (3, 8, 64), &Device::Cpu)?; // [tokens, heads, head_dim]
 /// let k = Tensor::randn(0f32, 1.0, (3, 2, 64), &Device::Cpu)?; // [tokens, kv_heads, head_dim]
+/// let mut step = attention.step(&[(sequence, 3)])?;
 /// for layer in 0..2 {
-///     let out = attention.forward(layer, &[(sequence, 3)], &q, &k, &k, &AttentionParams::for_head_dim(64))?;
+///     let out = step.forward(layer, &q, &k, &k, &AttentionParams::for_head_dim(64))?;
 ///     assert_eq!(out.dims(), [3, 8, 64]);
 /// }
+/// step.commit()?;
 /// assert_eq!(attention.cache().len(sequence)?, 3);
 /// # Ok::<(), tqkv_candle::Error>(())
 /// ```
@@ -47,32 +50,56 @@ impl Attention {
         &mut self.cache
     }
 
-    /// Stores the keys and values of new tokens in one layer, and attends with their queries over all that the layer then
-    /// holds of their sequences. Returns a tensor like `q`.
-    ///
-    /// `new` names each sequence with its number of new tokens; the tensors hold the tokens in that order. `q` is
-    /// `[tokens, heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, each f32, f16 or bf16.
+    /// Starts a step of the model: `new` names each sequence with its number of new tokens.
     ///
     /// # Errors
-    /// [`Error::TensorType`], and those of [`KvCache::append`] and [`KvCache::attend`]. This layer may then hold the new tokens,
-    /// as those before it do: [`KvCache::truncate`] takes the whole step back.
+    /// Those of [`KvCache::step`]. Nothing has changed then.
+    pub fn step(&mut self, new: &[(SequenceId, usize)]) -> Result<AttentionStep<'_>> {
+        Ok(AttentionStep { step: self.cache.step(new)? })
+    }
+}
+
+/// New tokens of some sequences on their way through the layers. Made by [`Attention::step`].
+///
+/// The tokens count when the step is [`commit`](AttentionStep::commit)ted; if it is dropped instead, the cache holds what it
+/// held before.
+#[must_use = "a step that is dropped appends nothing"]
+pub struct AttentionStep<'a> {
+    step: Step<'a>,
+}
+
+impl AttentionStep<'_> {
+    /// Stores the keys and values of the new tokens in one layer, and attends with their queries over all that the layer then
+    /// holds of their sequences. Returns a tensor like `q`.
+    ///
+    /// `q` is `[tokens, heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, each f32, f16 or bf16: one
+    /// sequence's tokens after the other's, as [`Attention::step`] named them.
+    ///
+    /// # Errors
+    /// [`Error::TensorType`], and those of [`Step::append_and_attend`].
     pub fn forward(
         &mut self,
         layer: usize,
-        new: &[(SequenceId, usize)],
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
-        let device = self.cache.device().clone();
+        let device = self.step.device().clone();
         let out = device.zeros(dtype(q)?, q.dims())?;
         let (q_buffer, k, v) = (hand_over(&device, q)?, hand_over(&device, k)?, hand_over(&device, v)?);
         let mut encoder = device.encoder()?;
-        self.cache.append(&mut encoder, layer, new, &k, &v)?;
-        self.cache.attend(&mut encoder, layer, new, &q_buffer, &out, None, params)?;
+        self.step.append_and_attend(&mut encoder, layer, &k, &v, &q_buffer, &out, None, params)?;
         encoder.submit_and_wait()?;
         take_back(&out, q)
+    }
+
+    /// Says that all layers are done: the tokens count from now on.
+    ///
+    /// # Errors
+    /// [`tqkv::Error::UnevenLayers`] if a layer was left out. The tokens do not count then.
+    pub fn commit(self) -> Result<()> {
+        Ok(self.step.commit()?)
     }
 }
 

@@ -37,7 +37,7 @@ mod sampling;
 mod text;
 mod tokenizer;
 
-pub use attention::Attention;
+pub use attention::{Attention, AttentionStep};
 pub use cache::SequenceCache;
 pub use error::{Error, Result};
 pub use eval::{Fidelity, Windows, evaluate};

@@ -6,7 +6,7 @@ use super::linear::{Linear, Matrix};
 use super::metadata::Metadata;
 use super::rope::Rope;
 use super::weights::{Rows, Weights};
-use crate::attention::Attention;
+use crate::attention::{Attention, AttentionStep};
 use crate::cache::SequenceCache;
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -126,21 +126,20 @@ impl Model {
         if new.is_empty() {
             return Err(Error::NoTokens);
         }
+        let counts: Vec<_> = new.iter().map(|(sequence, tokens)| (*sequence, tokens.len())).collect();
+        // Dropped on an error, and then the cache is as it was.
+        let mut step = attention.step(&counts)?;
         // On a thread of rayon's, so that the many small parallel loops within start without waking one each.
-        let hidden = rayon::scope(|_| self.forward_layers(new, &starts, attention));
-        if hidden.is_err() {
-            for (&(sequence, _), start) in new.iter().zip(starts) {
-                attention.cache_mut().truncate(sequence, start)?;
-            }
-        }
-        hidden
+        let hidden = rayon::scope(|_| self.forward_layers(new, &starts, &mut step))?;
+        step.commit()?;
+        Ok(hidden)
     }
 
     fn forward_layers(
         &self,
         new: &[(SequenceId, &[u32])],
         starts: &[usize],
-        attention: &mut Attention,
+        step: &mut AttentionStep,
     ) -> Result<Tensor> {
         let positions = new.iter().zip(starts).flat_map(|((_, tokens), &start)| start..start + tokens.len());
         let positions: Vec<f32> = positions.map(|p| p as f32).collect();
@@ -149,14 +148,13 @@ impl Model {
         let local = self.local_rope.as_ref().map(|rope| rope.angles(&positions)).transpose()?;
 
         let tokens: Vec<u32> = new.iter().flat_map(|n| n.1).copied().collect();
-        let counts: Vec<_> = new.iter().map(|(sequence, tokens)| (*sequence, tokens.len())).collect();
         let mut x = self.embedding.rows(&Tensor::new(tokens, &Device::Cpu)?)?;
         if self.config.embedding_scale != 1.0 {
             x = (x * f64::from(self.config.embedding_scale))?;
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let angles = local.as_ref().filter(|_| self.config.windows[i].is_some()).unwrap_or(&angles);
-            let attended = self.attend(layer, i, &self.norm(&x, &layer.attention_norm)?, angles, &counts, attention)?;
+            let attended = self.attend(layer, i, &self.norm(&x, &layer.attention_norm)?, angles, step)?;
             x = (x + self.optional_norm(attended, &layer.post_attention_norm)?)?;
             let fed = self.feed_forward(layer, &self.norm(&x, &layer.mlp_norm)?)?;
             x = (x + self.optional_norm(fed, &layer.post_mlp_norm)?)?;
@@ -171,8 +169,7 @@ impl Model {
         number: usize,
         x: &Tensor,
         angles: &Angles,
-        counts: &[(SequenceId, usize)],
-        attention: &mut Attention,
+        step: &mut AttentionStep,
     ) -> Result<Tensor> {
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
         let tokens = x.dim(0)?;
@@ -185,7 +182,7 @@ impl Model {
         }
         let (q, k) = (rotate(&q, angles)?, rotate(&k, angles)?);
         let params = self.config.attention_params(number);
-        let out = attention.forward(number, counts, &q, &k, &v, &params)?;
+        let out = step.forward(number, &q, &k, &v, &params)?;
         layer.output.forward(&out.reshape((tokens, heads * head_dim))?)
     }
 
