@@ -83,7 +83,8 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                 for head in 0..kv_heads {
                     let index = (page * kv_heads + head) * pool.page_size() + slot;
                     let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
-                    load_rows(dtype, x, head_dim, v, d);
+                    float::load(dtype, x, &mut v[..head_dim]);
+                    v[head_dim..].fill(0.0);
                     // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
                     // one task only.
                     let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
@@ -114,19 +115,20 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
     };
     // Rows from `start` on, in f32.
     let fill = |start: usize, v: &mut [f32], factors: &mut [f32]| {
-        let (count, mut i) = (v.len() / d, 0);
-        while i < count {
+        let (mut runs, mut held, mut i) = ([(std::ptr::null(), 0); ROWS_PER_TASK], 0, 0);
+        while i < v.len() / d {
             // As many rows as lie one after the other.
             let first = row_at(start + i);
-            let run = (1..count - i).take_while(|&j| row_at(start + i + j) == first + j).count() + 1;
-            let factors = (per_row > 0).then(|| {
-                coder.factors(scales.rows(first, run), &mut factors[..run * per_row]);
-                &factors[..run * per_row]
-            });
-            // SAFETY: `padded` gives a pointer that is readable for 64 bytes past the rows.
-            unsafe { coder.decode(codes.padded(first, run), factors, &mut v[i * d..][..run * d]) };
-            i += run;
+            let n = (1..v.len() / d - i).take_while(|&j| row_at(start + i + j) == first + j).count() + 1;
+            if per_row > 0 {
+                coder.factors(scales.rows(first, n), &mut factors[i * per_row..][..n * per_row]);
+            }
+            runs[held] = (codes.padded(first, n), n);
+            (held, i) = (held + 1, i + n);
         }
+        let factors = (per_row > 0).then_some(&factors[..i * per_row]);
+        // SAFETY: `padded` gives pointers that are readable for 64 bytes past the rows.
+        unsafe { coder.decode(&runs[..held], factors, v) };
         if op.domain == Domain::Original {
             coder.rotate(Direction::Inverse, v);
         }

@@ -92,7 +92,7 @@ fn decoding_is_the_definition_to_the_bit() {
                 let mut out = vec![f32::NAN; n * d];
                 let factors = (scaled && !factors.is_empty()).then_some(&factors[..]);
                 // SAFETY: 64 bytes follow.
-                unsafe { coder.decode(padded.as_ptr(), factors, &mut out) };
+                unsafe { coder.decode(&[(padded.as_ptr(), n)], factors, &mut out) };
                 let want: Vec<f32> = (0..n * d)
                     .map(|i| {
                         let row_codes = &codes[i / d * row.row_bytes()..][..row.row_bytes()];

@@ -165,7 +165,6 @@ impl Work<'_> {
         if params.domain == Domain::Original {
             self.key.coder.rotate(Direction::Forward, &mut rows);
         }
-        let norm = |q: &[f32]| q.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
         let norms = rows.chunks_exact(d).zip(&units).map(|(q, unit)| norm(q) * unit).collect();
         let span = self.op.batch.spans()[unit.sequence];
         let held = span.first as usize..span.len as usize;
@@ -201,15 +200,25 @@ impl Work<'_> {
     }
 }
 
-/// Divides a query by the power of two that its largest element has, which it gives: so its rotation, its square and its
-/// products with levels do not overflow. Nothing is rounded that could matter.
+/// Divides a query by the power of two that its largest element has, which it gives: so its rotation and its products with levels
+/// do not overflow. Nothing is rounded that could matter. Queries of usual sizes stay as they are.
 fn take_unit(query: &mut [f32]) -> f64 {
-    let largest = query.iter().fold(0f32, |m, x| m.max(x.abs()));
-    if largest == 0.0 || largest.is_infinite() {
+    // As integers, so that it is done in vectors; NaN is above infinity.
+    let largest = query.iter().fold(0, |m, x| x.abs().to_bits().max(m));
+    let exponent = (largest >> 23) as i32 - 127;
+    if largest == 0 || exponent == 128 || (-60..60).contains(&exponent) {
         return 1.0;
     }
-    let exponent = (largest.to_bits() >> 23) as i32 - 127;
     let factor = 2f32.powi(-exponent);
     query.iter_mut().for_each(|x| *x *= factor);
     2f64.powi(exponent)
+}
+
+/// The norm of a row.
+fn norm(row: &[f32]) -> f64 {
+    let mut lanes = [0f64; 16];
+    for x in row.chunks_exact(16) {
+        lanes.iter_mut().zip(x).for_each(|(l, &x)| *l += x as f64 * x as f64);
+    }
+    lanes.iter().sum::<f64>().sqrt()
 }

@@ -29,7 +29,7 @@ pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile, partial: &mut Part
             let end = count.min(at + key_stretch);
             find(isa, task, (&task.key, key_way), start, (at, end), keys, &mut t.keys);
             if !key_way.asks_ahead() {
-                ask(isa, &t.ahead[at..end], task.value.tables.row.row_bytes());
+                ask(isa, &t.ahead[at..end], task.value.tables.row_bytes);
             }
             if !key_way.sums_squares() {
                 scores::norms(isa, task, t, (at, end));
@@ -44,7 +44,7 @@ pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile, partial: &mut Part
             let end = count.min(at + value_stretch);
             find(isa, task, (&task.value, value_way), start, (at, end), values, &mut t.values);
             if !value_way.asks_ahead() {
-                ask(isa, &t.ahead[at..end], task.key.tables.row.row_bytes());
+                ask(isa, &t.ahead[at..end], task.key.tables.row_bytes);
             }
             values::add(isa, task, t, value_way, partial, 0, &within(&seen, at, end)[..m]);
         }

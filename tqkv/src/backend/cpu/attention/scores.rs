@@ -11,12 +11,14 @@ use crate::format::MAX_HEAD_DIM;
 
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
 const LARGE: f64 = 128.0;
+/// Where |q| |k| is above this, they may overflow.
+const OVERFLOW: f64 = 1e37;
 
 /// The keys' norms, times scale. Elements of a row that has one factor are of unit variance; other rows are decoded.
 #[inline(always)]
 pub(super) fn norms<S: Simd>(isa: S, task: &Task, t: &mut Tile, (from, to): (usize, usize)) {
     let d = task.d();
-    if task.key.tables.row.scales_per_row() == 1 {
+    if task.key.tables.scales_per_row == 1 {
         let root = (d as f64).sqrt();
         for (norm, factor) in t.key_norms[from..to].iter_mut().zip(&t.key_factors[from..to]) {
             *norm = (factor.abs() * root) as f32;
@@ -81,7 +83,7 @@ impl Kernel for Dots<'_> {
     fn run<S: Simd, R: Read, const M: usize>(mut self, isa: S) {
         assert!(self.q.len() >= M * self.task.d() && M <= ROWS);
         let table = R::table(isa, self.task.key.tables);
-        let ahead = if R::IN_POOL { self.task.value.tables.row.row_bytes() } else { 0 };
+        let ahead = if R::IN_POOL { self.task.value.tables.row_bytes } else { 0 };
         // Sixteen sums fill half of 32 registers, eight half of 16.
         if S::LANES == 16 || M <= 2 {
             for i in (self.from / 4 * 4..self.to).step_by(4) {
@@ -209,16 +211,19 @@ fn scale<S: Simd>(
     (from, to): (usize, usize),
 ) {
     let (scores, factors, norms) = (&mut t.scores[i][from..to], &t.key_factors[from..to], &t.key_norms[from..to]);
-    // An infinite norm is above any limit.
-    let limit = ((LARGE / task.norms[row]) as f32).min(f32::MAX);
+    // Nor may sums overflow before they are scaled. An infinite norm is above any limit.
+    let limit = ((LARGE.min(OVERFLOW * task.scale.abs()) / task.norms[row]) as f32).min(f32::MAX);
     let (unit, mut large) = (task.units[row], false);
     for ((s, factor), &norm) in scores.iter_mut().zip(factors).zip(norms) {
-        *s *= factor * unit;
-        large |= norm > limit || !s.is_finite();
+        *s *= factor;
+        large |= norm > limit;
+    }
+    if unit != 1.0 {
+        scores.iter_mut().for_each(|s| *s *= unit);
     }
     if large {
         for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
-            if norm > limit || !s.is_finite() {
+            if norm > limit {
                 for_one(isa, way, ExactDot { tables: task.key.tables, q, key, to: s });
                 *s *= factor * unit;
             }

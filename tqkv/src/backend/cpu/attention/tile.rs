@@ -29,6 +29,7 @@ pub(super) struct Tile {
 }
 
 impl Tile {
+    #[inline(always)] // Or it would be copied.
     pub fn new() -> Self {
         Tile {
             keys: [std::ptr::null(); MAX_TILE],
@@ -47,7 +48,7 @@ impl Tile {
     pub fn find_factors(&mut self, task: &Task, start: usize, count: usize) {
         let mut keys = [1f32; MAX_TILE];
         for (side, factors) in [(&task.key, &mut keys), (&task.value, &mut self.value_factors)] {
-            if side.tables.row.scales_per_row() != 1 {
+            if side.tables.scales_per_row != 1 {
                 // None, or already in the decoded rows.
                 factors[..count].fill(1.0);
                 continue;
@@ -64,7 +65,7 @@ impl Tile {
     /// Where the rows of positions `start..end` are in the pool.
     #[inline(always)]
     pub fn look_ahead(&mut self, task: &Task, side: &HeadRows, start: usize, end: usize) {
-        let bytes = side.tables.row.row_bytes();
+        let bytes = side.tables.row_bytes;
         for (i, n, first) in task.pages(side, start, (0, end - start)) {
             let codes = side.codes.padded(first, n);
             (0..n).for_each(|j| self.ahead[i + j] = codes.wrapping_add(j * bytes));
@@ -101,13 +102,13 @@ pub(super) fn find<S: Simd>(
     for (i, n, first) in task.pages(side, start, (from, to)) {
         let codes = side.codes.padded(first, n);
         if prepared == 0 {
-            (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * tables.row.row_bytes()));
+            (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * tables.row_bytes));
             continue;
         }
         let room = &mut room[(i - from) * prepared..][..n * prepared];
         // Several factors a row cannot be pulled out of its sums.
         let mut wide = [0f32; MAX_TILE * 4];
-        let factors = (tables.row.scales_per_row() > 1).then(|| &mut wide[..n * tables.row.scales_per_row()]);
+        let factors = (tables.scales_per_row > 1).then(|| &mut wide[..n * tables.scales_per_row]);
         let factors = factors.map(|factors| {
             tables.factors(side.scales.rows(first, n), factors);
             &*factors
@@ -136,7 +137,7 @@ pub(super) fn ask<S: Simd>(isa: S, rows: &[*const u8], bytes: usize) {
 /// hardware does not foresee.
 #[inline(always)]
 pub(super) fn prefetch<S: Simd>(isa: S, task: &Task, side: &HeadRows, start: usize, count: usize) {
-    let bytes = side.tables.row.row_bytes();
+    let bytes = side.tables.row_bytes;
     for (_, n, first) in task.pages(side, start, (0, count)) {
         let codes = side.codes.padded(first, n);
         for line in (0..n * bytes).step_by(64) {

@@ -19,7 +19,7 @@ pub(super) fn add<S: Simd>(
     r: usize,
     seen: &[(usize, usize)],
 ) {
-    let (d, tables, ahead) = (task.d(), task.value.tables, task.key.tables.row.row_bytes());
+    let (d, tables, ahead) = (task.d(), task.value.tables, task.key.tables.row_bytes);
     let out = &mut partial.out[r * d..][..seen.len() * d];
     if seen.iter().all(|s| *s == seen[0]) {
         return for_rows(isa, way, seen.len(), Sums { tables, tile: t, row: 0, seen: seen[0], ahead, out });

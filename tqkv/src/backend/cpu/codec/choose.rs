@@ -106,7 +106,7 @@ impl Way {
         }
         for (i, to) in to.chunks_exact_mut(tables.d / 8).enumerate() {
             // SAFETY: the caller's promise about the rows; d / 2 bytes are d / 8 floats.
-            unsafe { planes::prepare(isa, codes.add(i * tables.row.row_bytes()), tables.d, to.as_mut_ptr().cast()) };
+            unsafe { planes::prepare(isa, codes.add(i * tables.row_bytes), tables.d, to.as_mut_ptr().cast()) };
         }
     }
 

@@ -40,19 +40,21 @@ impl RowCoder {
         if let Packing::Float(dtype) = self.row.packing() {
             return float::store(dtype, v, codes);
         }
-        assert!(v.len() == self.d && codes.len() == self.row.row_bytes());
-        assert!(scales.len() == self.row.scales_per_row() * self.row.scale_dtype().size());
+        assert!(v.len() == self.d && codes.len() == self.row_bytes);
+        assert!(scales.len() == self.scales_per_row * self.row.scale_dtype().size());
         self.isa.run(Encode { tables: &self.tables, v, codes, scales });
     }
 
-    /// Decodes consecutive rows into the rotated domain; without factors the levels alone.
+    /// Decodes rows into the rotated domain: runs of consecutive rows, each where its codes are and how many; and the factors of
+    /// all.
     ///
     /// # Safety
-    /// `codes` must be readable for 64 bytes past the last row.
-    pub unsafe fn decode(&self, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
-        assert!(out.len().is_multiple_of(self.d));
-        assert!(factors.is_none_or(|f| f.len() == out.len() / self.d * self.row.scales_per_row()));
-        self.isa.run(Decode { tables: &self.tables, codes, factors, out });
+    /// The codes of each run must be readable for 64 bytes past its last row.
+    pub unsafe fn decode(&self, runs: &[(*const u8, usize)], factors: Option<&[f32]>, out: &mut [f32]) {
+        let rows: usize = runs.iter().map(|run| run.1).sum();
+        assert!(out.len() == rows * self.d);
+        assert!(factors.is_none_or(|f| f.len() == rows * self.scales_per_row));
+        self.isa.run(Decode { tables: &self.tables, runs, factors, out });
     }
 
     /// Copies floats in whole vectors of 16, past the caches where the machine can and the address allows.
@@ -93,10 +95,10 @@ impl Job for Encode<'_> {
     }
 }
 
-/// Made by `RowCoder::decode` alone, whose caller vouches for `codes`.
+/// Made by `RowCoder::decode` alone, whose caller vouches for the codes.
 struct Decode<'a> {
     tables: &'a RowTables,
-    codes: *const u8,
+    runs: &'a [(*const u8, usize)],
     factors: Option<&'a [f32]>,
     out: &'a mut [f32],
 }
@@ -105,8 +107,15 @@ impl Job for Decode<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, isa: S) {
-        // SAFETY: the promise made to `RowCoder::decode`.
-        unsafe { choose::decode(isa, self.tables, self.codes, self.factors, self.out) }
+        let (d, scales) = (self.tables.d, self.tables.scales_per_row);
+        let mut first = 0;
+        for &(codes, rows) in self.runs {
+            let factors = self.factors.map(|factors| &factors[first * scales..][..rows * scales]);
+            let out = &mut self.out[first * d..][..rows * d];
+            // SAFETY: the promise made to `RowCoder::decode`.
+            unsafe { choose::decode(isa, self.tables, codes, factors, out) };
+            first += rows;
+        }
     }
 }
 

@@ -88,7 +88,7 @@ fn assign<S: Simd>(isa: S, tables: &RowTables, v: &[f32], unit: f32, norm: f32, 
 fn sum_of_squares<S: Simd>(isa: S, v: &[f32], block: usize) -> f32 {
     let mut sums = [MaybeUninit::<f32>::uninit(); MAX_HEAD_DIM];
     let sums = sums.as_mut_ptr().cast::<f32>();
-    assert!(block <= MAX_HEAD_DIM && v.len().is_multiple_of(block) && block.is_multiple_of(16));
+    assert!(block <= MAX_HEAD_DIM && block.is_power_of_two() && v.len() & (block - 1) == 0 && block >= 16);
     // SAFETY: whole vectors within v, and within sums up to a block, which the first loop fills.
     unsafe {
         for j in (0..block).step_by(S::LANES) {

@@ -17,7 +17,7 @@ pub(super) unsafe fn decode<S: Simd, const BITS: usize, const BYTE: bool>(
 ) {
     let step = S::LANES * if BYTE { 8 } else { BITS } / 8;
     // The elements of one factor; without factors those of a row.
-    let segment = if factors.is_some() { tables.d / tables.row.scales_per_row() } else { tables.d };
+    let segment = if factors.is_some() { tables.d / tables.scales_per_row } else { tables.d };
     let levels = isa.levels::<BITS>(tables.levels());
     for (s, out) in out.chunks_exact_mut(segment).enumerate() {
         let factor = isa.splat(factors.map_or(1.0, |factors| factors[s]));

@@ -15,8 +15,11 @@ pub(super) fn rotate<S: Simd>(isa: S, tables: &RowTables, direction: Direction, 
         if direction == Direction::Forward {
             negate(isa, tables, row);
         }
-        for x in row.chunks_exact_mut(block) {
-            transform(isa, x);
+        // Neither `chunks_exact` nor `step_by`, which divide.
+        let mut b = 0;
+        while b < d {
+            transform(isa, &mut row[b..b + block]);
+            b += block;
         }
         if d > block {
             reflect(isa, row, block);

@@ -3,7 +3,7 @@
 use crate::backend::cpu::float;
 use crate::backend::cpu::isa::LevelTable;
 use crate::format::tables::tables;
-use crate::format::{Codec, RowFormat};
+use crate::format::{Codec, RowFormat, Scaling};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
@@ -14,6 +14,9 @@ pub(in crate::backend::cpu) struct RowTables {
     pub d: usize,
     /// Elements of a block of the transform.
     pub block: usize,
+    /// Bytes of a row.
+    pub row_bytes: usize,
+    pub scales_per_row: usize,
     made: Arc<Made>,
 }
 
@@ -40,7 +43,15 @@ pub(super) struct CellTable {
 
 impl RowTables {
     pub fn new(row: &RowFormat) -> Self {
-        RowTables { row: *row, d: row.row_dim(), block: row.block(), made: Made::of(row) }
+        let (d, block) = (row.row_dim(), row.block());
+        RowTables {
+            row: *row,
+            d,
+            block,
+            row_bytes: row.row_bytes(),
+            scales_per_row: row.scales_per_row(),
+            made: Made::of(row),
+        }
     }
 
     pub(super) fn signs(&self) -> &[f32] {
@@ -62,7 +73,9 @@ impl RowTables {
     /// The factors that stored scales stand for: one for each scale.
     pub fn factors(&self, scales: &[u8], out: &mut [f32]) {
         float::load(self.row.scale_dtype(), scales, out);
-        out.iter_mut().for_each(|x| *x = self.row.factor(*x));
+        if self.row.scaling() != Scaling::Corrected {
+            out.iter_mut().for_each(|x| *x = self.row.factor(*x));
+        }
     }
 }
 
