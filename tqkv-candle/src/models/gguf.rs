@@ -39,7 +39,7 @@ pub enum GgufError {
         /// How many bytes there are.
         left: u64,
     },
-    /// A value of a kind that the format does not have, or a truth value that is neither 0 nor 1.
+    /// A value of a kind that the format does not have.
     #[error("the value of {key} is of kind {got}, expected one from 0 to 12")]
     Kind {
         /// The key.
