@@ -191,3 +191,29 @@ fn softcaps_of_any_size() {
         }
     });
 }
+
+/// Values whose sizes lie far apart: at random, and such that f16 first holds their scales and then does not.
+#[test]
+fn values_of_very_different_sizes() {
+    on_both(|device| {
+        let (d, n) = (128, 700);
+        for codec in [Codec::tq(4), Codec::seed(4), Codec::seed(5)] {
+            let row = RowFormat::new(codec, d).unwrap();
+            for (heads, random) in [(4, true), (8, true), (16, false), (32, false)] {
+                let mut rng = Rng(heads as u64);
+                let sizes: Vec<f32> = (0..n)
+                    .map(|i| match (random, i % 32 < 16) {
+                        (true, _) => 2f32.powi(rng.below(31) as i32 - 15),
+                        (false, true) => 2000.0,
+                        (false, false) => 20000.0,
+                    })
+                    .collect();
+                let values: Vec<f32> = rng.normals(n * d).iter().zip(0..).map(|(x, i)| x * sizes[i / d]).collect();
+                let q: Vec<f32> = rng.normals(heads * d).iter().map(|x| 3.0 * x).collect();
+                for q_type in FLOATS {
+                    check(device, row, &q, q_type, &rng.normals(n * d), &values, None);
+                }
+            }
+        }
+    });
+}

@@ -50,7 +50,7 @@ struct Softmax {
             move(s, v_scale, unit);
         }
     }
-    // Brings scales near one that f16 does not hold.
+    // Brings scales near one that f16 does not hold. The maxima follow, as far as they are not so large that they cannot.
     DEVICE void narrow(ValueScales& v_scale, float largest, bool first) {
 #pragma unroll
         for (int k = 1; k < 32; k <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, k));
@@ -64,9 +64,14 @@ struct Softmax {
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-                for (int i = 0; i < FRAGMENTS; i++)
+                for (int c = 0; c < COLUMNS; c++) {
+                    const float before = m[n][c];
+                    m[n][c] += log2_approx(change);
+                    const float grown = exp2_approx(before - m[n][c]), kept = grown * change;
+                    l[n][c] *= grown;
 #pragma unroll
-                    for (int e = 0; e < 4; e++) o[n][i][e] *= change;
+                    for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= kept, o[n][i][c + 2] *= kept;
+                }
         }
     }
     DEVICE void move(const Scores& s, const ValueScales& v_scale, const RowFloats& unit) {
