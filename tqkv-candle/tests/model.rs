@@ -9,8 +9,8 @@ use tempfile::tempdir;
 use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Model, ModelConfig, Progress, SequenceCache, StopReason, TextProgress, Vocabulary,
-    Windows, evaluate, generate, generate_text, generate_with,
+    Encoded, Error, GenerateOptions, Model, ModelConfig, Needle, Progress, SequenceCache, StopReason, TextProgress,
+    Vocabulary, Windows, evaluate, find, first_difference, generate, generate_text, generate_with, run_freely,
 };
 
 fn load(tiny: &TinyModel) -> Model {
@@ -468,4 +468,94 @@ fn tokens_before_the_prompt_count_as_repetitions() {
 fn tokens_with(model: &Model, options: &GenerateOptions) -> Vec<u32> {
     let run = generate(model, &mut cache(model), &[0, 65, 66, 67], options, |_| ControlFlow::Continue(()));
     run.unwrap().tokens
+}
+
+#[test]
+fn percentiles_are_those_of_the_divergences() {
+    let tiny = TinyModel::new();
+    let model = load(&tiny);
+    let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog").unwrap();
+    let windows = Windows::new(&text, 2, 21, Some(0)).unwrap();
+    let mut caches = [cache_with(&model, "k4v4")];
+    let (_, results) = evaluate(&model, &mut cache(&model), &mut caches, &windows, 6, |_| ()).unwrap();
+    // Each prediction by itself, in f64 of the logits.
+    let mut divergences: Vec<f64> = Vec::new();
+    for window in windows.iter() {
+        let (mut exact, mut coded) = (cache(&model), cache_with(&model, "k4v4"));
+        for chunk in window[..20].chunks(6) {
+            let rows = |cache: &mut SequenceCache| -> Vec<Vec<f32>> {
+                model.logits(&model.forward(chunk, cache).unwrap()).unwrap().to_vec2().unwrap()
+            };
+            for (p, q) in rows(&mut exact).iter().zip(&rows(&mut coded)) {
+                let log_sum = |row: &[f32]| row.iter().map(|&l| f64::from(l).exp()).sum::<f64>().ln();
+                let (sum_p, sum_q) = (log_sum(p), log_sum(q));
+                let term = |(&p, &q): (&f32, &f32)| {
+                    let (p, q) = (f64::from(p) - sum_p, f64::from(q) - sum_q);
+                    p.exp() * (p - q)
+                };
+                divergences.push(p.iter().zip(q).map(term).sum());
+            }
+        }
+    }
+    divergences.sort_by(f64::total_cmp);
+    let close = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-9 + 1e-6 * expected, "{got} {expected}");
+    assert_eq!(divergences.len(), 40);
+    close(results[0].kld(), divergences.iter().sum::<f64>() / 40.0);
+    close(results[0].kld_median(), divergences[19]);
+    close(results[0].kld_p99(), divergences[39]);
+}
+
+#[test]
+fn free_runs_are_greedy_and_their_first_difference_is_found() {
+    let model = load(&TinyModel::new());
+    let expected = tokens_with(&model, &GenerateOptions { max_tokens: 20, ..GenerateOptions::default() });
+    let mut cache = cache(&model);
+    for _ in 0..2 {
+        assert_eq!(run_freely(&model, &mut cache, &[0, 65, 66, 67], 20).unwrap(), expected);
+    }
+    assert_eq!(first_difference(&[1, 2, 3], &[1, 2, 3]), None);
+    assert_eq!(first_difference(&[1, 2, 3], &[1, 4, 3]), Some(1));
+    assert_eq!(first_difference(&[1, 2], &[1, 2, 3]), Some(2));
+    assert_eq!(first_difference(&[], &[1]), Some(0));
+}
+
+#[test]
+fn a_needle_is_hidden_where_it_should_be_and_costs_what_the_oracle_says() {
+    let mut tiny = TinyModel::new();
+    tiny.config["max_position_embeddings"] = serde_json::json!(256);
+    let model = load(&tiny);
+    let hay: Vec<u32> = b"hay".iter().cycle().take(300).map(|&b| b.into()).collect();
+    let hide = |length, depth| Needle::hide(&Vocabulary::Bytes, &hay, length, depth, 42, Some(0));
+    let text = |needle: &Needle| -> String {
+        needle.tokens()[1..].iter().map(|&t| char::from(u8::try_from(t).unwrap())).collect()
+    };
+    let told = "\nThe secret number is 42. Remember it: the secret number is 42.\n";
+    let asked = "\nWhat is the secret number? The secret number is 42";
+    for (depth, before) in [(0.0, 0), (0.5, 15), (1.0, 30)] {
+        let needle = hide(1 + 30 + told.len() + asked.len(), depth).unwrap();
+        let hay = "hay".repeat(10);
+        assert_eq!(text(&needle), format!("{}{told}{}{asked}", &hay[..before], &hay[before..]));
+        assert_eq!((needle.tokens()[0], needle.depth), (0, depth));
+    }
+    let needle = hide(200, 0.3).unwrap();
+    let found = find(&model, &mut cache(&model), &needle, 64).unwrap();
+    // " 42": each byte after those before it.
+    let (mut nats, mut likeliest) = (0.0, true);
+    for end in 197..200 {
+        let logits = oracle(&tiny, &needle.tokens()[..end]);
+        let next = logits[needle.tokens()[end] as usize];
+        nats += logits.iter().map(|l| l.exp()).sum::<f64>().ln() - next;
+        likeliest &= logits.iter().all(|&l| l <= next);
+    }
+    assert!((found.nats - nats).abs() < 1e-4, "{found:?} {nats}");
+    assert_eq!(found.found, likeliest);
+
+    assert!(matches!(hide(100, 0.5), Err(Error::WindowLength { got: 100 })));
+    assert!(matches!(hide(1000, 0.5), Err(Error::TextTooShort { got: 300, .. })));
+    let mut small = cache_with(&model, "k4v4");
+    assert!(matches!(
+        find(&model, &mut small, &hide(300, 0.5).unwrap(), 64),
+        Err(Error::ContextOverflow { got: 299, .. })
+    ));
+    assert!(matches!(find(&model, &mut small, &needle, 0), Err(Error::ChunkSize)));
 }

@@ -1,15 +1,18 @@
 //! `tqkv eval`
 
+use crate::language::Language;
 use crate::{codecs, output, plot};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
-use tqkv_candle::{Fidelity, Llama, SequenceCache, Vocabulary, Windows, evaluate};
+use tqkv_candle::{
+    Encoded, Fidelity, GenerateOptions, Needle, SequenceCache, Windows, evaluate, find, first_difference, run_freely,
+};
 
-/// Tokens that run through the model at a time.
-const CHUNK: usize = 512;
+/// Needles at each depth.
+const NEEDLES: [u32; 3] = [52_718, 30_946, 81_063];
 
 /// What codecs cost a model's predictions of a text: bits a byte, divergence from the uncompressed cache.
 ///
@@ -17,8 +20,8 @@ const CHUNK: usize = 512;
 /// others are predicted. The first result is the uncompressed cache (f32) that the others are compared with.
 #[derive(clap::Args)]
 pub struct Eval {
-    /// Hugging Face directory of a Llama model
-    #[arg(long, value_name = "DIR")]
+    /// GGUF file, or Hugging Face directory
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Text to predict
     #[arg(long, value_name = "FILE")]
@@ -28,9 +31,19 @@ pub struct Eval {
     /// Windows of the text [default: as many as it holds, at most 120]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Tokens of a window [default: the model's context, at most 2048]
+    /// Tokens of a window, at most one more than the model's context [default: the context, at most 2048]
     #[arg(long, value_name = "N")]
     window_tokens: Option<usize>,
+    /// Tell a number at several depths of a window, ask for it at the end, and count how often it is the likeliest answer
+    #[arg(long)]
+    needle: bool,
+    /// Depths of the needles, from the window's beginning to its end
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "needle")]
+    depths: usize,
+    /// Let the model write so many of its likeliest tokens after the beginning of each window (256 unless said otherwise), and
+    /// look where they first differ from those with f16
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "256")]
+    free_running: Option<usize>,
     /// Device of the cache: cpu, wgpu, wgpu:N, cuda or cuda:N
     #[arg(long, value_name = "D", default_value = "cpu")]
     device: String,
@@ -52,86 +65,256 @@ struct Row {
     perplexity: Option<f64>,
     delta_percent: f64,
     kld: f64,
+    kld_median: f64,
+    kld_p99: f64,
     same_top1: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    needles: Option<Vec<Depth>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    free_running: Option<FreeRunning>,
     windows: usize,
     device: String,
 }
 
+/// Needles at one depth.
+#[derive(Serialize)]
+struct Depth {
+    depth: f64,
+    needles: usize,
+    found: usize,
+    /// What an answer costs the model, on average.
+    nats: f64,
+}
+
+/// Texts that the model wrote, beside those with f16.
+#[derive(Serialize)]
+struct FreeRunning {
+    tokens: usize,
+    texts: usize,
+    identical: usize,
+    /// Where each of the others first differs, in order.
+    first_differences: Vec<usize>,
+}
+
+/// What is the same for all codecs.
+struct Evaluation {
+    language: Language,
+    device: Device,
+    windows: Windows,
+    /// Tokens of the whole text, and what each begins with.
+    text: Encoded,
+    start: Option<u32>,
+    length: usize,
+    chunk: usize,
+}
+
 impl Eval {
     pub fn run(self) -> Result<ExitCode> {
+        ensure!(self.depths > 0, "--depths is 0, expected at least 1");
+        ensure!(self.free_running != Some(0), "--free-running is 0, expected at least 1");
         let device = Device::open(&self.device)?;
         let text = std::fs::read(&self.text).with_context(|| format!("cannot read {}", self.text.display()))?;
         // Before the work, which may take long.
         if let Some(path) = &self.plot {
             output::expect_writable(path)?;
         }
-        let model = Llama::load(&self.model).context("cannot load the model")?;
-        let config = model.config();
-        let vocabulary = Vocabulary::load(&self.model, config)?;
-        let text = vocabulary.encode(&text)?;
-        let length = self.window_tokens.unwrap_or(config.max_position_embeddings.min(2048));
-        let count = self.windows.unwrap_or((text.tokens.len() / length.max(1)).clamp(1, 120));
-        let start = if vocabulary.is_bytes() { Some(0) } else { config.bos_token };
-        let windows = Windows::new(&text, count, length, start)?;
-        windows.expect_context(config.max_position_embeddings)?;
-
-        let cache = |codec| SequenceCache::new(&device, config.cache_config().codec(codec).capacity(length), config);
+        let language = Language::load(&self.model)?;
         let reference = CodecPair::both(Codec::F32);
-        let mut codecs = self.codec.unwrap_or_else(|| codecs::usual(config.head_dim));
+        let head_dim = language.model.config().head_dim;
+        let mut codecs = self.codec.clone().unwrap_or_else(|| codecs::usual(head_dim));
         codecs.retain(|&codec| codec != reference);
         ensure!(self.plot.is_none() || !codecs.is_empty(), "--plot has nothing to draw: expected a codec besides f32");
-        let mut caches = codecs.iter().map(|&codec| cache(codec)).collect::<Result<Vec<_>, _>>()?;
-        let bar = output::progress("windows", windows.len())?;
-        let (baseline, results) = evaluate(&model, &mut cache(reference)?, &mut caches, &windows, CHUNK, |done| {
-            bar.set_position(done as u64);
-        })?;
-        bar.finish_and_clear();
+        let evaluation = self.evaluation(language, device, &text)?;
+        let needles = if self.needle { Some(evaluation.needles(self.depths)?) } else { None };
+        if let Some(tokens) = self.free_running {
+            let window = evaluation.windows.length();
+            ensure!(tokens < window, "--free-running is {tokens}, expected less than the window's {window} tokens");
+        }
 
-        let row = |codec: CodecPair, fidelity: &Fidelity| -> Result<Row> {
-            Ok(Row {
-                codec: codec.to_string(),
-                bits_per_element: codec.bits_per_element(config.head_dim)?,
-                bits_per_byte: fidelity.bits_per_byte(),
-                perplexity: (!vocabulary.is_bytes()).then(|| fidelity.perplexity()),
-                delta_percent: fidelity.delta_percent(),
-                kld: fidelity.kld(),
-                same_top1: fidelity.same_top1(),
-                windows: windows.len(),
-                device: device.to_string(),
-            })
-        };
-        let mut rows = vec![row(reference, &baseline)?];
-        for (&codec, fidelity) in codecs.iter().zip(&results) {
-            rows.push(row(codec, fidelity)?);
+        codecs.insert(0, reference);
+        let mut rows = evaluation.predictions(&codecs)?;
+        for (row, &codec) in rows.iter_mut().zip(&codecs) {
+            row.needles = needles.as_ref().map(|needles| evaluation.find(codec, needles)).transpose()?;
         }
-        if self.json {
-            rows.iter().try_for_each(output::print_json)?;
-        } else {
-            let measure = if vocabulary.is_bytes() { "bits/byte" } else { "perplexity" };
-            let header = ["codec", "bits/element", measure, "change of bits/byte", "KLD/token", "same top-1"];
-            let cells = rows.iter().map(|row| {
-                [
-                    row.codec.clone(),
-                    format!("{:.3}", row.bits_per_element),
-                    format!("{:.5}", row.perplexity.unwrap_or(row.bits_per_byte)),
-                    format!("{:+.3} %", row.delta_percent),
-                    format!("{:.6}", row.kld),
-                    format!("{:.2} %", row.same_top1 * 100.0),
-                ]
-            });
-            output::print(&output::table(header, cells))?;
-            let tokens = baseline.tokens;
-            output::print(&format!("{} windows of {length} tokens, {tokens} predicted, on {device}\n", windows.len()))?;
+        if let Some(tokens) = self.free_running {
+            let f16 = evaluation.write(CodecPair::both(Codec::F16), tokens)?;
+            for (row, &codec) in rows.iter_mut().zip(&codecs) {
+                row.free_running = Some(compare(tokens, &f16, &evaluation.write(codec, tokens)?));
+            }
         }
-        if let Some(path) = self.plot {
+        self.print(&evaluation, &rows)?;
+        if let Some(path) = &self.plot {
             let points: Vec<_> = rows
                 .iter()
                 .skip(1)
                 .map(|row| plot::Point { name: &row.codec, bits: row.bits_per_element, kld: row.kld })
                 .collect();
             let svg = plot::draw(&points)?;
-            std::fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+            std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(ExitCode::SUCCESS)
     }
+
+    fn evaluation(&self, language: Language, device: Device, text: &[u8]) -> Result<Evaluation> {
+        let config = language.model.config();
+        let text = language.vocabulary.encode(text)?;
+        let length = self.window_tokens.unwrap_or(config.max_position_embeddings.min(2048));
+        let count = self.windows.unwrap_or((text.tokens.len() / length.max(1)).clamp(1, 120));
+        let start = if language.vocabulary.is_bytes() { Some(0) } else { config.bos_token };
+        let windows = Windows::new(&text, count, length, start)?;
+        windows.expect_context(config.max_position_embeddings)?;
+        let chunk = GenerateOptions::default().chunk;
+        Ok(Evaluation { language, device, windows, text, start, length, chunk })
+    }
+
+    fn print(&self, evaluation: &Evaluation, rows: &[Row]) -> Result<()> {
+        if self.json {
+            return rows.iter().try_for_each(output::print_json);
+        }
+        let measure = if evaluation.language.vocabulary.is_bytes() { "bits/byte" } else { "perplexity" };
+        let header =
+            ["codec", "bits/element", measure, "change of bits/byte", "KLD/token", "median", "99 %", "same top-1"];
+        let cells = rows.iter().map(|row| {
+            [
+                row.codec.clone(),
+                format!("{:.3}", row.bits_per_element),
+                format!("{:.5}", row.perplexity.unwrap_or(row.bits_per_byte)),
+                format!("{:+.3} %", row.delta_percent),
+                format!("{:.6}", row.kld),
+                format!("{:.6}", row.kld_median),
+                format!("{:.6}", row.kld_p99),
+                format!("{:.2} %", row.same_top1 * 100.0),
+            ]
+        });
+        output::print(&output::table(header, cells))?;
+        let (windows, length) = (&evaluation.windows, evaluation.length);
+        let tokens = windows.len() * windows.run_length();
+        let on = &evaluation.device;
+        output::print(&format!("{} windows of {length} tokens, {tokens} predicted, on {on}\n", windows.len()))?;
+        if self.needle {
+            print_needles(rows)?;
+        }
+        if self.free_running.is_some() {
+            print_free_running(rows)?;
+        }
+        Ok(())
+    }
+}
+
+impl Evaluation {
+    fn cache(&self, codec: CodecPair) -> Result<SequenceCache> {
+        self.language.cache(&self.device, codec, self.length)
+    }
+
+    /// How well tokens are predicted, by codec; the first is the reference.
+    fn predictions(&self, codecs: &[CodecPair]) -> Result<Vec<Row>> {
+        let mut caches = codecs.iter().map(|&codec| self.cache(codec)).collect::<Result<Vec<_>>>()?;
+        let (reference, others) = caches.split_first_mut().context("no codecs")?;
+        let bar = output::progress("windows", self.windows.len())?;
+        let model = &self.language.model;
+        let (baseline, others) = evaluate(model, reference, others, &self.windows, self.chunk, |done| {
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        let results = std::iter::once(baseline).chain(others);
+        codecs.iter().zip(results).map(|(&codec, fidelity)| self.row(codec, &fidelity)).collect()
+    }
+
+    fn row(&self, codec: CodecPair, fidelity: &Fidelity) -> Result<Row> {
+        Ok(Row {
+            codec: codec.to_string(),
+            bits_per_element: codec.bits_per_element(self.language.model.config().head_dim)?,
+            bits_per_byte: fidelity.bits_per_byte(),
+            perplexity: (!self.language.vocabulary.is_bytes()).then(|| fidelity.perplexity()),
+            delta_percent: fidelity.delta_percent(),
+            kld: fidelity.kld(),
+            kld_median: fidelity.kld_median(),
+            kld_p99: fidelity.kld_p99(),
+            same_top1: fidelity.same_top1(),
+            needles: None,
+            free_running: None,
+            windows: self.windows.len(),
+            device: self.device.to_string(),
+        })
+    }
+
+    /// Needles at each depth, as many as there are numbers.
+    fn needles(&self, depths: usize) -> Result<Vec<Needle>> {
+        let depth = |i: usize| if depths == 1 { 0.5 } else { i as f64 / (depths - 1) as f64 };
+        let hide = |(i, number)| {
+            let (vocabulary, text) = (&self.language.vocabulary, &self.text.tokens);
+            Ok(Needle::hide(vocabulary, text, self.length, depth(i), number, self.start)?)
+        };
+        (0..depths).flat_map(|i| NEEDLES.map(|number| (i, number))).map(hide).collect()
+    }
+
+    /// How many are found with a codec, by depth.
+    fn find(&self, codec: CodecPair, needles: &[Needle]) -> Result<Vec<Depth>> {
+        let (mut cache, bar) = (self.cache(codec)?, output::progress("needles", needles.len())?);
+        let depths = needles.chunk_by(|a, b| a.depth == b.depth).map(|needles| {
+            let mut depth = Depth { depth: needles[0].depth, needles: needles.len(), found: 0, nats: 0.0 };
+            for needle in needles {
+                let found = find(&self.language.model, &mut cache, needle, self.chunk)?;
+                depth.found += usize::from(found.found);
+                depth.nats += found.nats / needles.len() as f64;
+                bar.inc(1);
+            }
+            Ok(depth)
+        });
+        let depths = depths.collect();
+        bar.finish_and_clear();
+        depths
+    }
+
+    /// What the model writes with a codec after the beginning of each window.
+    fn write(&self, codec: CodecPair, tokens: usize) -> Result<Vec<Vec<u32>>> {
+        let (mut cache, bar) = (self.cache(codec)?, output::progress("texts", self.windows.len())?);
+        let texts = self.windows.iter().map(|window| {
+            let prompt = &window[..window.len() - tokens];
+            bar.inc(1);
+            Ok(run_freely(&self.language.model, &mut cache, prompt, tokens)?)
+        });
+        let texts = texts.collect();
+        bar.finish_and_clear();
+        texts
+    }
+}
+
+fn compare(tokens: usize, expected: &[Vec<u32>], got: &[Vec<u32>]) -> FreeRunning {
+    let mut first_differences: Vec<usize> =
+        expected.iter().zip(got).filter_map(|(expected, got)| first_difference(expected, got)).collect();
+    first_differences.sort_unstable();
+    let identical = expected.len() - first_differences.len();
+    FreeRunning { tokens, texts: expected.len(), identical, first_differences }
+}
+
+fn print_needles(rows: &[Row]) -> Result<()> {
+    let cells = rows.iter().flat_map(|row| row.needles.iter().flatten().map(move |depth| (row, depth)));
+    let cells = cells.map(|(row, depth)| {
+        [
+            row.codec.clone(),
+            format!("{:.0} %", depth.depth * 100.0),
+            format!("{} of {}", depth.found, depth.needles),
+            format!("{:.4}", depth.nats),
+        ]
+    });
+    output::print(&output::table(["codec", "depth", "found", "nats an answer"], cells))
+}
+
+fn print_free_running(rows: &[Row]) -> Result<()> {
+    let runs = rows.iter().filter_map(|row| Some((row, row.free_running.as_ref()?)));
+    let cells = runs.map(|(row, run)| {
+        let at = |place: fn(&[usize]) -> Option<usize>| {
+            place(&run.first_differences).map_or("-".to_owned(), |at| at.to_string())
+        };
+        [
+            row.codec.clone(),
+            format!("{} of {}", run.identical, run.texts),
+            at(|all| all.first().copied()),
+            at(|all| all.get(all.len() / 2).copied()),
+        ]
+    });
+    let tokens = rows.iter().find_map(|row| Some(row.free_running.as_ref()?.tokens)).unwrap_or_default();
+    output::print(&output::table(["codec", "same text as f16", "first difference", "median of them"], cells))?;
+    output::print(&format!("{tokens} tokens written greedily after the beginning of each window\n"))
 }

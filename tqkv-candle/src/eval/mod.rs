@@ -1,0 +1,12 @@
+//! What a compressed cache does to a model's predictions.
+
+mod fidelity;
+mod free_running;
+mod needle;
+mod prediction;
+mod windows;
+
+pub use fidelity::{Fidelity, evaluate};
+pub use free_running::{first_difference, run_freely};
+pub use needle::{Found, Needle, find};
+pub use windows::Windows;
