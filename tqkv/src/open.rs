@@ -45,7 +45,7 @@ impl Device {
     /// So buffers can be shared with the caller's own kernels on that stream, and submissions can be captured in a CUDA
     /// graph: run every shape once before (kernels are compiled and workspaces grow then), reuse the same
     /// [`Batch`](crate::ops::Batch), and do not wait for submissions while capturing. What takes memory or copies from the host is
-    /// [`Error::Unsupported`] then: also [`merge`](crate::ops::merge), and with it layers that have sinks, and positions in a list.
+    /// [`Error::Unsupported`] then: also [`merge`](crate::ops::merge) of more than eight parts, and positions in a list.
     ///
     /// # Safety
     /// `stream` must be a stream (null is the default stream) of the GPU's primary context, which the CUDA runtime uses, and

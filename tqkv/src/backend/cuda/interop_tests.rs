@@ -140,7 +140,7 @@ fn what_a_graph_cannot_repeat_is_refused() {
         result::stream::begin_capture(stream, mode).unwrap();
         let list = Positions::List(vec![3, 1]);
         let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
-        refused(merge(&mut encoder, &[(&part, &lse)], &step.out, None));
+        refused(merge(&mut encoder, &[(&part, &lse); 9], &step.out, None));
         refused(dequantize(&mut encoder, &step.key, &step.batch, 0, list, domain, order, &decoded));
         refused(step.x.write(&numbers(2 * 2 * 128)));
         refused(device.zeros(DType::U8, &[16]).map(drop));

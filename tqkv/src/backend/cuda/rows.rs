@@ -340,11 +340,24 @@ static MERGE: KernelText = KernelText {
 };
 
 kernel_struct! {
+    #[derive(Default)]
     struct MergePart as "Part" { out: u64, lse: u64, dtype: u32, pad: u32 }
 }
 
+/// Parts that a launch takes along. A list of more lies in memory.
+const FEW: usize = 8;
+
 kernel_struct! {
-    struct MergeParams as "Params" { parts: u64, out: u64, lse: u64, count: u32, rows: u32, head_dim: u32, pad: u32 }
+    struct MergeParams as "Params" {
+        few: [MergePart; FEW],
+        parts: u64,
+        out: u64,
+        lse: u64,
+        count: u32,
+        rows: u32,
+        head_dim: u32,
+        pad: u32,
+    }
 }
 
 pub(super) fn merge_key(out: DType) -> KernelKey {
@@ -352,25 +365,32 @@ pub(super) fn merge_key(out: DType) -> KernelKey {
 }
 
 pub(super) fn merge(gpu: &Gpu, op: &Merge, to: &mut Recording) -> Result<()> {
-    let parts: Vec<_> = op
-        .parts
-        .iter()
-        .map(|(out, lse)| MergePart { out: address(out), lse: address(lse), dtype: type_number(out.dtype()), pad: 0 })
-        .collect();
+    let part = |(out, lse): &(Buffer, Buffer)| {
+        let dtype = type_number(out.dtype());
+        MergePart { out: address(out), lse: address(lse), dtype, pad: 0 }
+    };
+    let mut few = [MergePart::default(); FEW];
+    few.iter_mut().zip(&op.parts).for_each(|(to, from)| *to = part(from));
+    let list = if op.parts.len() > FEW {
+        let parts: Vec<_> = op.parts.iter().map(part).collect();
+        Some(gpu.stream.upload(bytemuck::cast_slice(&parts))?)
+    } else {
+        None
+    };
     let head_dim = op.out.shape()[2];
     let rows = to_u32("rows", op.out.len() / head_dim)?;
-    let memory = gpu.stream.upload(bytemuck::cast_slice(&parts))?;
     let params = MergeParams {
-        parts: memory.address,
+        few,
+        parts: list.as_ref().map_or(0, |l| l.address),
         out: address(&op.out),
         lse: op.lse.as_ref().map_or(0, address),
-        count: to_u32("parts", parts.len())?,
+        count: to_u32("parts", op.parts.len())?,
         rows,
         head_dim: to_u32("head_dim", head_dim)?,
         pad: 0,
     };
     gpu.launch(&merge_key(op.out.dtype()), rows.div_ceil(8), &params, to)?;
-    to.memory.push(Arc::new(memory));
+    to.memory.extend(list.map(Arc::new));
     Ok(())
 }
 
