@@ -7,7 +7,6 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 /// Signs, levels and look-ups of a codec at a row_dim.
 #[derive(Debug)]
-#[allow(dead_code)] // Backends take it up one by one.
 pub(crate) struct Tables {
     /// Which elements are negated before the transform.
     pub signs: SignWords,
@@ -17,10 +16,11 @@ pub(crate) struct Tables {
     pub cells: Option<Cells>,
 }
 
+type Made = HashMap<(Codec, usize), Arc<Tables>>;
+
 /// The tables of a row.
-#[allow(dead_code)]
 pub(crate) fn tables(row: &RowFormat) -> Arc<Tables> {
-    static MADE: LazyLock<RwLock<HashMap<(Codec, usize), Arc<Tables>>>> = LazyLock::new(RwLock::default);
+    static MADE: LazyLock<RwLock<Made>> = LazyLock::new(RwLock::default);
     let key = (row.codec(), row.row_dim());
     if let Some(found) = MADE.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
         return found.clone();
