@@ -16,8 +16,8 @@ impl RowFormat {
     /// Checks that this codec exists at this head_dim.
     ///
     /// # Errors
-    /// [`Error::Bits`] for a width that the codec lacks, [`Error::HeadDim`] unless head_dim is a multiple of 16 from
-    /// 16 to 1024 (seed: a power of two from 16 to 512).
+    /// [`Error::Bits`] for a width that the codec lacks, [`Error::HeadDim`] unless head_dim is from 1 to 1024
+    /// (seed: a power of two from 16 to 512).
     ///
     /// ```
     /// use tqkv::format::{Codec, RowFormat};
@@ -45,12 +45,8 @@ impl RowFormat {
                 expected: "a power of two from 16 to 512",
             });
         }
-        if head_dim == 0 || !head_dim.is_multiple_of(ROW_STEP) || head_dim > MAX_HEAD_DIM {
-            return Err(Error::HeadDim {
-                codec: codec.to_string(),
-                got: head_dim,
-                expected: "a multiple of 16 from 16 to 1024",
-            });
+        if head_dim == 0 || head_dim > MAX_HEAD_DIM {
+            return Err(Error::HeadDim { codec: codec.to_string(), got: head_dim, expected: "1 to 1024" });
         }
         Ok(RowFormat { codec, head_dim, scale_factor_d512: 1.0 })
     }

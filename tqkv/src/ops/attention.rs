@@ -47,6 +47,7 @@ pub fn attention(
     }
     batch.expect_within(key)?;
     batch.expect_within(value)?;
+    let head_dim = params.domain.dim(key.row());
     expect_float("q", q)?;
     expect_float("out", out)?;
     let &[_, heads, _] = q.shape() else {

@@ -42,7 +42,7 @@ pub fn dequantize(
         Positions::List(list) => list.iter().try_for_each(|&p| held(p as usize, p as usize + 1))?,
     }
     expect_float("out", out)?;
-    let (n, kv_heads, head_dim) = (positions.len(), pool.kv_heads(), pool.row().head_dim());
+    let (n, kv_heads, head_dim) = (positions.len(), pool.kv_heads(), domain.dim(pool.row()));
     match order {
         RowOrder::TokenMajor => expect_shape("out", out, &[n, kv_heads, head_dim])?,
         RowOrder::HeadMajor => expect_shape("out", out, &[kv_heads, n, head_dim])?,

@@ -10,7 +10,8 @@ use crate::problem::op::{Op, Rotate};
 /// Rotates vectors as `row`'s codec does before it stores them, or undoes that: y = T·S·x forward, x = S·T·y inverse,
 /// with S the signs and T the normalised Walsh-Hadamard transform (see [`RowFormat::block`]). Dense codecs copy.
 ///
-/// `x` and `out` are \[..., head_dim\], of any float type each; `out` may be `x` itself.
+/// What is not rotated is \[..., head_dim\], what is rotated \[..., row_dim\], of any float type each. `out` may be `x` itself where
+/// both have one size.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], and [`Error::Aliased`] if `out` overlaps `x` without
@@ -39,11 +40,15 @@ pub fn rotate(
     encoder.expect_own("out", out)?;
     expect_float("x", x)?;
     expect_float("out", out)?;
-    if x.shape().last() != Some(&row.head_dim()) {
-        return Err(Error::shape("x", x.shape(), format!("[..., {}]", row.head_dim())));
-    }
-    expect_shape("out", out, x.shape())?;
-    let same_view = x.offset() == out.offset() && x.dtype() == out.dtype();
+    let (x_dim, out_dim) = match direction {
+        Direction::Forward => (row.head_dim(), row.row_dim()),
+        Direction::Inverse => (row.row_dim(), row.head_dim()),
+    };
+    let Some((_, rows)) = x.shape().split_last().filter(|(last, _)| **last == x_dim) else {
+        return Err(Error::shape("x", x.shape(), format!("[..., {x_dim}]")));
+    };
+    expect_shape("out", out, &[rows, &[out_dim]].concat())?;
+    let same_view = x.offset() == out.offset() && x.dtype() == out.dtype() && x_dim == out_dim;
     if x.shares_memory(out) && !same_view {
         return Err(Error::Aliased { what: "out" });
     }

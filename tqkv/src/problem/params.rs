@@ -1,15 +1,26 @@
 //! What an operation is asked, beside its buffers.
 
 use crate::compute::Buffer;
+use crate::format::RowFormat;
 use std::ops::Range;
 
 /// Which basis vectors are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Domain {
-    /// The model's own: what was given to [`quantize`].
+    /// The model's own: what was given to [`quantize`](crate::ops::quantize). Vectors have head_dim elements.
     Original,
-    /// After signs and transform: what is stored. Dot products are the same in both.
+    /// After signs and transform: what is stored. Vectors have [`RowFormat::row_dim`] elements. Dot products are the same in both.
     Rotated,
+}
+
+impl Domain {
+    /// Elements of a vector in this domain.
+    pub(crate) fn dim(self, row: &RowFormat) -> usize {
+        match self {
+            Domain::Original => row.head_dim(),
+            Domain::Rotated => row.row_dim(),
+        }
+    }
 }
 
 /// Into the rotated domain, or back.

@@ -1,10 +1,10 @@
 //! What recorders of one device share: its stream, tables and workspace; and the work that they make.
 
-use super::driver::{Launch, Memory, ParamBytes, Stream, lock};
+use super::driver::{Launch, ParamBytes, Stream, lock};
 use super::kernel::KernelKey;
+use super::memory::Memory;
 use super::tables::Tables;
 use super::workspace::Workspace;
-use crate::compute::Buffer;
 use crate::error::Result;
 use crate::format::{Codec, RowFormat};
 use std::collections::HashMap;
@@ -62,11 +62,6 @@ impl Gpu {
         to.work.push(Work::Launch(Launch { kernel, grid: [blocks, 1, 1], params }));
         Ok(())
     }
-}
-
-/// Where a buffer starts on the GPU.
-pub(crate) fn address(buffer: &Buffer) -> u64 {
-    buffer.storage().downcast::<Memory>().map_or(0, |memory| memory.address + buffer.offset() as u64)
 }
 
 /// The largest power of two, up to 16, that divides where a buffer starts and its rows' length.

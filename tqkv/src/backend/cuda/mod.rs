@@ -11,6 +11,7 @@ mod interop;
 #[cfg(test)]
 mod interop_tests;
 mod kernel;
+mod memory;
 mod nvrtc;
 mod rows;
 mod tables;
@@ -18,8 +19,7 @@ mod tables;
 mod tests;
 mod workspace;
 
-pub(crate) use driver::Memory;
-pub(crate) use gpu::address;
+pub(crate) use memory::{Memory, address};
 
 use crate::compute::driver::{Completion, Driver, Recorder, Storage};
 use crate::compute::{DeviceInfo, DeviceKind};

@@ -1,8 +1,8 @@
 //! A codec's constants as kernels read them.
 
-use super::driver::{Memory, Stream};
-use super::gpu::address;
+use super::driver::Stream;
 use super::kernel::kernel_struct;
+use super::memory::{Memory, address};
 use crate::error::Result;
 use crate::format::{Cells, Packing, RowFormat, Scaling, tables as format};
 use crate::problem::PagePool;

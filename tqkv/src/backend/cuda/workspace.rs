@@ -1,6 +1,7 @@
 //! Device memory that operations share from launch to launch.
 
-use super::driver::{Memory, Stream};
+use super::driver::Stream;
+use super::memory::Memory;
 use crate::error::Result;
 use std::sync::Arc;
 

@@ -1,46 +1,17 @@
 //! The tensor-core kernel: its parameters and its launch.
 
-use super::plan::{self, Item, Plan, Problem};
+use super::params::Params;
+use super::plan::{self, Plan, Problem};
 use super::variant::Variant;
-use crate::backend::cuda::driver::{Memory, lock};
-use crate::backend::cuda::gpu::{Gpu, Recording, address};
-use crate::backend::cuda::kernel::kernel_struct;
-use crate::backend::cuda::tables::{Side, Turn, scale_unit};
+use crate::backend::cuda::driver::lock;
+use crate::backend::cuda::gpu::{Gpu, Recording};
+use crate::backend::cuda::memory::{Memory, address};
+use crate::backend::cuda::tables::{Side, scale_unit};
 use crate::error::{Result, to_u32};
 use crate::format::{RowFormat, Scaling};
 use crate::problem::op::Attention;
 use crate::problem::{Batch, Domain, Visible};
 use std::sync::Arc;
-
-kernel_struct! {
-    struct Params as "Params" {
-        key: Side,
-        value: Side,
-        page_table: u64,
-        items: u64,
-        q: u64,
-        out: u64,
-        lse: u64,
-        sink_logits: u64,
-        partial: u64,
-        partial_ml: u64,
-        counters: u64,
-        kv_heads: u32,
-        group: u32,
-        page_size: u32,
-        table_width: u32,
-        causal: u32,
-        window: u32,
-        q_scale: f32,
-        out_scale: f32,
-        softcap: f32,
-        pad: u32,
-    }
-}
-
-pub(super) fn asserts() -> String {
-    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Params::asserts()
-}
 
 /// A plan on the device, kept with its batch.
 struct DevicePlan {

@@ -3,6 +3,7 @@
 
 mod launch;
 mod layout;
+mod params;
 mod plain;
 mod plan;
 mod shape;

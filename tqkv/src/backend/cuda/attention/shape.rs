@@ -1,6 +1,6 @@
 //! What of a problem decides how the tensor-core kernel is compiled.
 
-use crate::backend::cuda::gpu::address;
+use crate::backend::cuda::memory::address;
 use crate::format::{DType, RowFormat};
 use crate::problem::op::Attention;
 use crate::problem::{Domain, PagePool};

@@ -39,7 +39,7 @@ static ATTENTION: KernelText = KernelText {
         "PAGE_SIZE",
         "SHARED_BYTES",
     ],
-    asserts: super::launch::asserts,
+    asserts: super::params::asserts,
     shared_memory_symbol: None,
 };
 

@@ -1,0 +1,106 @@
+//! Memory on a GPU, taken and freed in the order of a stream.
+
+use super::driver::Stream;
+use crate::compute::Buffer;
+use crate::error::{Error, Result};
+use cudarc::driver::{result, sys};
+use std::sync::Arc;
+
+/// Where a buffer starts on the GPU.
+pub(crate) fn address(buffer: &Buffer) -> u64 {
+    buffer.storage().downcast::<Memory>().map_or(0, |memory| memory.address + buffer.offset() as u64)
+}
+
+/// Memory on a GPU.
+pub(crate) struct Memory {
+    stream: Arc<Stream>,
+    pub(super) address: u64,
+    pub(super) bytes: usize,
+    /// Someone else's memory is not freed.
+    owned: bool,
+}
+
+impl crate::compute::driver::Storage for Memory {}
+
+impl Memory {
+    /// # Safety
+    /// The memory must be on the stream's GPU, `bytes` long, and outlive the result.
+    pub(super) unsafe fn borrowed(stream: &Arc<Stream>, address: u64, bytes: usize) -> Self {
+        Memory { stream: stream.clone(), address, bytes, owned: false }
+    }
+
+    pub(super) fn clear(&self) -> Result<()> {
+        self.stream.context.enter()?;
+        // SAFETY: within the allocation.
+        unsafe { result::memset_d8_async(self.address, 0, self.bytes, self.stream.raw) }
+            .map_err(|e| self.stream.context.failed(e))
+    }
+
+    pub(super) fn read(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        self.stream.context.enter()?;
+        if !out.is_empty() {
+            debug_assert!(offset + out.len() <= self.bytes);
+            // SAFETY: within the allocation by the buffer's shape; the copy is over before this returns.
+            unsafe { result::memcpy_dtoh_async(out, self.address + offset as u64, self.stream.raw) }
+                .map_err(|e| self.stream.context.failed(e))?;
+        }
+        self.stream.synchronize()
+    }
+
+    pub(super) fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
+        self.stream.context.enter()?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.stream.expect_no_capture("copy from the host")?;
+        debug_assert!(offset + data.len() <= self.bytes);
+        // SAFETY: within the allocation by the buffer's shape; from pageable memory the driver copies before it returns.
+        unsafe { result::memcpy_htod_async(self.address + offset as u64, data, self.stream.raw) }
+            .map_err(|e| self.stream.context.failed(e))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if !self.owned || self.stream.context.enter().is_err() {
+            return;
+        }
+        // SAFETY: allocated by `Stream::alloc` in the same way; freed behind the work that uses it.
+        let _ = unsafe {
+            match self.stream.pool {
+                Some(_) => result::free_async(self.address, self.stream.raw),
+                None => result::free_sync(self.address),
+            }
+        };
+    }
+}
+
+impl Stream {
+    /// Memory in the order of the stream, not cleared.
+    pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
+        self.context.enter()?;
+        self.expect_no_capture("take memory")?;
+        let size = bytes.max(1);
+        // SAFETY: the pool and the stream are alive.
+        let address = unsafe {
+            match self.pool {
+                Some(pool) => result::mem_pool::alloc_async(pool, size, self.raw),
+                None => result::malloc_sync(size),
+            }
+        };
+        let address = address.map_err(|e| match e.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Error::OutOfMemory { device: self.context.id.clone(), requested: bytes }
+            }
+            _ => self.context.failed(e),
+        })?;
+        Ok(Memory { stream: self.clone(), address, bytes, owned: true })
+    }
+
+    /// Memory with this content.
+    pub fn upload(self: &Arc<Self>, data: &[u8]) -> Result<Memory> {
+        let memory = self.alloc(data.len())?;
+        memory.write(0, data)?;
+        Ok(memory)
+    }
+}
