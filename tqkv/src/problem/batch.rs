@@ -178,6 +178,12 @@ impl Batch {
         &self.0.device_table
     }
 
+    /// Page tables, [sequences, width].
+    #[allow(dead_code)] // Not every backend reads it.
+    pub(crate) fn table(&self) -> &[u32] {
+        &self.0.table
+    }
+
     /// What backends have worked out for this batch.
     #[allow(dead_code)] // Not every backend plans.
     pub(crate) fn plans(&self) -> &Plans {

@@ -1,13 +1,14 @@
 //! Adapters: enumerated, chosen, opened.
 
-use super::context::{Context, block_on};
-use super::recorder::{Spec, WgpuRecorder};
-use super::{Caps, Slot, Target, Wgpu, buffer_of};
-use crate::compute::driver::Driver;
-use crate::compute::driver::Recorder;
+use super::caps::Caps;
+use super::context::Context;
+use super::driver::Wgpu;
+use super::gpu::{Gpu, block_on};
+use super::probe;
+use super::recorder::CLOCK;
+use super::wgsl::builder::THREADS;
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
-use half::f16;
 use std::sync::Arc;
 
 /// Every adapter of this machine's Metal, Vulkan and DX12 drivers, in their order: `wgpu:N` is the N-th.
@@ -80,10 +81,7 @@ pub(crate) fn list() -> Vec<Result<DeviceInfo>> {
 }
 
 fn wanted(adapter: &wgpu::Adapter) -> wgpu::Features {
-    let features = wgpu::Features::SHADER_F16
-        | wgpu::Features::SUBGROUP
-        | wgpu::Features::SUBGROUP_BARRIER
-        | super::recorder::CLOCK;
+    let features = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::SUBGROUP_BARRIER | CLOCK;
     match adapter.get_info().device_type {
         wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu => features | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
         _ => features,
@@ -103,111 +101,30 @@ pub(super) fn wrap(device: wgpu::Device, queue: wgpu::Queue, info: DeviceInfo) -
         shuffles_wrap: false,
         team: 0,
         busy: if software { 16 } else { 528 },
-        threads: super::wgsl::THREADS,
+        threads: THREADS,
         query_rows: if software { 4 } else { 16 },
         held: if software { 8192 } else { 1024 },
         ahead: if software { 2 } else { 8 },
     };
-    let context = Context::new(device, queue, info, caps);
-    let threads = super::wgsl::THREADS as u32;
-    if context.limits.max_compute_invocations_per_workgroup < threads {
-        let most = context.limits.max_compute_invocations_per_workgroup;
-        return Err(
-            context.unsupported(format!("run {threads} threads: max_compute_invocations_per_workgroup is {most}"))
-        );
+    let gpu = Gpu::new(device, queue, info, caps);
+    let most = gpu.limits.max_compute_invocations_per_workgroup as usize;
+    if most < THREADS {
+        let what = format!("run {THREADS} threads: max_compute_invocations_per_workgroup is {most}");
+        return Err(gpu.unsupported(what));
     }
-    context.check()?;
-    let context = Arc::new(context);
-    let (native_f16, shuffles_wrap, team) = (converts_exactly(&context)?, shuffles_wrap(&context)?, team(&context)?);
+    gpu.check()?;
+    let context = Arc::new(Context::new(gpu));
+    let (native_f16, shuffles_wrap, team) =
+        (probe::converts_exactly(&context)?, probe::shuffles_wrap(&context)?, probe::team(&context)?);
     // Nobody else holds it yet.
-    let mut context = Arc::try_unwrap(context).map_err(|c| c.failed("its first kernel is still running"))?;
-    let caps = &mut context.caps;
+    let mut context = Arc::try_unwrap(context).map_err(|c| c.gpu.failed("its first kernel is still running"))?;
+    let caps = &mut context.gpu.caps;
     (caps.native_f16, caps.shuffles_wrap, caps.team) = (native_f16, shuffles_wrap, team);
     // On Metal kernels that take many registers have a limit of their own, which wgpu does not tell.
     if team > 0 && !software && adapter.backend != wgpu::Backend::Metal {
-        let most = context.limits.max_compute_invocations_per_workgroup as usize;
-        context.caps.threads = most.clamp(super::wgsl::THREADS, 512) / super::wgsl::THREADS * super::wgsl::THREADS;
+        caps.threads = most.clamp(THREADS, 512) / THREADS * THREADS;
     }
     Ok(Wgpu(Arc::new(context)))
-}
-
-/// Whether the device's conversions between f32 and f16 are those of IEEE 754: GPUs may round otherwise and may flush
-/// subnormals.
-fn converts_exactly(context: &Arc<Context>) -> Result<bool> {
-    // Every seventh half, and what lies between it and the next: the middle and its neighbours.
-    let halves: Vec<u16> = (0..=u16::MAX).step_by(7).filter(|&h| !f16::from_bits(h).is_nan()).collect();
-    let mut words = vec![];
-    for (i, &h) in halves.iter().enumerate() {
-        let (low, high) = (f16::from_bits(h).to_f32(), f16::from_bits(h.wrapping_add(1)).to_f32());
-        let middle = if high.is_finite() { 0.5 * (low + high) } else { 65520f32.copysign(low) };
-        let near = f32::from_bits(middle.to_bits().wrapping_add_signed(i as i32 % 3 - 1));
-        words.extend([h as u32 | (!h as u32) << 16, middle.to_bits(), near.to_bits()]);
-    }
-    words.resize(words.len().next_multiple_of(3 * super::wgsl::THREADS), 0);
-    let got = probe(context, include_str!("probe.wgsl"), &words, words.len() / 3)?;
-    Ok(words.chunks(3).zip(got.chunks(3)).all(|(w, g)| {
-        let half = |bits: u32| f16::from_bits(bits as u16);
-        let same = |f: f16, got: u32| f.is_nan() || f.to_f32().to_bits() == got;
-        let packed = |bits: u32| f16::from_f32(f32::from_bits(bits)).to_bits() as u32;
-        same(half(w[0]), g[0]) && same(half(w[0] >> 16), g[1]) && packed(w[1]) | packed(w[2]) << 16 == g[2]
-    }))
-}
-
-/// Whether a shuffle takes only the low bits of a lane's number, as hardware does and no standard says.
-fn shuffles_wrap(context: &Arc<Context>) -> Result<bool> {
-    let lanes = context.caps.subgroup as u32;
-    if lanes == 0 {
-        return Ok(false);
-    }
-    let words: Vec<u32> = (0..64 * super::wgsl::THREADS as u32).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
-    let got = probe(context, include_str!("wraps.wgsl"), &words, words.len())?;
-    Ok(words.iter().zip(&got).all(|(w, &g)| g == w & (lanes - 1)))
-}
-
-/// The threads of a subgroup that can work by itself: its size is known, and its barrier orders what it does in the workgroup's
-/// memory, as hardware's do and no standard says. 0: none can.
-fn team(context: &Arc<Context>) -> Result<usize> {
-    let adapter = context.device.adapter_info();
-    let lanes = context.caps.subgroup;
-    let known = lanes > 0 && adapter.subgroup_min_size == adapter.subgroup_max_size;
-    if !known || lanes > super::wgsl::THREADS || !context.device.features().contains(wgpu::Features::SUBGROUP_BARRIER) {
-        return Ok(0);
-    }
-    let mut words: Vec<u32> = (0..64 * super::wgsl::THREADS as u32).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
-    let got = probe(context, include_str!("team.wgsl"), &words, words.len())?;
-    for team in words.chunks_mut(lanes) {
-        for k in 0..16 {
-            let held = team.to_vec();
-            for (lane, v) in team.iter_mut().enumerate() {
-                *v = v.wrapping_mul(3).wrapping_add(held[(lane + k) % lanes]);
-            }
-        }
-    }
-    Ok(if got == words { lanes } else { 0 })
-}
-
-/// What a kernel makes of some words, which it calls `x` and `y`.
-fn probe(context: &Arc<Context>, text: &'static str, words: &[u32], threads: usize) -> Result<Vec<u32>> {
-    let backend = Wgpu(context.clone());
-    let buffer = || backend.alloc(4 * words.len()).and_then(|memory| buffer_of(&*memory).cloned());
-    let (x, y) = (buffer()?, buffer()?);
-    context.write(&x, 0, bytemuck::cast_slice(words))?;
-    let slot = |b: &wgpu::Buffer| Slot { target: Target::Buffer(b.clone()), offset: 0, size: b.size(), rest: 0 };
-    let mut recorder = WgpuRecorder::new(context);
-    let source = || {
-        let mut b = super::wgsl::Builder::new(&Caps::default());
-        b.storage("x", "u32", false);
-        b.storage("y", "u32", true);
-        b.params(&[], &[]);
-        b.push(text);
-        b.finish()
-    };
-    let groups = threads / super::wgsl::THREADS;
-    recorder.dispatch(&Spec::Probe(text), source, vec![slot(&x), slot(&y)], groups, &[], &[])?;
-    Box::new(recorder).submit()?.wait()?;
-    let mut got = vec![0u32; words.len()];
-    context.read(&y, 0, bytemuck::cast_slice_mut(&mut got))?;
-    Ok(got)
 }
 
 pub(super) fn info(

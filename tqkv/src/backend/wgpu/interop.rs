@@ -1,9 +1,12 @@
 //! An engine's own wgpu device and buffers, without a copy. Through wgpu's `from_hal` constructors these can be an engine's
 //! own Metal or Vulkan objects.
 
-use super::{Memory, adapter};
+use super::adapter;
+use super::driver::Wgpu;
+use super::memory::Memory;
 use crate::compute::{Buffer, DType, Device};
 use crate::error::{Error, Result, checked_product};
+use std::any::Any;
 use std::sync::Arc;
 
 impl Device {
@@ -45,9 +48,9 @@ impl Buffer {
     ///   writes the other would race. Clone or slice the wrap instead.
     pub unsafe fn from_wgpu(device: &Device, buffer: wgpu::Buffer, dtype: DType, shape: &[usize]) -> Result<Buffer> {
         let unsupported = |what: &str| Error::Unsupported { device: device.to_string(), what: what.to_owned() };
-        if device.info().kind != crate::compute::DeviceKind::Wgpu {
+        let Some(wgpu) = (device.driver() as &dyn Any).downcast_ref::<Wgpu>() else {
             return Err(unsupported("hold a wgpu buffer"));
-        }
+        };
         let bytes = checked_product("buffer size", &[checked_product("buffer size", shape)?, dtype.size()])?;
         let size = buffer.size() as usize;
         if bytes > size {
@@ -61,11 +64,11 @@ impl Buffer {
         if !buffer.usage().contains(usage) {
             return Err(unsupported("use a wgpu buffer without STORAGE, COPY_SRC and COPY_DST"));
         }
-        Ok(Buffer::new(device, Arc::new(Memory(buffer)), dtype, shape))
+        Ok(Buffer::new(device, Arc::new(Memory::new(buffer, &wgpu.0.groups)), dtype, shape))
     }
 
     /// The wgpu buffer that holds this tensor, and the byte at which the tensor starts; none on other devices.
     pub fn as_wgpu(&self) -> Option<(&wgpu::Buffer, usize)> {
-        self.storage().downcast::<Memory>().map(|memory| (&memory.0, self.offset()))
+        self.storage().downcast::<Memory>().map(|memory| (&memory.buffer, self.offset()))
     }
 }

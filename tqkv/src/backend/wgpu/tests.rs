@@ -1,10 +1,14 @@
 //! Every generated kernel: valid, and fit for Metal; and how many dispatches operations take.
 
-use super::wgsl::{Align, Rows, Source, Tensor};
-use super::{Caps, attention, dequantize, merge, quantize, rotate};
+use super::caps::Caps;
+use super::codec::key::{Align, Stored};
+use super::kernel::Kernel;
+use super::kernels::attention::{join::JoinKernel, kernel};
+use super::kernels::{dequantize::DequantizeKernel, merge::MergeKernel, quantize, rotate::RotateKernel};
+use super::wgsl::builder::Source;
+use super::wgsl::tensor::Tensor;
 use crate::cache::{LayerKind, Sinks};
-use crate::compute::DType;
-use crate::format::{Codec, CodecPair, RowFormat};
+use crate::format::{Codec, CodecPair, DType, RowFormat};
 use crate::ops::{
     AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, Span, attention as attend, dequantize as decode,
     quantize as encode, rotate as turn,
@@ -88,76 +92,90 @@ fn kernels_translate_to_metal() {
             check_for_metal(&name, &source);
             kernels += 1;
         };
-        let tensor = |dtype, wide| Tensor { dtype, wide };
         for (codec, d) in SHAPES {
             let row = RowFormat::new(codec, d).unwrap();
-            for (align, wide) in [(Align::Byte, false), (Align::Word, false), (Align::Vector, true)] {
+            for align in [Align::Byte, Align::Word, Align::Vector] {
                 let fits = match align {
                     Align::Byte => row.is_rotated(),
                     Align::Word => row.row_bytes().is_multiple_of(4),
                     Align::Vector => row.row_bytes().is_multiple_of(16),
                 };
-                if !fits {
-                    continue;
-                }
-                let rows = Rows::of(&row, align);
-                for dtype in [DType::F32, DType::F16, DType::BF16] {
-                    let name = format!("{codec} D={d} {align:?} {dtype}");
-                    let x = tensor(dtype, wide);
-                    for forward in [false, true] {
-                        for out in [None, Some(x)] {
-                            let spec = rotate::Spec { row: rows, forward, x, out };
-                            check(format!("rotate {name}"), rotate::source(&spec, &caps));
-                        }
+                if fits {
+                    let stored = Stored::of(&row, align);
+                    for dtype in [DType::F32, DType::F16, DType::BF16] {
+                        rows(&stored, dtype, &caps, &mut check);
                     }
-                    let part = quantize::Part { pool: rows, x };
-                    for parts in [vec![part], vec![part, part]] {
-                        check(format!("quantize {name}"), quantize::source(&quantize::Spec { parts }, &caps));
-                    }
-                    for restore in [false, true].into_iter().filter(|r| !r || row.is_rotated()) {
-                        let spec =
-                            dequantize::Spec { pool: rows, out: x, restore, head_major: restore, listed: !restore };
-                        check(format!("dequantize {name}"), dequantize::source(&spec, &caps));
-                    }
-                    let sinks = dtype == DType::F32;
-                    let spec =
-                        attention::JoinSpec { value: rows, out: x, restore: row.is_rotated(), sinks, lse: !sinks };
-                    check(format!("join {name}"), attention::join_source(&spec, &caps));
-                }
-                // As many rows as a workgroup may have, some, and one.
-                let most = caps.query_rows.min(attention::QUERY_FLOATS / d);
-                for (heads, queries, threads) in
-                    [(most, 1, 128), (1, most, 128), (most.min(4), 1, 128), (1, 1, 128), (most.min(4), 1, 512)]
-                {
-                    let spec = attention::Spec {
-                        key: rows,
-                        value: rows,
-                        q: tensor(DType::F16, wide),
-                        rotate: row.is_rotated(),
-                        heads,
-                        queries,
-                        positions: attention::most_positions(heads * queries, &caps),
-                        causal: heads > 1,
-                        window: heads > 1,
-                        softcap: queries > 1,
-                        ring: queries > 1,
-                        page_bits: (heads > 1).then_some(6),
-                        whole: heads == 1 || threads > 128,
-                        threads,
-                    };
-                    if threads > 128 && (subgroup == 0 || spec.weights() > 1024) {
-                        continue;
-                    }
-                    check(
-                        format!("attention {codec} D={d} {align:?} {heads}x{queries} {threads}"),
-                        attention::source(&spec, &caps),
-                    );
+                    attention(&stored, &caps, &mut check);
                 }
             }
         }
-        let parts = [DType::F32, DType::F16, DType::BF16, DType::F32].map(|d| tensor(d, true));
-        check("merge".to_owned(), merge::source(&parts, true, &caps));
+        let part = |dtype| Some(Tensor::new(dtype, true, 64, 64));
+        let parts = [DType::F32, DType::F16, DType::BF16, DType::F32].map(part);
+        let parts = std::array::from_fn(|i| parts.get(i).copied().flatten());
+        let out = Tensor::new(DType::F16, true, 64, 64);
+        check("merge".to_owned(), MergeKernel { parts, out, lse: true }.source(&caps));
         println!("{kernels} kernels");
+    }
+}
+
+/// A tensor of vectors of the rows' head_dim.
+fn tensor(stored: &Stored, dtype: DType) -> Tensor {
+    let row = stored.format();
+    Tensor::new(dtype, stored.align == Align::Vector, row.head_dim(), row.row_dim())
+}
+
+/// Kernels that read or write rows one by one.
+fn rows(stored: &Stored, dtype: DType, caps: &Caps, check: &mut dyn FnMut(String, Source)) {
+    let (row, x) = (stored.format(), tensor(stored, dtype));
+    let name = format!("{} D={} {:?} {dtype}", row.codec(), row.head_dim(), stored.align);
+    for forward in [false, true] {
+        for out in [None, Some(x)] {
+            let kernel = RotateKernel { row: *stored, forward, x, out };
+            check(format!("rotate {name}"), kernel.source(caps));
+        }
+    }
+    let input = Some(quantize::Input { pool: *stored, x });
+    for inputs in [[input, None], [input, input]] {
+        check(format!("quantize {name}"), quantize::QuantizeKernel { inputs }.source(caps));
+    }
+    for restore in [false, true].into_iter().filter(|r| !r || row.is_rotated()) {
+        let kernel = DequantizeKernel { pool: *stored, out: x, restore, head_major: restore, listed: !restore };
+        check(format!("dequantize {name}"), kernel.source(caps));
+    }
+    let sink_logits = dtype == DType::F32;
+    let kernel = JoinKernel { value: *stored, out: x, restore: row.is_rotated(), sink_logits, lse: !sink_logits };
+    check(format!("join {name}"), kernel.source(caps));
+}
+
+/// As many rows of queries as a workgroup may have, some, and one.
+fn attention(stored: &Stored, caps: &Caps, check: &mut dyn FnMut(String, Source)) {
+    let row = stored.format();
+    let most = caps.query_rows.min(kernel::QUERY_FLOATS / row.row_dim());
+    for (heads, queries, threads) in
+        [(most, 1, 128), (1, most, 128), (most.min(4), 1, 128), (1, 1, 128), (most.min(4), 1, 512)]
+    {
+        let kernel = kernel::AttentionKernel {
+            key: *stored,
+            value: *stored,
+            q: tensor(stored, DType::F16),
+            rotate: row.is_rotated(),
+            heads,
+            queries,
+            positions: kernel::most_positions(heads * queries, caps),
+            causal: heads > 1,
+            window: heads > 1,
+            softcap: queries > 1,
+            ring: queries > 1,
+            page_bits: (heads > 1).then_some(6),
+            whole: heads == 1 || threads > 128,
+            threads,
+        };
+        if threads > 128 && (caps.subgroup == 0 || kernel.weights() > 1024) {
+            continue;
+        }
+        let name =
+            format!("attention {} D={} {:?} {heads}x{queries} {threads}", row.codec(), row.head_dim(), stored.align);
+        check(name, kernel.source(caps));
     }
 }
 
@@ -210,7 +228,7 @@ fn kernels_for_gpus_agree_with_the_cpu() {
             );
             return eprintln!("SKIPPED: no wgpu device");
         };
-        let caps = &mut Arc::get_mut(&mut wgpu.0).expect("just opened").caps;
+        let caps = &mut Arc::get_mut(&mut wgpu.0).expect("just opened").gpu.caps;
         (caps.held, caps.query_rows, caps.ahead) = (1024, 16, 8);
         if !subgroups {
             (caps.subgroup, caps.team) = (0, 0);

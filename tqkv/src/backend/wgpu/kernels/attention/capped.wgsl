@@ -1,6 +1,6 @@
 // c·tanh(x/c). Near zero by its series, where 1 - 2/(exp(2t)+1) would cancel.
 fn capped(x: f32) -> f32 {
-  let c = bitcast<f32>(a.softcap);
+  let c = a.softcap;
   let t = x / c;
   let t2 = t * t;
   let series = x * (1.0 + t2 * (-0.33333334 + t2 * (0.13333334 + t2 * (-0.05396825 + t2 * 0.021869488))));

@@ -8,11 +8,11 @@ fn locate(r: u32) -> u32 {
   while (low < high) {
     let middle = (low + high) / 2u;
     let span = a.spans_off + 4u * middle;
-    if (spans[span + 2u] + spans[span + 3u] <= token) { low = middle + 1u; } else { high = middle; }
+    if (batch[span + 2u] + batch[span + 3u] <= token) { low = middle + 1u; } else { high = middle; }
   }
   let span = a.spans_off + 4u * low;
-  let position = spans[span + 1u] - spans[span + 3u] + token - spans[span + 2u];
+  let position = batch[span + 1u] - batch[span + 3u] + token - batch[span + 2u];
   let slot = position % a.slots;
-  let page = table[a.table_off + low * a.width + slot / a.page_size];
+  let page = batch[a.table_off + low * a.width + slot / a.page_size];
   return (page * a.kv_heads + head) * a.page_size + slot % a.page_size;
 }
