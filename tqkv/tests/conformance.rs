@@ -1198,9 +1198,8 @@ impl Odd {
         let scale = 1.0 / (self.row.head_dim() as f64).sqrt();
         let query = reference::Query { q: &rotated, scale: scale as f32 as f64, softcap: None, sink: None };
         let (seen, kv_head) = (ODD_LEN - 1 + i, head / (ODD_HEADS.1 / ODD_HEADS.0));
-        let [k, v] = [&self.keys, &self.values].map(|all| -> Vec<&[f32]> {
-            all[kv_head][..seen].iter().map(Vec::as_slice).collect()
-        });
+        let [k, v] = [&self.keys, &self.values]
+            .map(|all| -> Vec<&[f32]> { all[kv_head][..seen].iter().map(Vec::as_slice).collect() });
         let (out, _) = reference::attention(&query, &k, &v);
         reference::restore(&self.row, &out)
     }
