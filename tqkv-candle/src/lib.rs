@@ -40,7 +40,7 @@ mod tokenizer;
 pub use attention::{Attention, AttentionStep};
 pub use cache::SequenceCache;
 pub use error::{Error, Result};
-pub use eval::{Fidelity, Found, Needle, Windows, evaluate, find, first_difference, run_freely};
+pub use eval::{Fidelity, Found, Needle, Windows, evaluate, find_needle, first_difference, run_freely};
 pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
 pub use sampling::Sampler;

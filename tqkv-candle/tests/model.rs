@@ -10,7 +10,7 @@ use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
     Encoded, Error, GenerateOptions, Model, ModelConfig, Needle, Progress, SequenceCache, StopReason, TextProgress,
-    Vocabulary, Windows, evaluate, find, first_difference, generate, generate_text, generate_with, run_freely,
+    Vocabulary, Windows, evaluate, find_needle, first_difference, generate, generate_text, generate_with, run_freely,
 };
 
 fn load(tiny: &TinyModel) -> Model {
@@ -538,7 +538,7 @@ fn a_needle_is_hidden_where_it_should_be_and_costs_what_the_oracle_says() {
         assert_eq!((needle.tokens()[0], needle.depth), (0, depth));
     }
     let needle = hide(200, 0.3).unwrap();
-    let found = find(&model, &mut cache(&model), &needle, 64).unwrap();
+    let found = find_needle(&model, &mut cache(&model), &needle, 64).unwrap();
     // " 42": each byte after those before it.
     let (mut nats, mut likeliest) = (0.0, true);
     for end in 197..200 {
@@ -554,8 +554,8 @@ fn a_needle_is_hidden_where_it_should_be_and_costs_what_the_oracle_says() {
     assert!(matches!(hide(1000, 0.5), Err(Error::TextTooShort { got: 300, .. })));
     let mut small = cache_with(&model, "k4v4");
     assert!(matches!(
-        find(&model, &mut small, &hide(300, 0.5).unwrap(), 64),
+        find_needle(&model, &mut small, &hide(300, 0.5).unwrap(), 64),
         Err(Error::ContextOverflow { got: 299, .. })
     ));
-    assert!(matches!(find(&model, &mut small, &needle, 0), Err(Error::ChunkSize)));
+    assert!(matches!(find_needle(&model, &mut small, &needle, 0), Err(Error::ChunkSize)));
 }

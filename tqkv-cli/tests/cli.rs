@@ -333,6 +333,18 @@ fn generate_refuses_what_it_cannot_generate() {
 }
 
 #[test]
+fn the_demo_takes_another_model() {
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 281, 80);
+    std::fs::copy(LLAMA2, dir.path().join("tokenizer.json")).unwrap();
+    let model = dir.path().to_str().unwrap();
+    let table = stdout(&["demo", "--model", model]);
+    let words = [model, "1 layers, 1 KV heads of 80", "tokens at", "k5v4", "cache: 64 tokens"];
+    assert!(words.iter().all(|word| table.contains(word)), "{table}");
+    fails(&["demo", "--model", "no/such/model"], &["no/such/model"]);
+}
+
+#[test]
 fn devices_lists_the_processor() {
     assert!(stdout(&["devices"]).starts_with("cpu: "));
 }

@@ -8,5 +8,5 @@ mod windows;
 
 pub use fidelity::{Fidelity, evaluate};
 pub use free_running::{first_difference, run_freely};
-pub use needle::{Found, Needle, find};
+pub use needle::{Found, Needle, find_needle};
 pub use windows::Windows;

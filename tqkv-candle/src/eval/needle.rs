@@ -65,7 +65,7 @@ impl Needle {
 ///
 /// # Errors
 /// As [`evaluate`](super::evaluate).
-pub fn find(model: &Model, cache: &mut SequenceCache, needle: &Needle, chunk: usize) -> Result<Found> {
+pub fn find_needle(model: &Model, cache: &mut SequenceCache, needle: &Needle, chunk: usize) -> Result<Found> {
     if chunk == 0 {
         return Err(Error::ChunkSize);
     }

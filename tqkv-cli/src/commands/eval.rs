@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Fidelity, GenerateOptions, Needle, SequenceCache, Windows, evaluate, find, first_difference, run_freely,
+    Encoded, Fidelity, GenerateOptions, Needle, SequenceCache, Windows, evaluate, find_needle, first_difference,
+    run_freely,
 };
 
 /// Needles at each depth.
@@ -254,7 +255,7 @@ impl Evaluation {
         let depths = needles.chunk_by(|a, b| a.depth == b.depth).map(|needles| {
             let mut depth = Depth { depth: needles[0].depth, needles: needles.len(), found: 0, nats: 0.0 };
             for needle in needles {
-                let found = find(&self.language.model, &mut cache, needle, self.chunk)?;
+                let found = find_needle(&self.language.model, &mut cache, needle, self.chunk)?;
                 depth.found += usize::from(found.found);
                 depth.nats += found.nats / needles.len() as f64;
                 bar.inc(1);
