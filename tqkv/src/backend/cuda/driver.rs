@@ -503,6 +503,7 @@ pub(super) struct Launch {
 }
 
 /// Parameters as the kernel finds them in memory.
+#[allow(clippy::large_enum_variant)] // In place is the point.
 pub(super) enum ParamBytes {
     /// So many bytes of these: all kernels' but a caller's own.
     Short([u64; SHORT], usize),

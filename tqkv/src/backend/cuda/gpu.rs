@@ -17,6 +17,7 @@ pub(super) struct Gpu {
 }
 
 /// What goes to the stream.
+#[allow(clippy::large_enum_variant)] // Launches are nearly all of them, and their parameters lie in place.
 pub(super) enum Work {
     Launch(Launch),
     Copy { from: u64, to: u64, bytes: usize },
