@@ -835,7 +835,9 @@ fn merge_passes_over_empty_parts(device: &Device) {
     let none = f32::NEG_INFINITY;
     let anything = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1.0];
     // Parts as (value, lse), and what they give.
-    let mut cases: Vec<(Vec<(f32, f32)>, f32, f32)> = vec![
+    /// (value, lse) of the parts, and those of the whole.
+    type Parts = (Vec<(f32, f32)>, f32, f32);
+    let mut cases: Vec<Parts> = vec![
         (vec![(f32::NAN, none), (f32::INFINITY, none)], 0.0, none),
         (vec![(f32::NAN, none)], 0.0, none),
         (vec![(f32::NAN, -2.0), (3.0, 1.5)], f32::NAN, 1.5 + (-3.5f32).exp().ln_1p()),
@@ -891,7 +893,7 @@ fn large_scores_share_the_weight(device: &Device) {
             let pool = PagePool::new(device, row, 1, 16, 5).unwrap();
             let x = device.upload(&x, &[most, 1, d]).unwrap();
             let span = Span { first: 0, len: most, new: most, pages: &[3, 0, 4, 1, 2] };
-            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, 16, &[span.clone()]).unwrap()));
+            run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, 16, std::slice::from_ref(&span)).unwrap()));
             let batch = Batch::new(device, 16, &[span]).unwrap();
             let out = device.zeros(DType::F32, &[most, 1, d]).unwrap();
             let (domain, order) = (Domain::Original, RowOrder::TokenMajor);
