@@ -746,6 +746,10 @@ fn queries_of_any_size(device: &Device) {
         if k_size > most {
             continue;
         }
+        // WGSL lets a GPU flush subnormal numbers, which many elements of such keys are.
+        if device.info().kind == DeviceKind::Wgpu && codec == Codec::F32 && k_size < 1e-36 {
+            continue;
+        }
         let mut rng = Rng(9);
         let k: Vec<f32> = rng.normals(len * d).iter().map(|x| x * k_size).collect();
         let pools = [k, rng.normals(len * d)].map(|x| {
