@@ -11,8 +11,8 @@ impl CommandEncoder {
     /// `constants` is passed as a uniform buffer (wgpu), by value (CUDA) or as a slice (CPU).
     ///
     /// # Errors
-    /// [`Error::UnknownKernel`], [`Error::WrongDevice`], [`Error::KernelCompile`], or [`Error::Unsupported`] if the
-    /// registered source is for another kind of device.
+    /// [`Error::UnknownKernel`](crate::Error::UnknownKernel), [`Error::WrongDevice`](crate::Error::WrongDevice),
+    /// [`Error::KernelCompile`](crate::Error::KernelCompile), or [`Error::Unsupported`](crate::Error::Unsupported) if the registered source is for another kind of device.
     pub fn dispatch(
         &mut self,
         name: &str,

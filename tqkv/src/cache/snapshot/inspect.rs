@@ -17,7 +17,7 @@ impl Snapshot {
     /// What a file holds; its pages are not looked at.
     ///
     /// # Errors
-    /// Those of [`KvCache::load`] that need no cache.
+    /// Those of [`KvCache::load`](crate::KvCache::load) that need no cache.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let (mut source, bytes) = Source::open(path.as_ref())?;
         Ok(Snapshot::decode(&mut source, Some(bytes))?.0)
@@ -26,7 +26,7 @@ impl Snapshot {
     /// What a file holds, after a look at every byte: whoever has the model and room enough can load it.
     ///
     /// # Errors
-    /// As [`open`](Snapshot::open), and [`Error::Checksum`] with the first page that is damaged.
+    /// As [`open`](Snapshot::open), and [`Error::Checksum`](crate::Error::Checksum) with the first page that is damaged.
     pub fn verify(path: impl AsRef<Path>) -> Result<Self> {
         let (mut source, bytes) = Source::open(path.as_ref())?;
         let (snapshot, checksum) = Snapshot::decode(&mut source, Some(bytes))?;
