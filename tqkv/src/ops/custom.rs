@@ -12,7 +12,8 @@ impl CommandEncoder {
     ///
     /// # Errors
     /// [`Error::UnknownKernel`](crate::Error::UnknownKernel), [`Error::WrongDevice`](crate::Error::WrongDevice),
-    /// [`Error::KernelCompile`](crate::Error::KernelCompile), or [`Error::Unsupported`](crate::Error::Unsupported) if the registered source is for another kind of device.
+    /// [`Error::KernelCompile`](crate::Error::KernelCompile), or [`Error::Unsupported`](crate::Error::Unsupported) if the registered
+    /// source is for another kind of device.
     pub fn dispatch(
         &mut self,
         name: &str,
