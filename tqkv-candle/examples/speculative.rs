@@ -10,18 +10,18 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tqkv::{CodecPair, Device};
-use tqkv_candle::{GenerateOptions, Llama, SequenceCache, Vocabulary, generate};
+use tqkv_candle::{GenerateOptions, Model, SequenceCache, Vocabulary, generate};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 /// A model, its cache, and the tokens that the cache holds.
 struct Runner<'a> {
-    model: &'a Llama,
+    model: &'a Model,
     cache: SequenceCache,
 }
 
 impl<'a> Runner<'a> {
-    fn new(model: &'a Llama, codec: CodecPair) -> Result<Self> {
+    fn new(model: &'a Model, codec: CodecPair) -> Result<Self> {
         let config = model.config();
         let cache = SequenceCache::new(&Device::cpu(), config.cache_config().codec(codec), config)?;
         Ok(Runner { model, cache })
@@ -93,8 +93,8 @@ fn main() -> Result<()> {
     let (count, drafts) = (number(2, 256)?.max(1), number(3, 4)?.max(1));
     let text = arguments.get(4).map_or("## Summary\n\nThis RFC proposes to ", String::as_str);
 
-    let vocabulary = |dir: &str, model: &Llama| Vocabulary::load(Path::new(dir), model.config());
-    let (large_model, small_model) = (Llama::load(Path::new(large))?, Llama::load(Path::new(small))?);
+    let vocabulary = |dir: &str, model: &Model| Vocabulary::load(Path::new(dir), model.config());
+    let (large_model, small_model) = (Model::load(Path::new(large))?, Model::load(Path::new(small))?);
     let words = vocabulary(large, &large_model)?;
     let prompt = words.encode_prompt(text)?;
     if prompt != vocabulary(small, &small_model)?.encode_prompt(text)? {

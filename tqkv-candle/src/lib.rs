@@ -46,9 +46,3 @@ pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, Rope
 pub use sampling::Sampler;
 pub use text::{TextProgress, generate_text};
 pub use tokenizer::{ChatTemplate, Decoder, Encoded, GgufTokenizer, Message, Tokenizer, Vocabulary};
-
-/// The name that [`Model`] had when it was only this.
-pub type Llama = Model;
-
-/// The name that [`ModelConfig`] had when it was only this.
-pub type LlamaConfig = ModelConfig;

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use std::path::Path;
-use tqkv_candle::{ChatTemplate, Error, GgufTokenizer, LlamaConfig, Message, Vocabulary};
+use tqkv_candle::{ChatTemplate, Error, GgufTokenizer, Message, ModelConfig, Vocabulary};
 
 /// A GGUF file's vocabulary with this template.
 fn vocabulary(template: Option<&str>) -> Vocabulary {
@@ -126,7 +126,7 @@ fn a_directory_says_it_in_one_of_three_ways() {
         "vocab_size": 2, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
         "max_position_embeddings": 64,
     });
-    let config = LlamaConfig::parse(config.to_string().as_bytes(), Path::new("")).unwrap();
+    let config = ModelConfig::parse(config.to_string().as_bytes(), Path::new("")).unwrap();
     write(
         "tokenizer.json",
         r#"{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}"#,

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use tokenizers::Tokenizer;
-use tqkv_candle::{Encoded, Error, LlamaConfig, Vocabulary};
+use tqkv_candle::{Encoded, Error, ModelConfig, Vocabulary};
 
 const LLAMA2: &str = include_str!("../testdata/llama2.json");
 const CUT: &str = include_str!("../testdata/cut-within-decoder.json");
@@ -23,7 +23,7 @@ const WORDS: &str = r#"{
     "model": {"type": "WordLevel", "vocab": {"<s>": 0, "?": 1, "red": 2, "fox": 3}, "unk_token": "?"}
 }"#;
 
-fn config(fields: Value) -> LlamaConfig {
+fn config(fields: Value) -> ModelConfig {
     let mut config = json!({
         "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
         "max_position_embeddings": 64,
@@ -31,7 +31,7 @@ fn config(fields: Value) -> LlamaConfig {
     for (field, value) in fields.as_object().unwrap() {
         config[field] = value.clone();
     }
-    LlamaConfig::parse(config.to_string().as_bytes(), Path::new("config.json")).unwrap()
+    ModelConfig::parse(config.to_string().as_bytes(), Path::new("config.json")).unwrap()
 }
 
 /// What a directory with these files gives.
