@@ -103,14 +103,13 @@ impl Kernel for JoinKernel {
 impl JoinKernel {
     /// The weights of the splits, their sum `l`, and the maximum, `m` + `low`: a thread a split.
     fn weights(&self, b: &mut Builder) {
-        b.push("  var most = NONE;");
-        b.push("  for (var i = tid; i < a.splits; i += WG) { most = max(most, partial[sums + i].x); }");
+        b.push("  var most = NONE;\n  var second = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");
+        b.push("    let part = partial[sums + i];");
+        b.push("    second = select(select(second, max(second, part.z), part.x == most), part.z, part.x > most);");
+        b.push("    most = max(most, part.x);\n  }");
         b.push("  offer(0u, most, tid, false);\n  settle(tid, false);\n  let first = taken(0u, false);");
-        b.push("  workgroupBarrier();\n  var second = UNSEEN;\n  for (var i = tid; i < a.splits; i += WG) {");
-        b.push(
-            "    let part = partial[sums + i];\n    second = max(second, select(UNSEEN, part.z, part.x == first));\n  }",
-        );
-        b.push("  offer(0u, second, tid, false);\n  settle(tid, false);");
+        b.push("  workgroupBarrier();\n  offer(0u, select(UNSEEN, second, most == first), tid, false);");
+        b.push("  settle(tid, false);");
         b.push("  var m = first;\n  var low = taken(0u, false);");
         if self.sink_logits {
             b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];");
