@@ -190,3 +190,42 @@ fn merges_of_more_parts_than_bindings() {
         }
     });
 }
+
+/// Two such vectors meet in a word, which different workgroups write.
+#[test]
+fn vectors_of_an_odd_number_of_16_bit_elements() {
+    on_wgpu(|device| {
+        let (d, kv_heads, heads, len) = (7, 2, 4, 37);
+        for (codec, dtype) in [(Codec::tq(4), DType::F16), (Codec::tq(3), DType::BF16), (Codec::F16, DType::F16)] {
+            let row = RowFormat::new(codec, d).unwrap();
+            let mut rng = Rng(6);
+            let (k, q) = (rng.normals(len * kv_heads * d), rng.normals(len * heads * d));
+            let results = [device, &Device::cpu()].map(|device| {
+                let pool = PagePool::new(device, row, kv_heads, len, 1).unwrap();
+                let batch = Batch::contiguous(device, len, 0, len, len).unwrap();
+                let (k, q) =
+                    (upload(device, dtype, &k, &[len, kv_heads, d]), upload(device, dtype, &q, &[len, heads, d]));
+                let restored = Guarded::new(device, dtype, &[len, kv_heads, d]);
+                let out = Guarded::new(device, dtype, &[len, heads, d]);
+                let merged = Guarded::new(device, dtype, &[len, heads, d]);
+                let lse = Guarded::new(device, DType::F32, &[len, heads]);
+                run(device, |e| {
+                    quantize(e, &[(&k, &pool)], &batch)?;
+                    let order = RowOrder::TokenMajor;
+                    dequantize(e, &pool, &batch, 0, 0..len, Domain::Original, order, &restored.buffer)?;
+                    let params = AttentionParams::for_head_dim(d);
+                    attention(e, &q, &pool, &pool, &batch, &params, &out.buffer, Some(&lse.buffer))?;
+                    merge(e, &[(&out.buffer, &lse.buffer); 2], &merged.buffer, None)
+                });
+                assert_eq!(merged.take(), out.take(), "{codec} {dtype}");
+                (pool.codes().read::<u8>().unwrap(), restored.take(), out.take())
+            });
+            let [(codes, restored, out), want] = results;
+            assert!(codes == want.0, "{codec} {dtype}: codes");
+            for (got, want) in [(restored, want.1), (out, want.2)] {
+                let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                assert!(relative_error(&got, &want) < 4e-3, "{codec} {dtype}: {:e}", relative_error(&got, &want));
+            }
+        }
+    });
+}

@@ -25,6 +25,10 @@ pub(crate) trait Driver: Any + Send + Sync {
     /// Copies from the host, after all submitted work.
     fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()>;
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
+    /// Whether kernels read a batch's spans and page tables from memory of their own, which is written when the batch is made.
+    fn reads_batches(&self) -> bool {
+        false
+    }
     /// Bytes kept for partial results.
     fn workspace_bytes(&self) -> usize;
 }

@@ -25,8 +25,13 @@ impl CommandEncoder {
 
     /// Fails unless the buffer is on this encoder's device.
     pub(crate) fn expect_own(&self, what: &'static str, buffer: &Buffer) -> Result<()> {
-        if buffer.device() != &self.device {
-            return Err(Error::wrong_device(what, buffer.device(), &self.device));
+        self.expect_device(what, buffer.device())
+    }
+
+    /// Fails unless this is the encoder's device.
+    pub(crate) fn expect_device(&self, what: &'static str, device: &Device) -> Result<()> {
+        if device != &self.device {
+            return Err(Error::wrong_device(what, device, &self.device));
         }
         Ok(())
     }

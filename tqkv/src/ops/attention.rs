@@ -35,7 +35,7 @@ pub fn attention(
     for (what, buffer) in [("q", q), ("key", key.codes()), ("value", value.codes()), ("out", out)] {
         encoder.expect_own(what, buffer)?;
     }
-    encoder.expect_own("batch", batch.device_table())?;
+    encoder.expect_device("batch", batch.device())?;
     let head_dim = key.row().head_dim();
     if value.row().head_dim() != head_dim {
         let expected = format!("{head_dim} as in the keys");

@@ -25,7 +25,7 @@ pub fn dequantize(
 ) -> Result<()> {
     let positions = positions.into();
     encoder.expect_own("pool", pool.codes())?;
-    encoder.expect_own("batch", batch.device_table())?;
+    encoder.expect_device("batch", batch.device())?;
     encoder.expect_own("out", out)?;
     batch.expect_within(pool)?;
     let Some(span) = batch.spans().get(sequence) else {

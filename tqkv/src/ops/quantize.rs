@@ -38,7 +38,7 @@ pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PageP
     if parts.is_empty() {
         return Err(Error::Zero { what: "parts" });
     }
-    encoder.expect_own("batch", batch.device_table())?;
+    encoder.expect_device("batch", batch.device())?;
     for (i, (x, pool)) in parts.iter().enumerate() {
         encoder.expect_own("x", x)?;
         encoder.expect_own("pool", pool.codes())?;

@@ -42,8 +42,9 @@ struct Inner {
     tokens: usize,
     /// One past the largest page.
     pages: usize,
-    device_spans: Buffer,
-    device_table: Buffer,
+    device: Device,
+    /// Spans and page tables in the device's memory, where its kernels read them there.
+    on_device: Option<[Buffer; 2]>,
     plans: Plans,
 }
 
@@ -119,8 +120,13 @@ impl Batch {
                 pages = pages.max(page as usize + 1);
             }
         }
-        let device_spans = device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?;
-        let device_table = device.upload(&table, &[infos.len(), width])?;
+        let on_device = match device.driver().reads_batches() {
+            true => Some([
+                device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?,
+                device.upload(&table, &[infos.len(), width])?,
+            ]),
+            false => None,
+        };
         Ok(Batch(Arc::new(Inner {
             page_size,
             width,
@@ -128,8 +134,8 @@ impl Batch {
             table,
             tokens,
             pages,
-            device_spans,
-            device_table,
+            device: device.clone(),
+            on_device,
             plans: Plans::default(),
         })))
     }
@@ -167,15 +173,26 @@ impl Batch {
         &self.0.spans
     }
 
-    /// Spans on the device, u32 [sequences, 4].
-    #[allow(dead_code)] // GPU backends read it.
-    pub(crate) fn device_spans(&self) -> &Buffer {
-        &self.0.device_spans
+    /// The device whose operations it is for.
+    pub(crate) fn device(&self) -> &Device {
+        &self.0.device
     }
 
-    /// Page tables on the device, u32 [sequences, width].
+    /// Spans on the device, u32 [sequences, 4], for drivers that read batches.
+    #[allow(dead_code)] // Not every backend does.
+    pub(crate) fn device_spans(&self) -> &Buffer {
+        &self.on_device()[0]
+    }
+
+    /// Page tables on the device, u32 [sequences, width], for drivers that read batches.
+    #[allow(dead_code)] // Not every backend does.
     pub(crate) fn device_table(&self) -> &Buffer {
-        &self.0.device_table
+        &self.on_device()[1]
+    }
+
+    #[allow(dead_code)]
+    fn on_device(&self) -> &[Buffer; 2] {
+        self.0.on_device.as_ref().unwrap_or_else(|| unreachable!("its driver does not read batches"))
     }
 
     /// Page tables, [sequences, width].

@@ -111,6 +111,10 @@ impl Driver for Cuda {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
     }
 
+    fn reads_batches(&self) -> bool {
+        true
+    }
+
     fn workspace_bytes(&self) -> usize {
         lock(&self.0.workspace).bytes()
     }

@@ -56,7 +56,7 @@ fn check_for_metal(name: &str, source: &Source) {
     }
 }
 
-const SHAPES: [(Codec, usize); 14] = [
+const SHAPES: [(Codec, usize); 17] = [
     (Codec::tq(2), 64),
     (Codec::tq(3), 80),
     (Codec::tq(4), 128),
@@ -71,6 +71,10 @@ const SHAPES: [(Codec, usize); 14] = [
     (Codec::F16, 128),
     (Codec::F32, 256),
     (Codec::F32, 16),
+    // Tensors of fewer elements than rows, and of an odd number.
+    (Codec::tq(3), 100),
+    (Codec::tq(4), 7),
+    (Codec::F16, 7),
 ];
 
 #[test]
@@ -129,7 +133,8 @@ fn rows(stored: &Stored, dtype: DType, caps: &Caps, check: &mut dyn FnMut(String
     let (row, x) = (stored.format(), tensor(stored, dtype));
     let name = format!("{} D={} {:?} {dtype}", row.codec(), row.head_dim(), stored.align);
     for forward in [false, true] {
-        for out in [None, Some(x)] {
+        // In place where both domains have one size.
+        for out in [None, Some(x)].into_iter().filter(|out| out.is_some() || row.head_dim() == row.row_dim()) {
             let kernel = RotateKernel { row: *stored, forward, x, out };
             check(format!("rotate {name}"), kernel.source(caps));
         }

@@ -55,7 +55,7 @@ impl Elements for Float {
         let codes = Tensor::new(dtype(s), s.align == Align::Vector, d, d);
         x.load(b, &format!("x{i}"));
         codes.store(b, &format!("p{i}_codes"));
-        line!(b, "fn part{i}(wg: u32, tid: u32) {{");
+        line!(b, "fn encode{i}(wg: u32, tid: u32) {{");
         rounds(b, transform);
         line!(b, "    workgroupBarrier();\n    for (var e = 8u * tid; e < n * {d}u; e += 8u * WG) {{");
         line!(b, "      let v = x{i}_load(first * {d}u + e);");

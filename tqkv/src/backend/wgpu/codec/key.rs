@@ -95,6 +95,6 @@ pub trait Elements {
         1
     }
 
-    /// Declares `fn part{i}(wg, tid)`, which encodes the rows of the tensor `x{i}` that are workgroup wg's into pool `p{i}`.
+    /// Declares `fn encode{i}(wg, tid)`, which encodes the rows of the tensor `x{i}` that are workgroup wg's into pool `p{i}`.
     fn encode(&self, s: &Stored, b: &mut Builder, x: Tensor, i: usize, transform: &Transform);
 }

@@ -1,28 +1,16 @@
-//! Stored rows as kernels read and write them: the one place that knows which kinds of codecs there are.
+//! Stored rows and pools as kernels bind and read them, whatever their codec is.
 
-use super::bits::Bits;
-use super::float::Float;
-use super::key::{Align, Elements, Stored};
-use super::planes::Planes;
+use super::key::{Align, Stored};
 use super::{scale, tables};
 use crate::backend::wgpu::context::Context;
 use crate::backend::wgpu::memory::Memory;
 use crate::backend::wgpu::slot::Slot;
 use crate::backend::wgpu::wgsl::builder::{Builder, line};
 use crate::error::Result;
-use crate::format::Packing;
 use crate::problem::PagePool;
 use std::sync::Arc;
 
 impl Stored {
-    pub fn elements(&self) -> &'static dyn Elements {
-        match self.format().packing() {
-            Packing::Float(_) => &Float,
-            Packing::Planes => &Planes,
-            _ => &Bits,
-        }
-    }
-
     /// The same, read `n` elements at a time.
     pub fn fetched_by(mut self, n: usize) -> Self {
         self.align = self.elements().read_by(&self, n);

@@ -70,13 +70,13 @@ pub fn declare(b: &mut Builder, all: &[Stored], transform: &Transform) {
     folded(b, transform);
 }
 
-/// Declares `fn part{i}(wg, tid)`: rows into codes and scales.
+/// Declares `fn encode{i}(wg, tid)`: rows into codes and scales.
 pub fn encode(b: &mut Builder, s: &Stored, x: Tensor, i: usize, transform: &Transform, packer: &Packer) {
     let row = s.format();
     let (d, p) = (row.row_dim(), format!("p{i}"));
     x.load(b, &format!("x{i}"));
     let cells = helpers(b, s, &p);
-    line!(b, "fn part{i}(wg: u32, tid: u32) {{\n  for (var t = tid; t < {}u; t += WG) {{", 4 * vectors(&row));
+    line!(b, "fn encode{i}(wg: u32, tid: u32) {{\n  for (var t = tid; t < {}u; t += WG) {{", 4 * vectors(&row));
     line!(b, "    let level = {p}_tables.levels[t >> 2u][t & 3u];\n    level_square[t] = keep(level * level);\n  }}");
     line!(b, "  for (var t = tid; t < {cells}u; t += WG) {{\n    let code = {p}_tables.cells[t >> 2u][t & 3u];");
     line!(b, "    cells[t] = vec2(bitcast<f32>(code), {p}_tables.bounds[code >> 2u][code & 3u]);\n  }}");

@@ -87,7 +87,7 @@ impl Kernel for QuantizeKernel {
         b.main();
         for i in 0..inputs.len() {
             let before = format!("{i}u * a.groups_each");
-            line!(b, "  if (wg >= {before} && wg < {before} + a.groups_each) {{ part{i}(wg - {before}, tid); }}");
+            line!(b, "  if (wg >= {before} && wg < {before} + a.groups_each) {{ encode{i}(wg - {before}, tid); }}");
         }
         b.push("}");
         b.finish()

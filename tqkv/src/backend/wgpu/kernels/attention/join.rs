@@ -50,7 +50,7 @@ impl Kernel for JoinKernel {
         let vectors = d / 4;
         let mut b = Builder::new(caps);
         b.params::<JoinParams>();
-        b.storage("parts", "vec4<f32>", false);
+        b.storage("partial", "vec4<f32>", false);
         self.out.bind(&mut b, "out", true);
         if self.sink_logits {
             b.storage("sinks", "f32", false);
@@ -103,21 +103,20 @@ impl Kernel for JoinKernel {
 impl JoinKernel {
     /// The weights of the splits, their sum `l`, and the maximum, `m` + `low`: a thread a split.
     fn weights(&self, b: &mut Builder) {
-        b.push("  var most = NONE;");
-        b.push("  for (var i = tid; i < a.splits; i += WG) { most = max(most, parts[sums + i].x); }");
+        b.push("  var most = NONE;\n  var second = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");
+        b.push("    let part = partial[sums + i];");
+        b.push("    second = select(select(second, max(second, part.z), part.x == most), part.z, part.x > most);");
+        b.push("    most = max(most, part.x);\n  }");
         b.push("  offer(0u, most, tid, false);\n  settle(tid, false);\n  let first = taken(0u, false);");
-        b.push("  workgroupBarrier();\n  var second = UNSEEN;\n  for (var i = tid; i < a.splits; i += WG) {");
-        b.push(
-            "    let part = parts[sums + i];\n    second = max(second, select(UNSEEN, part.z, part.x == first));\n  }",
-        );
-        b.push("  offer(0u, second, tid, false);\n  settle(tid, false);");
+        b.push("  workgroupBarrier();\n  offer(0u, select(UNSEEN, second, most == first), tid, false);");
+        b.push("  settle(tid, false);");
         b.push("  var m = first;\n  var low = taken(0u, false);");
         if self.sink_logits {
             b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];");
             b.push("  low = select(select(low, max(low, 0.0), sink == m), 0.0, sink > m);\n  m = max(m, sink);");
         }
         b.push("  workgroupBarrier();\n  var l = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");
-        b.push("    let part = parts[sums + i];\n    let weight = exp(keep(part.x - m) + (part.z - low));");
+        b.push("    let part = partial[sums + i];\n    let weight = exp(keep(part.x - m) + (part.z - low));");
         // A split that saw nothing has written nothing: less than no weight.
         b.push("    l += part.y * weight;\n    weight_of[i] = select(weight, -1.0, part.x == NONE);\n  }");
         b.push("  offer(0u, l, tid, true);\n  settle(tid, true);\n  l = taken(0u, true);");
@@ -139,7 +138,7 @@ fn sum(b: &mut Builder, vectors: usize, lanes: usize) {
     for k in 0..LOADS {
         line!(b, "        let i{k} = min(i + {}u, a.splits - 1u);", k * lanes);
         line!(b, "        let w{k} = select(-1.0, weight_of[i{k}], i + {}u < a.splits);", k * lanes);
-        line!(b, "        let o{k} = parts[(base + i{k}) * {vectors}u + c];");
+        line!(b, "        let o{k} = partial[(base + i{k}) * {vectors}u + c];");
     }
     for k in 0..LOADS {
         line!(b, "        if (w{k} >= 0.0) {{ sum += w{k} * o{k}; }}");

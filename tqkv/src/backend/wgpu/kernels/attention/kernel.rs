@@ -47,7 +47,7 @@ params! {
         kv_heads: u32,
         /// Query heads of a KV head, and the workgroups that share them.
         group: u32,
-        parts: u32,
+        shares: u32,
         splits: u32,
         /// Tiles of the longest task.
         tiles: u32,

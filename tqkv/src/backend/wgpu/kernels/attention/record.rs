@@ -28,7 +28,7 @@ struct Launch<'a> {
     lse: Option<Slot<'a>>,
     batch: BatchList,
     /// Workgroups that share a KV head's queries.
-    parts: usize,
+    shares: usize,
     /// Rows of results that there is room for.
     room: usize,
 }
@@ -43,7 +43,7 @@ pub fn record(commands: &mut Commands, op: &Attention) -> Result<()> {
     let value = PoolSlots::new(&context, "the values", &op.value)?;
     let sink_logits = op.params.sink_logits.as_ref().map(|s| Slot::new(gpu, "sinks", s)).transpose()?;
     let lse = op.lse.as_ref().map(|l| Slot::new(gpu, "lse", l)).transpose()?;
-    let (kernel, parts, plan) = choose(gpu, op, q_tensor, &key, &value)?;
+    let (kernel, shares, plan) = choose(gpu, op, q_tensor, &key, &value)?;
     let join = JoinKernel {
         value: Stored::of(op.value.row(), Align::Word),
         out: out_tensor,
@@ -54,7 +54,7 @@ pub fn record(commands: &mut Commands, op: &Attention) -> Result<()> {
     let batch = commands.batch(&op.batch)?;
     // A split's results take memory for every query, so that very many queries go in turns.
     let room = gpu.limits.max_storage_buffer_binding_size.min(256 << 20) as usize / row_bytes(d) / op.heads;
-    let launch = Launch { op, kernel, join, q, out, key, value, sink_logits, lse, batch, parts, room };
+    let launch = Launch { op, kernel, join, q, out, key, value, sink_logits, lse, batch, shares, room };
     let tokens: usize = plan.tasks.iter().map(|t| t.queries as usize).sum();
     if tokens <= room {
         let list = commands.shared_list("tasks", &plan, |plan| bytemuck::cast_slice(&plan.tasks))?;
@@ -92,13 +92,13 @@ fn choose(
     let (d, kv_heads, page_size) = (op.key.row().row_dim(), op.key.kv_heads(), op.key.page_size());
     let (group, spans) = (op.heads / kv_heads, op.batch.spans());
     let most = caps.query_rows.min(QUERY_FLOATS / d);
-    let parts = group.div_ceil(most);
-    let heads = group.div_ceil(parts);
+    let shares = group.div_ceil(most);
+    let heads = group.div_ceil(shares);
     let longest = spans.iter().map(|s| s.new as usize).max().unwrap_or(1);
     let queries = (most / heads).clamp(1, longest.max(1));
     let visible = Visible { causal: op.params.causal, window: op.params.window };
     let plan = Plan::of(&op.batch, queries, visible, 1)?;
-    let blocks = plan.tasks.len() * kv_heads * parts;
+    let blocks = plan.tasks.len() * kv_heads * shares;
     // Fewer positions a thread where the device would not be busy.
     let mut positions = most_positions(heads * queries, caps);
     while positions > 1 && blocks * (plan.longest / (positions * THREADS)) < caps.busy / 8 {
@@ -131,7 +131,7 @@ fn choose(
     let tile = kernel.teams(caps).tile;
     kernel.whole = page_size.is_multiple_of(tile);
     let plan = if kernel.whole { Plan::of(&op.batch, queries, visible, tile)? } else { plan };
-    Ok((kernel, parts, plan))
+    Ok((kernel, shares, plan))
 }
 
 /// Both passes for some tasks.
@@ -140,7 +140,7 @@ fn turn(commands: &mut Commands, launch: &Launch, tasks: &[Task], list: &List) -
     let (gpu, Launch { op, kernel, key, value, batch, .. }) = (&context.gpu, launch);
     let (kv_heads, page_size) = (op.key.kv_heads(), op.key.page_size());
     let tokens: usize = tasks.iter().map(|t| t.queries as usize).sum();
-    let blocks = tasks.len() * kv_heads * launch.parts;
+    let blocks = tasks.len() * kv_heads * launch.shares;
     let seen = tasks.iter().map(Task::seen).max().unwrap_or(0);
     let most = seen.div_ceil(kernel.tile()).clamp(1, MOST_SPLITS).min((launch.room / tokens).max(1));
     let splits = (gpu.caps.busy * THREADS / kernel.threads / blocks).clamp(1, most);
@@ -156,7 +156,7 @@ fn turn(commands: &mut Commands, launch: &Launch, tasks: &[Task], list: &List) -
         heads: op.heads as u32,
         kv_heads: kv_heads as u32,
         group: (op.heads / kv_heads) as u32,
-        parts: launch.parts as u32,
+        shares: launch.shares as u32,
         splits: splits as u32,
         tiles: seen.div_ceil(kernel.teams(&gpu.caps).tile) as u32,
         page_size: page_size as u32,

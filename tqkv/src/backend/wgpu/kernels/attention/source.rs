@@ -65,7 +65,7 @@ fn bind(b: &mut Builder, kernel: &AttentionKernel) {
     kernel.value.bind(b, "v");
     b.storage("table", "u32", false);
     b.storage("tasks", "u32", false);
-    b.storage("parts", "vec4<f32>", true);
+    b.storage("partial", "vec4<f32>", true);
     kernel.q.load(b, "q");
     for (p, stored) in [("k", &kernel.key), ("v", &kernel.value)] {
         stored.tables(b, p);
@@ -106,9 +106,9 @@ fn declare(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams, caps: &Caps
 fn place(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams) {
     let tile = teams.tile;
     b.push("  let split = wg % a.splits;\n  let rest = wg / a.splits;");
-    b.push("  let part = rest % (a.kv_heads * a.parts);\n  let kv_head = part / a.parts;");
-    line!(b, "  let head0 = (part % a.parts) * {}u;", kernel.heads);
-    line!(b, "  let task = a.tasks_off + {TASK}u * (rest / (a.kv_heads * a.parts));");
+    b.push("  let share = rest % (a.kv_heads * a.shares);\n  let kv_head = share / a.shares;");
+    line!(b, "  let head0 = (share % a.shares) * {}u;", kernel.heads);
+    line!(b, "  let task = a.tasks_off + {TASK}u * (rest / (a.kv_heads * a.shares));");
     for (i, (name, _)) in Task::FIELDS.iter().enumerate() {
         line!(b, "  let {name} = tasks[task + {i}u];");
     }

@@ -23,7 +23,7 @@ pub fn sums(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams, at_once: u
         line!(b, "  l{r} = taken({r}u, true);\n  if (tid == {r}u && {}) {{", exists(kernel, &format!("{r}u")));
         line!(
             b,
-            "    parts[a.rows * a.splits * {vectors}u + {} * a.splits + split] = vec4(m{r}, l{r}, {}, 0.0);\n  }}",
+            "    partial[a.rows * a.splits * {vectors}u + {} * a.splits + split] = vec4(m{r}, l{r}, {}, 0.0);\n  }}",
             row_out(kernel, &format!("{r}u")),
             if teams.count() > 1 { format!("d{r}") } else { format!("low[{r}]") }
         );
@@ -41,7 +41,7 @@ pub fn sums(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams, at_once: u
         line!(b, "    if ({}) {{", exists(kernel, "r"));
         line!(
             b,
-            "      parts[({} * a.splits + split) * {vectors}u + t % {chunks}u * {per}u + u % {per}u] = sum;",
+            "      partial[({} * a.splits + split) * {vectors}u + t % {chunks}u * {per}u + u % {per}u] = sum;",
             row_out(kernel, "r")
         );
         b.push("    }\n  }\n  workgroupBarrier();");
