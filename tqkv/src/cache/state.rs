@@ -69,6 +69,8 @@ pub struct KvCache {
     pub(super) batches: VecDeque<(BatchKey, Batch)>,
     /// f32, where attention over several extents meets: outputs and log-sum-exps of two.
     pub(super) scratch: Option<[Buffer; 4]>,
+    /// Tells caches apart.
+    pub(super) identity: Arc<()>,
 }
 
 pub(super) struct Layer {
@@ -167,6 +169,7 @@ impl KvCache {
             version: 0,
             batches: VecDeque::new(),
             scratch: None,
+            identity: Arc::default(),
         })
     }
 

@@ -7,6 +7,7 @@ mod params;
 mod pool;
 mod visible;
 
+pub(crate) use batch::Plan;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
