@@ -3,8 +3,9 @@
 use super::extent::{Extent, LayerKind};
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::problem::check_geometry;
+use crate::problem::{ChannelMap, check_geometry};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The first positions of a layer kept apart: in codecs of their own, never dropped, and seen by every later query whatever
 /// the window (attention sinks; Xiao et al., arXiv:2309.17453).
@@ -14,6 +15,21 @@ pub struct Sinks {
     pub positions: usize,
     /// How they are stored.
     pub codec: CodecPair,
+}
+
+/// Shift and scale of the channels of a layer's keys (see [`ChannelMap`]), f32 \[kv_heads, head_dim\] each.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Channels {
+    pub shift: Arc<[f32]>,
+    pub scale: Arc<[f32]>,
+}
+
+impl Channels {
+    /// What tells these values from others: XXH3 of all their bytes.
+    pub fn digest(&self) -> u64 {
+        let bytes = [&self.shift, &self.scale].into_iter().flat_map(|x| x.iter().flat_map(|x| x.to_le_bytes()));
+        xxhash_rust::xxh3::xxh3_64(&bytes.collect::<Vec<u8>>())
+    }
 }
 
 /// The KV heads of a layer and the elements of their vectors.
@@ -62,6 +78,7 @@ pub struct CacheConfig {
     layers: usize,
     heads: Heads,
     heads_at: BTreeMap<usize, Heads>,
+    channels_at: BTreeMap<usize, Channels>,
     codec: CodecPair,
     codec_at: BTreeMap<usize, CodecPair>,
     kind_at: BTreeMap<usize, LayerKind>,
@@ -81,6 +98,7 @@ impl CacheConfig {
             layers,
             heads: Heads::new(kv_heads, head_dim),
             heads_at: BTreeMap::new(),
+            channels_at: BTreeMap::new(),
             codec: CodecPair::both(Codec::tq(4)),
             codec_at: BTreeMap::new(),
             kind_at: BTreeMap::new(),
@@ -115,6 +133,20 @@ impl CacheConfig {
     /// those of the other layer.
     pub fn heads_at(mut self, layer: usize, heads: Heads) -> Self {
         self.heads_at.insert(layer, heads);
+        self
+    }
+
+    /// Shifts and scales the channels of one layer's keys before they are stored, in all that the layer stores: see
+    /// [`ops::ChannelMap`](crate::ops::ChannelMap). Both are \[kv_heads, head_dim\]. `tqkv calibrate` measures them.
+    ///
+    /// ```
+    /// use tqkv::{CacheConfig, Device, KvCache};
+    /// let config = CacheConfig::new(1, 2, 64).channels_at(0, vec![0.5; 2 * 64], vec![2.0; 2 * 64]);
+    /// let cache = KvCache::new(&Device::cpu(), config)?;
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn channels_at(mut self, layer: usize, shift: impl Into<Arc<[f32]>>, scale: impl Into<Arc<[f32]>>) -> Self {
+        self.channels_at.insert(layer, Channels { shift: shift.into(), scale: scale.into() });
         self
     }
 
@@ -198,6 +230,11 @@ impl CacheConfig {
         self.heads_at.get(&layer).copied().unwrap_or(self.heads)
     }
 
+    /// The channels of a layer's keys, if they are shifted and scaled.
+    pub(crate) fn layer_channels(&self, layer: usize) -> Option<&Channels> {
+        self.channels_at.get(&layer)
+    }
+
     /// Positions of a page.
     pub fn positions_per_page(&self) -> usize {
         self.page_size
@@ -232,12 +269,13 @@ impl CacheConfig {
         }
     }
 
-    /// Bytes that the cache will take, before it is made.
+    /// Bytes of the pages that the cache will take, before it is made.
     ///
     /// # Errors
     /// [`Error::Zero`] for a count or window of 0, [`Error::Bits`] and [`Error::HeadDim`] for a codec that does not fit,
     /// [`Error::Layer`] for settings of a layer that does not exist, [`Error::Mismatch`] for a page_size that is no multiple
-    /// of 8 or a layer that shares with one that is not before it or is shared itself, [`Error::SizeOverflow`].
+    /// of 8 or a layer that shares with one that is not before it or is shared itself, [`Error::SharedLayer`] for channels of a
+    /// shared layer and those of [`ChannelMap::new`](crate::ops::ChannelMap::new), [`Error::SizeOverflow`].
     ///
     /// ```
     /// use tqkv::CacheConfig;
@@ -264,8 +302,9 @@ impl CacheConfig {
             return Err(Error::Mismatch { what: "page_size", got: self.page_size, expected });
         }
         let (codecs, kinds) = (self.codec_at.keys(), self.kind_at.keys());
-        let special: BTreeSet<usize> =
-            codecs.chain(kinds).chain(self.sinks_at.keys()).chain(self.heads_at.keys()).copied().collect();
+        let special =
+            codecs.chain(kinds).chain(self.sinks_at.keys()).chain(self.heads_at.keys()).chain(self.channels_at.keys());
+        let special: BTreeSet<usize> = special.copied().collect();
         if let Some(&layer) = special.iter().find(|&&l| l >= self.layers) {
             return Err(Error::Layer { got: layer, layers: self.layers });
         }
@@ -276,6 +315,12 @@ impl CacheConfig {
         for layer in special {
             self.check_kind(layer)?;
             let (heads, kind) = (self.layer_heads(layer), self.layer_kind(layer));
+            if let Some(Channels { shift, scale }) = self.channels_at.get(&layer) {
+                if let LayerKind::Shared(source_layer) = kind {
+                    return Err(Error::SharedLayer { layer, source_layer });
+                }
+                ChannelMap::check(heads.kv_heads, heads.head_dim, shift, scale)?;
+            }
             let bytes = self.layer_bytes(heads, kind, self.layer_codec(layer), self.layer_sinks(layer))?;
             total = total.checked_add(bytes).filter(|&n| n <= isize::MAX as usize).ok_or_else(overflow)?;
         }

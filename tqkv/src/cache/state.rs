@@ -1,12 +1,12 @@
 //! What a cache consists of: layers over pools, groups of layers that share page numbers, sequences.
 
-use super::config::{CacheConfig, Heads};
+use super::config::{CacheConfig, Channels, Heads};
 use super::extent::{Extent, LayerKind};
 use super::pages::Pages;
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
 use crate::format::CodecPair;
-use crate::ops::{self, Batch, PagePool};
+use crate::ops::{self, Batch, ChannelMap, PagePool};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -137,6 +137,11 @@ impl KvCache {
                 continue;
             }
             let sinks = config.layer_sinks(index);
+            let heads = config.layer_heads(index);
+            let channels = config
+                .layer_channels(index)
+                .map(|Channels { shift, scale }| ChannelMap::new(device, heads.kv_heads, heads.head_dim, shift, scale));
+            let channels = channels.transpose()?;
             let mut extents = vec![];
             for extent in Extent::of(config.layer_kind(index), sinks.map_or(0, |s| s.positions)) {
                 let codec = match (extent, sinks) {
@@ -144,7 +149,10 @@ impl KvCache {
                     _ => config.layer_codec(index),
                 };
                 let group = Group::of(extent, &config, &mut groups);
-                let pools = Pools::new(device, config.layer_heads(index), &groups[group], codec, group)?;
+                let mut pools = Pools::new(device, heads, &groups[group], codec, group)?;
+                if let Some(channels) = &channels {
+                    pools.key = pools.key.with_channels(channels)?;
+                }
                 groups[group].layers.push(index);
                 groups[group].page_bytes += pools.page_bytes();
                 extents.push(pools);
