@@ -1,8 +1,9 @@
 //! Rotate, quantize, dequantize, merge and custom kernels: what they are compiled from and called with.
 
+use super::codec::row_values;
 use super::driver::{Launch, ParamBytes};
 use super::gpu::{Gpu, Recording, Work, alignment};
-use super::kernel::{KernelKey, KernelText, kernel_struct, row_values, type_number};
+use super::kernel::{KernelKey, KernelText, kernel_struct, type_number};
 use super::memory::address;
 use super::nvrtc::Source;
 use super::tables::{Grid, Side, Tables, Turn};

@@ -347,12 +347,7 @@ pub(crate) fn encode_heads(layer: &LayerGeometry, out: &mut Vec<u8>) {
 
 /// The rest of a layer in 40 bytes; the prefix store hashes them too.
 pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
-    let codec = |row: RowFormat| match row.codec() {
-        Codec::F32 => [0, 32],
-        Codec::F16 => [1, 16],
-        Codec::Seed { bits } => [2, bits],
-        Codec::Native { bits } => [3, bits],
-    };
+    let codec = |row: RowFormat| row.codec().wire();
     out.extend(codec(layer.key));
     out.extend(codec(layer.value));
     let (kind, argument) = match layer.kind {
@@ -440,13 +435,10 @@ impl<'a> Fields<'a> {
     }
 
     fn codec(&mut self) -> Result<Codec> {
-        match *self.bytes(2)? {
-            [0, 32] => Ok(Codec::F32),
-            [1, 16] => Ok(Codec::F16),
-            [2, bits] => Ok(Codec::Seed { bits }),
-            [3, bits] => Ok(Codec::Native { bits }),
-            [kind, ..] => absurd("codec", kind as usize, "0 to 3 with its bits"),
-            [] => absurd("codec", 0, "two bytes"),
+        let bytes: [u8; 2] = self.array()?;
+        match Codec::of_wire(bytes) {
+            Some(codec) => Ok(codec),
+            None => absurd("codec", bytes[0] as usize, "0 to 3 with its bits"),
         }
     }
 

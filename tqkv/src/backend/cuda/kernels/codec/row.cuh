@@ -1,17 +1,7 @@
 // How a row is stored: its bits, packing and scaling, as docs/format.md has them.
 #pragma once
+#include "codec/kinds.cuh"  // PACK_* and SCALE_*: of the host's codec.rs
 #include "transform.cuh"
-
-#define PACK_DENSE 0
-#define PACK_BYTE 1
-#define PACK_F16 2
-#define PACK_F32 3
-#define PACK_PLANES 4
-
-#define SCALE_NONE 0
-#define SCALE_CORRECTED 1
-#define SCALE_NORM 2
-#define SCALE_BLOCK_RMS 3
 
 template <int D_, int BITS_, int PACKING_, int SCALING_> struct Row {
     static constexpr int D = D_, BITS = BITS_, PACKING = PACKING_, SCALING = SCALING_;
