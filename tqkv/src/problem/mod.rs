@@ -5,6 +5,7 @@ pub(crate) mod checks;
 pub(crate) mod op;
 mod params;
 mod pool;
+mod strides;
 mod visible;
 
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
@@ -13,4 +14,5 @@ pub use batch::{Batch, NO_PAGE, Span};
 pub use params::{AttentionParams, Direction, Domain, Positions, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;
+pub use strides::Strides;
 pub(crate) use visible::Visible;
