@@ -12,7 +12,7 @@ mod quantize;
 mod rotate;
 
 pub use crate::problem::{
-    AttentionParams, Batch, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span, Strides,
+    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span, Strides,
 };
 pub use attention::attention;
 pub use copy::copy;

@@ -1,5 +1,6 @@
 //! Memory for the K or the V of one layer.
 
+use super::ChannelMap;
 use super::checks::{bound_twice, expect_apart, expect_shape};
 use super::strides::{Rows, Strides};
 use crate::compute::{Buffer, Device};
@@ -22,6 +23,7 @@ pub struct PagePool {
     scales: Option<Buffer>,
     /// Of codes and of scales.
     strides: (Strides, Strides),
+    channels: Option<ChannelMap>,
 }
 
 impl PagePool {
@@ -44,7 +46,7 @@ impl PagePool {
     fn dense(row: RowFormat, codes: Buffer, scales: Option<Buffer>) -> Self {
         let [pages, kv_heads, page_size] = std::array::from_fn(|i| codes.shape()[i]);
         let strides = dense(&row, kv_heads, page_size);
-        PagePool { row, kv_heads, page_size, pages, codes, scales, strides }
+        PagePool { row, kv_heads, page_size, pages, codes, scales, strides, channels: None }
     }
 
     /// A pool over memory that is there already, in the shapes above.
@@ -127,6 +129,7 @@ impl PagePool {
             codes: codes.0.retyped(DType::U8, &[code_rows.extent()]),
             scales: None,
             strides: (codes.1, Strides::default()),
+            channels: None,
         };
         match (row.scales_per_row(), scales) {
             (0, None) => {}
@@ -206,6 +209,21 @@ impl PagePool {
         };
         let others = parts(other);
         parts(self).iter().any(|(a, x)| others.iter().any(|(b, y)| meet((a, x), (b, y)) || bound_twice(a, b)))
+    }
+
+    /// The same memory, whose rows hold keys through a map of their channels: what is written passes through it, and what is
+    /// read in the model's own domain back.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a map of other heads or another head_dim, [`Error::WrongDevice`].
+    pub fn with_channels(self, map: &ChannelMap) -> Result<Self> {
+        map.expect_for(self.codes.device(), self.kv_heads, self.row.head_dim())?;
+        Ok(PagePool { channels: Some(map.clone()), ..self })
+    }
+
+    /// The map of its rows' channels, if they have one.
+    pub fn channels(&self) -> Option<&ChannelMap> {
+        self.channels.as_ref()
     }
 
     /// How a vector is stored.
