@@ -297,6 +297,38 @@ fn dual_encoders_equal_two_calls(device: &Device) {
     }
 }
 
+/// Attention in the model's own domain: rotated by the kernel, and by dispatches of one's own.
+fn fused_rotations_match_separate_ones(
+    k: &mut Cache,
+    v: &Cache,
+    q: &[f32],
+    tmp: &MlxBuffer,
+    common: FlashAttnVecTqHbParams,
+) {
+    let (h, hd) = (common.num_heads, common.head_dim);
+    let upload = || -> MlxBuffer { k.device.device().upload(q, &[q.len()]).unwrap().into() };
+    let (queries, rotated) = (upload(), upload());
+    let (fused, by_hand) = (poisoned(&k.device, DType::F32, q.len()), poisoned(&k.device, DType::F32, q.len()));
+    let fuse = FlashAttnVecTqHbParams { fuse_fwht_pre: 1, ..common };
+    k.run(|k, e, r| {
+        flash_attn_vec_tq_hb_with_fused_undo(
+            e, r, &k.device, &queries, &k.packed, &k.norms, &v.packed, &v.norms, &fused, tmp, &fuse,
+        )?;
+        dispatch_fwht_sign_premult_f32(e, r, &k.device, &rotated, h, hd)?;
+        e.memory_barrier();
+        flash_attn_vec_tq_hb(
+            e, r, &k.device, &rotated, &k.packed, &k.norms, &v.packed, &v.norms, &by_hand, tmp, &common,
+        )?;
+        dispatch_fwht_sign_undo_f32(e, r, &k.device, &by_hand, h, hd)
+    })
+    .unwrap();
+    assert!(
+        fused.as_slice::<u32>().unwrap() == by_hand.as_slice::<u32>().unwrap(),
+        "d{hd} b{}: fused rotations differ from separate ones",
+        common.codebook_bits
+    );
+}
+
 fn attention_matches_the_oracle(device: &Device) {
     let mut rng = Rng(5);
     let heads = 6;
@@ -331,7 +363,6 @@ fn attention_matches_the_oracle(device: &Device) {
                     nsg: compute_nsg(len),
                 };
                 let (packed, norms) = (&v.packed, &v.norms);
-                let mut fused = (vec![], vec![]);
                 k.run(|k, e, r| match bits {
                     4 => {
                         let params = FlashAttnVecTqParams {
@@ -357,28 +388,8 @@ fn attention_matches_the_oracle(device: &Device) {
                 })
                 .unwrap();
                 if bits != 4 {
-                    // All in the model's own domain, and by hand.
-                    let pre = FlashAttnVecTqHbParams { fuse_fwht_pre: 1, ..common };
-                    let (a, b) =
-                        (poisoned(&k.device, DType::F32, heads * d), poisoned(&k.device, DType::F32, heads * d));
-                    let by_hand: MlxBuffer = device.upload(&q, &[heads * d]).unwrap().into();
-                    k.run(|k, e, r| {
-                        let (h, hd) = (heads as u32, d as u32);
-                        flash_attn_vec_tq_hb_with_fused_undo(
-                            e, r, &k.device, &buffer, &k.packed, &k.norms, packed, norms, &a, &tmp, &pre,
-                        )?;
-                        dispatch_fwht_sign_premult_f32(e, r, &k.device, &by_hand, h, hd)?;
-                        e.memory_barrier();
-                        flash_attn_vec_tq_hb(
-                            e, r, &k.device, &by_hand, &k.packed, &k.norms, packed, norms, &b, &tmp, &common,
-                        )?;
-                        dispatch_fwht_sign_undo_f32(e, r, &k.device, &b, h, hd)
-                    })
-                    .unwrap();
-                    fused = (a.as_slice::<u32>().unwrap(), b.as_slice().unwrap());
+                    fused_rotations_match_separate_ones(&mut k, &v, &q, &tmp, common);
                 }
-                assert!(fused.0 == fused.1, "d{d} b{bits}: fused rotations differ from separate ones");
-
                 let start = if mask_type == 2 && sliding_window > 0 { len - sliding_window } else { 0 };
                 let seen: Vec<usize> = (start..len).map(|i| (i + ring) as usize % CAPACITY).collect();
                 for (h, got) in out.as_slice::<f32>().unwrap().chunks(d).enumerate() {

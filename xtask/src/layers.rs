@@ -1,6 +1,7 @@
 //! The order of the library's modules, held: no import runs up the list, and no files import each other in a circle.
 
-use anyhow::{Context, Result, bail};
+use crate::sources::{is_test, product, sources};
+use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,10 +16,9 @@ type Module = Vec<String>;
 /// Fails with every violation.
 pub fn check(root: &Path) -> Result<String> {
     let src = root.join("tqkv/src");
-    let mut files = vec![];
-    collect(&src, &mut files)?;
+    let files = sources(&src)?.into_iter().filter(|file| file.extension().is_some_and(|e| e == "rs"));
     let names: BTreeMap<Module, PathBuf> =
-        files.into_iter().filter_map(|file| Some((module(file.strip_prefix(&src).ok()?)?, file))).collect();
+        files.filter_map(|file| Some((module(file.strip_prefix(&src).ok()?)?, file))).collect();
     let mut imports: BTreeMap<&Module, BTreeSet<&Module>> = BTreeMap::new();
     let mut wrong = vec![];
     for (name, file) in &names {
@@ -54,32 +54,19 @@ fn layer(module: &Module) -> Option<usize> {
     LAYERS.iter().position(|l| *l == module[0])
 }
 
-fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let path = entry?.path();
-        if path.is_dir() {
-            collect(&path, files)?;
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            files.push(path);
-        }
-    }
-    Ok(())
-}
-
 /// None for the crate's root and for tests, which may import anything.
 fn module(file: &Path) -> Option<Module> {
     let mut parts: Vec<String> = file.with_extension("").iter().map(|p| p.to_string_lossy().into_owned()).collect();
     if parts.last().is_some_and(|p| p == "mod") {
         parts.pop();
     }
-    let test = parts.iter().any(|p| p == "tests" || p.ends_with("_tests"));
-    (!test && parts != ["lib"]).then_some(parts)
+    (!is_test(file) && parts != ["lib"]).then_some(parts)
 }
 
-/// A file without comments, strings of documentation, its module declarations and re-exports, and what is compiled for tests only.
+/// The product's part of a file without re-exports.
 fn code(text: &str) -> String {
-    let text = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
-    let mut lines = text.lines().filter(|l| !l.trim_start().starts_with("//"));
+    let text = product(text);
+    let mut lines = text.lines();
     let mut out = String::new();
     while let Some(line) = lines.next() {
         let reexport = line.starts_with("pub") && line.contains(" use ") || line.starts_with("pub use ");

@@ -1,7 +1,9 @@
 //! Maintenance commands of the workspace: `cargo xtask <command>`.
 
 mod codebooks;
+mod codec_files;
 mod layers;
+mod sources;
 mod stage;
 
 use anyhow::{Result, bail};
@@ -29,10 +31,14 @@ fn main() -> Result<()> {
             println!("{}", layers::check(root)?);
             Ok(())
         }
+        ["codec-files"] => {
+            println!("{}", codec_files::check(root)?);
+            Ok(())
+        }
         ["stage", name] => {
             println!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display());
             Ok(())
         }
-        _ => bail!("commands: codebooks [--check], layers, stage NAME"),
+        _ => bail!("commands: codebooks [--check], codec-files, layers, stage NAME"),
     }
 }

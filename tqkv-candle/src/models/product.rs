@@ -93,12 +93,16 @@ fn wide() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
 }
 
+/// # Safety
+/// The processor has AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn decode_wide(dtype: GgmlDType, rows: &[u8], out: &mut [f32]) {
     decode(dtype, rows, out);
 }
 
+/// # Safety
+/// The processor has AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn dot_rows_wide(decoder: &Decoder, rows: &[u8], x: &[f32], row: &mut [f32], out: &mut [f32]) {

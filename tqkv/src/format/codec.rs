@@ -38,6 +38,27 @@ impl Codec {
         Codec::Seed { bits }
     }
 
+    /// Its two bytes in files.
+    pub(crate) const fn wire(self) -> [u8; 2] {
+        match self {
+            Codec::F32 => [0, 32],
+            Codec::F16 => [1, 16],
+            Codec::Seed { bits } => [2, bits],
+            Codec::Native { bits } => [3, bits],
+        }
+    }
+
+    /// Of these bytes, if there is one. Whether it has so many bits is for [`RowFormat::new`] to say.
+    pub(crate) const fn of_wire(bytes: [u8; 2]) -> Option<Self> {
+        match bytes {
+            [0, 32] => Some(Codec::F32),
+            [1, 16] => Some(Codec::F16),
+            [2, bits] => Some(Codec::Seed { bits }),
+            [3, bits] => Some(Codec::Native { bits }),
+            _ => None,
+        }
+    }
+
     /// Whether vectors are stored as plain floats.
     pub const fn is_dense(self) -> bool {
         matches!(self, Codec::F32 | Codec::F16)

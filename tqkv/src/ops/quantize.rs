@@ -13,6 +13,8 @@ use crate::problem::{Batch, PagePool};
 /// whose f32 norm is not finite (it holds NaN, infinity, or values near 1e19) is stored as code 0 and scale NaN, so that
 /// everything decoded from it is NaN.
 ///
+/// A pool with a [`ChannelMap`](super::ChannelMap) stores (x - shift) · (1 / scale), each operation rounded.
+///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] or [`Error::Page`] if the batch does not
 /// fit a pool, [`Error::Aliased`] if a page would be written from two places or an argument shares memory with a pool.
@@ -47,7 +49,9 @@ pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PageP
         batch.expect_within(pool)?;
         for buffer in pool.buffers() {
             expect_apart("pool", buffer, parts.iter().map(|(x, _)| *x))?;
-            expect_apart("pool", buffer, parts[..i].iter().flat_map(|(_, p)| p.buffers()))?;
+        }
+        if parts[..i].iter().any(|(_, other)| pool.overlaps(other)) {
+            return Err(Error::Aliased { what: "pool" });
         }
     }
     batch.expect_writes_apart()

@@ -1,7 +1,7 @@
 //! Kernels before they are compiled: a text and the values of its macros, which are all that tells two of them apart.
 
 use super::nvrtc::Source;
-use crate::format::{DType, Packing, RowFormat, Scaling};
+use crate::format::DType;
 use std::hash::{Hash, Hasher};
 
 /// A kernel's text. There is one of each.
@@ -78,24 +78,6 @@ pub(super) fn type_number(dtype: DType) -> u32 {
         DType::BF16 => 2,
         _ => 0,
     }
-}
-
-/// How kernels are told of a row: elements, bits, packing and scaling as codec/row.cuh counts them.
-pub(super) fn row_values(row: &RowFormat) -> [u32; 4] {
-    let packing = match row.packing() {
-        Packing::Dense => 0,
-        Packing::Byte => 1,
-        Packing::Float(dtype) if dtype.size() == 2 => 2,
-        Packing::Float(_) => 3,
-        Packing::Planes => 4,
-    };
-    let scaling = match row.scaling() {
-        Scaling::None => 0,
-        Scaling::Corrected => 1,
-        Scaling::Norm => 2,
-        Scaling::BlockRms => 3,
-    };
-    [row.row_dim() as u32, row.bits() as u32, packing, scaling]
 }
 
 /// Declares a struct that kernels get, with the name that it has there, and `asserts`: what fails to compile there unless every field

@@ -5,6 +5,7 @@
 
 mod attention;
 mod cache;
+mod codec;
 mod driver;
 mod gpu;
 mod interop;

@@ -1,6 +1,7 @@
 //! NVIDIA's run-time compiler, loaded when it is first needed. It needs no GPU.
 
 use super::cache;
+use super::codec::{self, header};
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -10,13 +11,7 @@ use std::sync::OnceLock;
 /// Names the library of NVRTC to load, for where it is not on the system's paths.
 const PATH_VARIABLE: &str = "TQKV_NVRTC";
 
-macro_rules! header {
-    ($name:literal) => {
-        ($name, include_str!(concat!("kernels/", $name)))
-    };
-}
-
-/// What the kernels include, by the names that they include it by.
+/// What the kernels include besides codecs, by the names that they include it by.
 const HEADERS: &[(&str, &str)] = &[
     header!("attention/fetch.cuh"),
     header!("attention/params.cuh"),
@@ -25,19 +20,14 @@ const HEADERS: &[(&str, &str)] = &[
     header!("attention/softmax.cuh"),
     header!("attention/sum.cuh"),
     header!("attention/values.cuh"),
-    header!("codec/bytes.cuh"),
-    header!("codec/codec.cuh"),
-    header!("codec/encoder.cuh"),
-    header!("codec/floats.cuh"),
-    header!("codec/planes.cuh"),
-    header!("codec/row.cuh"),
-    header!("codec/stream.cuh"),
-    header!("codec/tile.cuh"),
-    header!("codec/tile_encoder.cuh"),
     header!("common.cuh"),
     header!("ptx.cuh"),
     header!("transform.cuh"),
 ];
+
+fn headers() -> impl Iterator<Item = (&'static str, &'static str)> {
+    HEADERS.iter().chain(codec::HEADERS).copied()
+}
 
 /// A kernel before it is compiled.
 #[derive(Clone, Debug)]
@@ -61,7 +51,7 @@ impl Source {
         let mut included = vec![self.text.as_str()];
         let mut i = 0;
         while i < included.len() {
-            for &(name, text) in HEADERS {
+            for (name, text) in headers() {
                 if included[i].contains(&format!("#include \"{name}\"")) && !included.contains(&text) {
                     included.push(text);
                 }
@@ -181,7 +171,7 @@ impl Nvrtc {
             _ => Err(failed(unsafe { CStr::from_ptr((self.error_string)(status)) }.to_string_lossy().into_owned())),
         };
         let (code, name) = (text(&source.text)?, text(&source.name)?);
-        let headers = HEADERS.iter().map(|(n, t)| Ok((text(n)?, text(t)?))).collect::<Result<Vec<_>>>()?;
+        let headers = headers().map(|(n, t)| Ok((text(n)?, text(t)?))).collect::<Result<Vec<_>>>()?;
         let names: Vec<_> = headers.iter().map(|h| h.0.as_ptr()).collect();
         let texts: Vec<_> = headers.iter().map(|h| h.1.as_ptr()).collect();
         let fixed =
@@ -197,7 +187,7 @@ impl Nvrtc {
                 &mut program,
                 code.as_ptr(),
                 name.as_ptr(),
-                HEADERS.len() as c_int,
+                headers.len() as c_int,
                 texts.as_ptr(),
                 names.as_ptr(),
             ))?;

@@ -1,10 +1,11 @@
 //! A codec's constants as kernels read them.
 
+use super::codec::field;
 use super::driver::Stream;
 use super::kernel::kernel_struct;
 use super::memory::{Memory, address};
 use crate::error::Result;
-use crate::format::{Cells, Packing, RowFormat, Scaling, tables as format};
+use crate::format::{Cells, RowFormat, Scaling, tables as format};
 use crate::problem::PagePool;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ kernel_struct! {
 
 kernel_struct! {
     /// One side of the cache.
-    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32 }
+    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32, channels: u64 }
 }
 
 impl Side {
@@ -23,7 +24,8 @@ impl Side {
     pub fn new(pool: &PagePool, tables: &Tables, levels: u64, turned: bool) -> Self {
         let turn = Turn { rotated: tables.turn.rotated & turned as u32, ..tables.turn };
         let (codes, scales) = (address(pool.codes()), pool.scales().map_or(0, address));
-        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0 }
+        let channels = pool.channels().filter(|_| turned).map_or(0, |map| address(map.values()));
+        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0, channels }
     }
 }
 
@@ -87,7 +89,7 @@ impl Grid {
         // In a cell without a boundary one far away will do, which the kernel can still scale.
         let per_near = 2.0 / near(row);
         let boundary = |b: f32| (b.min(1000.0) * -per_near).to_bits();
-        let field = if row.packing() == Packing::Planes { 4 } else { row.bits() };
+        let field = field(row);
         // The squares of a row's levels sum to less than four times those of its elements.
         let unit = 2f64.powi(32 - field as i32) / (4 * row.row_dim()) as f64;
         let square = |code: u32| f64::from(book.levels[code as usize]).powi(2) * unit;

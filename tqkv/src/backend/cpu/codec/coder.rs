@@ -1,7 +1,7 @@
 //! Rows of one format, with the instruction set chosen when the program runs.
 
 use super::tables::RowTables;
-use super::{choose, encode, rotate};
+use super::{decode, encode, rotate};
 use crate::backend::cpu::float;
 use crate::backend::cpu::isa::{Isa, Job, Simd};
 use crate::format::{Packing, RowFormat};
@@ -113,7 +113,7 @@ impl Job for Decode<'_> {
             let factors = self.factors.map(|factors| &factors[first * scales..][..rows * scales]);
             let out = &mut self.out[first * d..][..rows * d];
             // SAFETY: the promise made to `RowCoder::decode`.
-            unsafe { choose::decode(isa, self.tables, codes, factors, out) };
+            unsafe { decode(isa, self.tables, codes, factors, out) };
             first += rows;
         }
     }

@@ -1,7 +1,7 @@
 //! Vectors into codes and scales: to the last bit what `format::exact` says.
 
 use super::tables::RowTables;
-use super::{bytes, choose, rotate};
+use super::{bytes, pack, rotate};
 use crate::backend::cpu::isa::Simd;
 use crate::format::{MAX_HEAD_DIM, Scaling, ZERO_NORM};
 use crate::problem::Direction;
@@ -43,7 +43,7 @@ pub(super) fn encode<S: Simd>(isa: S, tables: &RowTables, v: &mut [f32], codes: 
         }
         Scaling::None => unreachable!("dense floats have no codes"),
     }
-    choose::pack(row, &code[..d], codes);
+    pack(row, &code[..d], codes);
 }
 
 /// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.

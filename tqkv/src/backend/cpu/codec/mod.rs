@@ -1,7 +1,7 @@
-//! Codecs: how rows are rotated, encoded, decoded, and read by attention. Each packing is a file; `choose` alone knows them all.
+//! Codecs: how rows are rotated, encoded, decoded, and read by attention. Each packing is a file, and this is the one place that
+//! tells them apart.
 
 mod bytes;
-mod choose;
 mod coder;
 mod dense;
 mod encode;
@@ -12,7 +12,161 @@ mod planes;
 mod rotate;
 mod tables;
 
-pub(super) use choose::Way;
 pub(super) use coder::RowCoder;
 pub(super) use interface::{Read, Visit};
 pub(super) use tables::RowTables;
+
+use crate::backend::cpu::isa::Simd;
+use crate::format::{DType, Packing, RowFormat};
+
+/// Decodes consecutive rows into the rotated domain: elements times their factors, one for each scale, or without any.
+///
+/// # Safety
+/// `codes` must be readable for 64 bytes past the rows that `out` holds.
+#[inline(always)]
+unsafe fn decode<S: Simd>(isa: S, tables: &RowTables, codes: *const u8, factors: Option<&[f32]>, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match tables.row.packing() {
+            Packing::Float(DType::F32) => float::decode::<S, 4>(isa, codes, out),
+            Packing::Float(_) => float::decode::<S, 2>(isa, codes, out),
+            Packing::Byte => bytes::decode(isa, tables, codes, factors, out),
+            Packing::Planes => planes::decode(isa, tables, codes, factors, out),
+            Packing::Dense => dense::decode(isa, tables, codes, factors, out),
+        }
+    }
+}
+
+/// Packs a code a byte, each below 2^bits, into a row.
+#[inline(always)]
+fn pack(row: &RowFormat, codes: &[u8], out: &mut [u8]) {
+    match row.packing() {
+        Packing::Byte => bytes::pack(codes, out),
+        Packing::Planes => planes::pack(codes, out),
+        Packing::Dense => dense::pack(codes, row.bits(), out),
+        Packing::Float(_) => unreachable!("floats have no codes"),
+    }
+}
+
+/// How attention reads rows of a format with an instruction set.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Way {
+    /// From the pool: runs of 2 bits or nibbles, groups of more, floats of 16 bits.
+    Runs2,
+    Runs4,
+    Groups5,
+    Groups6,
+    Groups7,
+    Groups8,
+    Halves,
+    /// Runs of nibbles, made of planes.
+    Planes,
+    /// Decoded to f32.
+    Decoded,
+}
+
+impl Way {
+    pub fn of<S: Simd>(row: &RowFormat) -> Self {
+        let runs = row.row_dim().is_multiple_of(8 * S::LANES);
+        // Four vectors at a time, sixteen sums and a codebook fill 32 registers.
+        let groups = S::LANES == 16 && row.row_dim().is_multiple_of(4 * S::LANES);
+        match (row.packing(), row.bits()) {
+            (Packing::Float(DType::F16), _) if groups => Way::Halves,
+            // Several factors a row cannot be pulled out of its sums.
+            _ if row.scales_per_row() != 1 => Way::Decoded,
+            (Packing::Planes, _) if runs && S::LOOK_UP >= 3 => Way::Planes,
+            (Packing::Dense, 2) if runs && S::LOOK_UP >= 2 => Way::Runs2,
+            (Packing::Dense, 4) if runs && S::LOOK_UP >= 4 => Way::Runs4,
+            (Packing::Dense, 5) if groups => Way::Groups5,
+            (Packing::Dense, 6) if groups => Way::Groups6,
+            (Packing::Dense, 7) if groups => Way::Groups7,
+            (Packing::Dense | Packing::Byte, 8) if groups => Way::Groups8,
+            _ => Way::Decoded,
+        }
+    }
+
+    /// Bytes of a row of D elements once it is prepared; 0 if it is read from the pool.
+    pub fn prepared_bytes(self, d: usize) -> usize {
+        match self {
+            Way::Decoded => 4 * d,
+            Way::Planes => d / 2,
+            _ => 0,
+        }
+    }
+
+    /// Prepares consecutive rows: `to` takes `prepared_bytes` for each.
+    ///
+    /// # Safety
+    /// `codes` must be readable for 64 bytes past as many rows.
+    #[inline(always)]
+    pub unsafe fn prepare<S: Simd>(
+        self,
+        isa: S,
+        tables: &RowTables,
+        codes: *const u8,
+        factors: Option<&[f32]>,
+        to: &mut [f32],
+    ) {
+        if self != Way::Planes {
+            // SAFETY: the caller's promise.
+            return unsafe { decode(isa, tables, codes, factors, to) };
+        }
+        for (i, to) in to.chunks_exact_mut(tables.d / 8).enumerate() {
+            // SAFETY: the caller's promise about the rows; d / 2 bytes are d / 8 floats.
+            unsafe { planes::prepare(isa, codes.add(i * tables.row_bytes), tables.d, to.as_mut_ptr().cast()) };
+        }
+    }
+
+    /// Whether rows lie in the pool, so that those ahead are asked for while these are read.
+    pub fn asks_ahead(self) -> bool {
+        self != Way::Decoded
+    }
+
+    /// Whether kernels sum the squares of rows as they read them.
+    pub fn sums_squares(self) -> bool {
+        self == Way::Halves
+    }
+
+    fn has_runs(self) -> bool {
+        matches!(self, Way::Runs2 | Way::Runs4 | Way::Planes)
+    }
+
+    /// Elements of rows into the order in which vectors of such rows come.
+    pub fn reorder<S: Simd>(self, rows: &mut [f32]) {
+        if self.has_runs() {
+            rows.chunks_exact_mut(8 * S::LANES).for_each(|run| transpose(run, 8));
+        }
+    }
+
+    /// Undoes `reorder`.
+    pub fn restore<S: Simd>(self, rows: &mut [f32]) {
+        if self.has_runs() {
+            rows.chunks_exact_mut(8 * S::LANES).for_each(|run| transpose(run, S::LANES));
+        }
+    }
+
+    /// Does it for the rows that are read this way.
+    #[inline(always)]
+    pub fn visit<S: Simd, V: Visit>(self, isa: S, visitor: V) -> V::Output {
+        match self {
+            Way::Runs2 if S::LOOK_UP >= 2 => visitor.visit::<S, dense::Runs<2>>(isa),
+            Way::Runs4 | Way::Planes if S::LOOK_UP >= 3 => visitor.visit::<S, dense::Runs<4>>(isa),
+            Way::Groups5 if S::LANES == 16 => visitor.visit::<S, dense::Groups<5>>(isa),
+            Way::Groups6 if S::LANES == 16 => visitor.visit::<S, dense::Groups<6>>(isa),
+            Way::Groups7 if S::LANES == 16 => visitor.visit::<S, dense::Groups<7>>(isa),
+            Way::Groups8 if S::LANES == 16 => visitor.visit::<S, dense::Groups<8>>(isa),
+            Way::Halves if S::LANES == 16 => visitor.visit::<S, float::Halves>(isa),
+            _ => visitor.visit::<S, float::Decoded>(isa),
+        }
+    }
+}
+
+/// A matrix of `columns` columns into one of as many rows.
+fn transpose(x: &mut [f32], columns: usize) {
+    let mut old = [0f32; 8 * 16];
+    let (old, rows) = (&mut old[..x.len()], x.len() / columns);
+    old.copy_from_slice(x);
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = old[i % rows * columns + i / rows];
+    }
+}

@@ -74,7 +74,7 @@ pub(in crate::backend::cpu) struct Levels<'t> {
     /// The first eight levels.
     low: __m256,
     /// Byte b of the first sixteen, twice each.
-    planes: [__m256i; 4],
+    bytes: [__m256i; 4],
     table: &'t LevelTable,
 }
 
@@ -116,7 +116,7 @@ impl Avx2 {
                     8 | 16 => index,
                     _ => _mm256_add_epi8(_mm256_xor_si256(index, _mm256_set1_epi8(first as i8)), _mm256_set1_epi8(0x70)),
                 };
-                for (b, bytes) in b.iter_mut().zip(&table.planes) {
+                for (b, bytes) in b.iter_mut().zip(&table.bytes) {
                     // With half at most 64 and 16 bytes from half + first on: within 128.
                     let levels = _mm_loadu_si128(bytes.as_ptr().add(half + first).cast());
                     *b = _mm256_or_si256(*b, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), within));
@@ -251,11 +251,11 @@ impl Simd for Avx2 {
     fn levels<const BITS: usize>(self, table: &LevelTable) -> Levels<'_> {
         // SAFETY: the token proves that the instructions are there; what is loaded is within the table.
         unsafe {
-            let mut planes = [_mm256_setzero_si256(); 4];
-            for (plane, bytes) in planes.iter_mut().zip(&table.planes) {
-                *plane = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let mut bytes = [_mm256_setzero_si256(); 4];
+            for (own, bytes) in bytes.iter_mut().zip(&table.bytes) {
+                *own = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
             }
-            Levels { low: _mm256_loadu_ps(table.levels.as_ptr()), planes, table }
+            Levels { low: _mm256_loadu_ps(table.levels.as_ptr()), bytes, table }
         }
     }
 
@@ -310,8 +310,8 @@ impl Simd for Avx2 {
                 let code = _mm256_or_si256(row, _mm256_slli_epi16::<4>(row));
                 let code = _mm256_and_si256(code, _mm256_set1_epi8(15));
                 let mut b = [code; 4];
-                for (b, &plane) in b.iter_mut().zip(&levels.planes) {
-                    *b = _mm256_shuffle_epi8(plane, *b);
+                for (b, &bytes) in b.iter_mut().zip(&levels.bytes) {
+                    *b = _mm256_shuffle_epi8(bytes, *b);
                 }
                 return self.interleave(b);
             }

@@ -34,7 +34,7 @@ const fn shifts<const BITS: usize>() -> [u32; 16] {
     out
 }
 
-/// The element whose code must stand at each place so that interleaving bytes within 128-bit lanes, as `planes` does it,
+/// The element whose code must stand at each place so that interleaving bytes within 128-bit lanes, as `by_bytes` does it,
 /// gives four vectors in order.
 const ORDER: [u8; 64] = {
     let (mut out, mut p) = ([0; 64], 0);
@@ -61,12 +61,12 @@ const fn spread<const BITS: usize>() -> ([u8; 64], [u8; 64]) {
 impl Avx512 {
     computes! {
         /// The levels of 64 codes in `ORDER`, one a byte.
-        fn planes<const BITS: usize>(self, code: __m512i, planes: &[[__m512i; 2]; 4]) -> [__m512; 4] {
+        fn by_bytes<const BITS: usize>(self, code: __m512i, bytes: &[[__m512i; 2]; 4]) -> [__m512; 4] {
             // Codes below 128 mirror those above: the index counts from the middle, the sign goes in at the end.
             let negative = if BITS == 8 { !_mm512_movepi8_mask(code) } else { 0 };
             let index = _mm512_xor_si512(code, _mm512_maskz_set1_epi8(negative, 0x7f));
             let mut b = [index; 4];
-            for (b, [low, high]) in b.iter_mut().zip(planes) {
+            for (b, [low, high]) in b.iter_mut().zip(bytes) {
                 *b = match BITS {
                     6 => _mm512_permutexvar_epi8(index, *low),
                     _ => _mm512_permutex2var_epi8(*low, index, *high),
@@ -199,12 +199,12 @@ impl Simd for Avx512 {
         // SAFETY: the token proves that the instructions are there; what is loaded is within the table, which is aligned.
         unsafe {
             let mut low = [_mm512_setzero_ps(); 8];
-            let mut planes = [[_mm512_setzero_si512(); 2]; 4];
+            let mut bytes = [[_mm512_setzero_si512(); 2]; 4];
             for i in 0..8 {
                 low[i] = _mm512_load_ps(table.levels.as_ptr().add(16 * i));
-                planes[i / 2][i % 2] = _mm512_load_si512(table.planes[i / 2].as_ptr().add(64 * (i % 2)).cast());
+                bytes[i / 2][i % 2] = _mm512_load_si512(table.bytes[i / 2].as_ptr().add(64 * (i % 2)).cast());
             }
-            (low, planes)
+            (low, bytes)
         }
     }
 
@@ -217,7 +217,7 @@ impl Simd for Avx512 {
                 // The first of four vectors: 16 codes where ORDER has its first.
                 let row = _mm512_castsi128_si512(_mm_loadu_si128(codes.cast()));
                 let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
-                return self.planes::<8>(_mm512_permutexvar_epi8(order, row), &levels.1)[0];
+                return self.by_bytes::<8>(_mm512_permutexvar_epi8(order, row), &levels.1)[0];
             }
             let code = if BYTE {
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()))
@@ -266,7 +266,7 @@ impl Simd for Avx512 {
                 let spread = _mm512_permutexvar_epi8(_mm512_loadu_si512(bytes.as_ptr().cast()), row);
                 _mm512_multishift_epi64_epi8(_mm512_loadu_si512(shifts.as_ptr().cast()), spread)
             };
-            self.planes::<BITS>(ordered, &levels.1)
+            self.by_bytes::<BITS>(ordered, &levels.1)
         }
     }
 }

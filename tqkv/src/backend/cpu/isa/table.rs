@@ -9,7 +9,7 @@ pub(in crate::backend::cpu) struct LevelTable {
     pub levels: [f32; 256],
     /// Byte b of level 128 + i at \[b\]\[i\]: with 8 bits the upper half, which mirrors the lower one. With fewer bits level i is
     /// at \[b\]\[i\].
-    pub planes: [[u8; 128]; 4],
+    pub bytes: [[u8; 128]; 4],
 }
 
 impl LevelTable {
@@ -17,7 +17,7 @@ impl LevelTable {
     pub fn new(book: Option<&Codebook>) -> Self {
         let levels = book.map_or(&[0.0][..], |book| &book.levels);
         let levels: [f32; 256] = std::array::from_fn(|i| levels[i % levels.len()]);
-        let planes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
-        LevelTable { levels, planes }
+        let bytes = std::array::from_fn(|b| std::array::from_fn(|i| levels[128 + i].to_le_bytes()[b]));
+        LevelTable { levels, bytes }
     }
 }

@@ -1,8 +1,9 @@
 //! The kernel for every shape and codec, in f32.
 
+use crate::backend::cuda::codec::row_values;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
-use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct, row_values, type_number};
+use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct, type_number};
 use crate::backend::cuda::memory::{address, batch_addresses};
 use crate::backend::cuda::rows::code_alignment;
 use crate::backend::cuda::tables::{Side, Turn};

@@ -1,8 +1,9 @@
 //! How the tensor-core kernel is specialised for a shape.
 
-use super::layout::{Layout, Needs};
+use super::layout::Layout;
 use super::shape::Shape;
-use crate::backend::cuda::kernel::{KernelKey, KernelText, row_values, type_number};
+use crate::backend::cuda::codec::{Needs, row_values};
+use crate::backend::cuda::kernel::{KernelKey, KernelText, type_number};
 
 /// A specialisation of attention.cu.
 #[derive(Clone, Copy)]

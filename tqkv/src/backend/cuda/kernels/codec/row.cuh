@@ -1,17 +1,7 @@
 // How a row is stored: its bits, packing and scaling, as docs/format.md has them.
 #pragma once
+#include "codec/kinds.cuh"  // PACK_* and SCALE_*: of the host's codec.rs
 #include "transform.cuh"
-
-#define PACK_DENSE 0
-#define PACK_BYTE 1
-#define PACK_F16 2
-#define PACK_F32 3
-#define PACK_PLANES 4
-
-#define SCALE_NONE 0
-#define SCALE_CORRECTED 1
-#define SCALE_NORM 2
-#define SCALE_BLOCK_RMS 3
 
 template <int D_, int BITS_, int PACKING_, int SCALING_> struct Row {
     static constexpr int D = D_, BITS = BITS_, PACKING = PACKING_, SCALING = SCALING_;
@@ -39,6 +29,7 @@ struct Side {
     Turn turn;
     float unit;           // what a stored norm is multiplied by, or a block's scale divided by
     u32 pad;
+    const float* channels;  // of keys in the original domain, [3, kv_heads, head_dim]: shift, 1 / scale, scale; or null
 };
 
 // A stored scale as it is; 1 if there is none.
