@@ -1,7 +1,7 @@
 //! `tqkv chat`
 
 use crate::language::{Drawing, Language, Report, Source};
-use crate::session::{Session, fingerprint};
+use crate::session::Session;
 use crate::{interrupt, output};
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -68,7 +68,7 @@ impl Chat {
         let template = template.transpose()?;
         let device = Device::open(&self.source.device)?;
         interrupt::watch()?;
-        let mut language = Language::load(&self.source.model)?;
+        let mut language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
         if let Some(template) = template {
             language.vocabulary.set_chat_template(template);
         }
@@ -82,10 +82,10 @@ impl Chat {
     fn open(&self, language: Language, template: ChatTemplate, device: &Device) -> Result<Conversation> {
         let context = language.model.config().max_position_embeddings;
         let room = self.context.unwrap_or(8192).min(context);
-        let model_id = if self.session.is_some() { fingerprint(&language.path)? } else { String::new() };
+        let model_id = if self.session.is_some() { language.identity()? } else { String::new() };
         let kept = self.session.as_deref().filter(|path| path.exists());
         let loaded = kept.map(Session::open).transpose()?;
-        let codec = self.source.codec.unwrap_or(loaded.as_ref().map(|(_, codec)| *codec));
+        let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));
         let mut cache = language.cache(device, codec, room)?;
         if let Some(path) = kept {
             cache.load(path, model_id.as_bytes()).with_context(|| path.display().to_string())?;

@@ -3,6 +3,7 @@
 //! | file | duty |
 //! |---|---|
 //! | `config` | what a cache is made for |
+//! | `codecs` | the codecs of all extents, and their name |
 //! | `extent` | which positions are stored together: all, a window, sinks |
 //! | `pages` | which page belongs to whom, and how full it is |
 //! | `state` | the cache's pools and sequences |
@@ -17,6 +18,7 @@
 
 mod append;
 mod attend;
+mod codecs;
 mod config;
 mod decode;
 mod extent;
@@ -31,6 +33,7 @@ mod state;
 mod step;
 mod usage;
 
+pub use codecs::CacheCodec;
 pub use config::{CacheConfig, Heads, Sinks};
 pub use extent::LayerKind;
 #[cfg(feature = "prefix-store")]
