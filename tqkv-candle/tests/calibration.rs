@@ -104,7 +104,7 @@ fn the_pieces_cut_of_a_text_do_not_matter() {
     let both = measure(&model, &[a.clone(), b.clone()]).unwrap().unwrap();
     assert_eq!(both, measure(&model, &[b, a.clone()]).unwrap().unwrap());
     assert_eq!((both.layers(), both.origin().tokens), (LAYERS, 70));
-    assert_ne!(both.checksum().unwrap(), measure(&model, &[a]).unwrap().unwrap().checksum().unwrap());
+    assert_ne!(both, measure(&model, &[a]).unwrap().unwrap());
 }
 
 #[test]

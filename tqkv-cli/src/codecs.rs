@@ -13,8 +13,8 @@ pub const RECOMMENDED: CodecPair = CodecPair { key: Codec::tq(5), value: Codec::
 
 /// Help for a list of codecs.
 pub const HELP: &str = "Codecs, separated by commas: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys \
-                        and Y for values (2 to 8); with +sN and a codec the first N positions have that one, as in \
-                        k4v4+s1f16";
+                        and Y for values (2 to 8); the first N positions in another with +sN and a codec, the newest N \
+                        with +rN, as in k4v4+s1f16+r64k8v8";
 
 /// The same, with other projects' formats, and what is compared unless told otherwise.
 pub fn help() -> String {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use tqkv::cache::RECENT_SLACK;
 use tqkv::{CacheConfig, Codec, CodecPair, Device};
 use tqkv_candle::{
     Calibration, Decoder, GenerateOptions, Generated, Model, SequenceCache, StopReason, TextProgress, Vocabulary,
@@ -117,15 +118,6 @@ impl Language {
         if self.vocabulary.is_bytes() { Some(0) } else { self.model.config().bos_token }
     }
 
-    /// What a saved cache belongs to: the model, and the calibration if there is one.
-    pub fn identity(&self) -> Result<String> {
-        let model = fingerprint(&self.path)?;
-        Ok(match &self.calibration {
-            Some(calibration) => format!("{model}+{}", calibration.checksum()?),
-            None => model,
-        })
-    }
-
     /// A cache with room for so many tokens.
     pub fn cache(&self, device: &Device, codec: impl Into<Choice>, tokens: usize) -> Result<SequenceCache> {
         let config = self.cache_config(codec.into(), tokens)?;
@@ -148,6 +140,9 @@ impl Language {
             (Choice::Auto, Some(plan)) => plan.apply(config)?,
             (Choice::Auto, None) => config.codec(codecs::RECOMMENDED),
         };
+        let newest = config.layer_recent(0).map_or(1, |recent| recent.positions.saturating_add(RECENT_SLACK));
+        let held = newest.saturating_add(step + config.positions_per_page());
+        let config = config.recent_capacity(held.min(tokens).max(1));
         match &self.calibration {
             Some(calibration) if self.calibrates(codec) => Ok(calibration.apply(config)?),
             _ => Ok(config),

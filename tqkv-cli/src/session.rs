@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
-use tqkv::cache::{CacheCodec, Label, LayerGeometry, Sinks};
+use tqkv::cache::{CacheCodec, ExtentGeometry, Label, LayerGeometry, Recent, Sinks};
 use tqkv::format::RowFormat;
 use tqkv::{CodecPair, Snapshot};
 use tqkv_candle::{Message, SequenceCache};
@@ -40,9 +40,9 @@ impl Session {
 
 fn codec(layer: &LayerGeometry) -> CacheCodec {
     let pair = |key: RowFormat, value: RowFormat| CodecPair { key: key.codec(), value: value.codec() };
-    let codec = CacheCodec::from(pair(layer.key, layer.value));
-    match layer.sinks {
-        Some(sinks) => codec.sinks(Sinks { positions: sinks.positions, codec: pair(sinks.key, sinks.value) }),
-        None => codec,
-    }
+    let mut codec = CacheCodec::from(pair(layer.key, layer.value));
+    let apart = |part: ExtentGeometry| (part.positions, pair(part.key, part.value));
+    codec.sinks = layer.sinks.map(apart).map(|(positions, codec)| Sinks { positions, codec });
+    codec.recent = layer.recent.map(apart).map(|(positions, codec)| Recent { positions, codec });
+    codec
 }

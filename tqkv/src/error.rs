@@ -36,7 +36,7 @@ pub enum Error {
         got: String,
     },
     /// No part of a cache's codec has this name.
-    #[error("unknown part {got:?} of a cache's codec: expected sN and a codec, as in k4v4+s1f16")]
+    #[error("unknown part {got:?} of a cache's codec: expected sN or rN and a codec, as in k4v4+s1f16+r64k8v8")]
     UnknownExtent {
         /// The part.
         got: String,

@@ -66,26 +66,7 @@ impl Calibration {
         Self::from_bytes(&bytes).map_err(|cause| Error::CalibrationFile { path: path.into(), cause })
     }
 
-    /// What tells it from others: a hash of all that it says.
-    ///
-    /// # Errors
-    /// None that a calibration from a file or a model could cause.
-    pub fn checksum(&self) -> Result<String> {
-        Ok(self.with_parts(|_, _, checksum| Ok(checksum))?)
-    }
-
     fn to_bytes(&self) -> Result<Vec<u8>, CalibrationError> {
-        self.with_parts(|about, views, checksum| {
-            let metadata = HashMap::from([(CHECKSUM.to_owned(), checksum), (ABOUT.to_owned(), about)]);
-            safetensors::serialize(views, Some(metadata)).map_err(CalibrationError::File)
-        })
-    }
-
-    /// Calls `make` with what a file says of the calibration, the tensors and the checksum of both.
-    fn with_parts<T>(
-        &self,
-        make: impl FnOnce(String, BTreeMap<String, TensorView>, String) -> Result<T, CalibrationError>,
-    ) -> Result<T, CalibrationError> {
         let (layers, origin, plan) = (self.layers.len(), self.origin.clone(), self.plan.clone());
         let about = About { version: VERSION, layers, origin, plan };
         let about = serde_json::to_string(&about).map_err(CalibrationError::Json)?;
@@ -101,8 +82,8 @@ impl Calibration {
             Ok((name.clone(), view))
         });
         let views = views.collect::<Result<BTreeMap<_, _>, CalibrationError>>()?;
-        let checksum = checksum(&about, &views);
-        make(about, views, checksum)
+        let metadata = HashMap::from([(CHECKSUM.to_owned(), checksum(&about, &views)), (ABOUT.to_owned(), about)]);
+        safetensors::serialize(views, Some(metadata)).map_err(CalibrationError::File)
     }
 
     fn from_bytes(bytes: &[u8]) -> Result<Self, CalibrationError> {

@@ -11,7 +11,7 @@ use tqkv::cache::CacheCodec;
 use tqkv::{CacheConfig, Codec, CodecPair, Device};
 
 /// What is tried besides the positions' own codecs.
-const BESIDES: [&str; 2] = ["", "+s1f16"];
+const BESIDES: [&str; 4] = ["", "+s1f16", "+s1f16+r16k8v8", "+s1f16+r64k8v8"];
 
 /// Squared errors of the native codecs with 2 to 8 bits (Lloyd and Max, of a Gaussian of variance 1).
 const ERRORS: [f64; 7] = [0.1175, 0.03454, 0.009497, 0.002499, 0.000644, 0.000164, 0.0000417];

@@ -9,7 +9,7 @@ use std::io::{BufRead, IsTerminal, stdin};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::Device;
-use tqkv_candle::{ChatTemplate, Message, SequenceCache};
+use tqkv_candle::{ChatTemplate, Message, SequenceCache, fingerprint};
 
 /// Holds a conversation with a model on a compressed cache: one message a line of standard input.
 ///
@@ -82,7 +82,7 @@ impl Chat {
     fn open(&self, language: Language, template: ChatTemplate, device: &Device) -> Result<Conversation> {
         let context = language.model.config().max_position_embeddings;
         let room = self.context.unwrap_or(8192).min(context);
-        let model_id = if self.session.is_some() { language.identity()? } else { String::new() };
+        let model_id = if self.session.is_some() { fingerprint(&language.path)? } else { String::new() };
         let kept = self.session.as_deref().filter(|path| path.exists());
         let loaded = kept.map(Session::open).transpose()?;
         let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));

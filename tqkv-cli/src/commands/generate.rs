@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::Device;
+use tqkv_candle::fingerprint;
 
 /// Generates text with a model on a compressed cache.
 ///
@@ -43,7 +44,7 @@ impl Generate {
         let language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
         let vocabulary = &language.vocabulary;
         let keeps = self.save.is_some() || self.load.is_some();
-        let model_id = if keeps { language.identity()? } else { String::new() };
+        let model_id = if keeps { fingerprint(&language.path)? } else { String::new() };
         let prompt = self.prompt.as_deref().unwrap_or_default();
         let loaded = self.load.as_deref().map(Session::open).transpose()?;
         let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));

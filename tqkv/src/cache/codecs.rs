@@ -1,7 +1,7 @@
 //! The codecs of all extents of a layer, and their name.
 
-use super::config::{CacheConfig, Sinks};
-use super::extent::{Extent, LayerKind};
+use super::config::CacheConfig;
+use super::extent::{LayerKind, Recent, Sinks};
 use crate::error::{Error, Result};
 use crate::format::{CodecPair, RowFormat};
 use std::fmt;
@@ -11,10 +11,11 @@ use std::str::FromStr;
 ///
 /// ```
 /// use tqkv::cache::CacheCodec;
-/// // Everything in 4 bits, the first position in f16 besides.
-/// let codec: CacheCodec = "k4v4+s1f16".parse()?;
+/// // Everything in 4 bits; besides, the first position in f16, and the newest 64 in 8 bits.
+/// let codec: CacheCodec = "k4v4+s1f16+r64k8v8".parse()?;
 /// assert_eq!(codec.sinks.map(|sinks| sinks.positions), Some(1));
-/// assert_eq!(codec.to_string(), "k4v4+s1f16");
+/// assert_eq!(codec.recent.map(|recent| recent.positions), Some(64));
+/// assert_eq!(codec.to_string(), "k4v4+s1f16+r64k8v8");
 /// # Ok::<(), tqkv::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +25,13 @@ pub struct CacheCodec {
     pub all: CodecPair,
     /// Of the first positions.
     pub sinks: Option<Sinks>,
+    /// Of the newest positions.
+    pub recent: Option<Recent>,
 }
 
 impl From<CodecPair> for CacheCodec {
     fn from(all: CodecPair) -> Self {
-        CacheCodec { all, sinks: None }
+        CacheCodec { all, sinks: None, recent: None }
     }
 }
 
@@ -37,36 +40,50 @@ impl CacheCodec {
     pub fn sinks(self, sinks: Sinks) -> Self {
         CacheCodec { sinks: Some(sinks), ..self }
     }
+
+    /// Keeps the newest positions apart.
+    pub fn recent(self, recent: Recent) -> Self {
+        CacheCodec { recent: Some(recent), ..self }
+    }
 }
 
 impl fmt::Display for CacheCodec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.all)?;
-        match self.sinks {
-            Some(Sinks { positions, codec }) => write!(f, "+s{positions}{codec}"),
-            None => Ok(()),
+        if let Some(Sinks { positions, codec }) = self.sinks {
+            write!(f, "+s{positions}{codec}")?;
         }
+        if let Some(Recent { positions, codec }) = self.recent {
+            write!(f, "+r{positions}{codec}")?;
+        }
+        Ok(())
     }
 }
 
 impl FromStr for CacheCodec {
     type Err = Error;
 
-    /// Reads the codec of all positions, and after a `+` that of the first: `k4v4`, `k4v4+s1f16`.
+    /// Reads the codec of all positions, and each after a `+`, that of the first (`s`) and that of the newest (`r`): `k4v4`,
+    /// `k4v4+s1f16`, `k3v3+s1f16+r64k8v8`.
     fn from_str(name: &str) -> Result<Self> {
         let mut parts = name.split('+');
         let mut codec = CacheCodec::from(parts.next().unwrap_or_default().parse::<CodecPair>()?);
         for part in parts {
             let unknown = || Error::UnknownExtent { got: part.to_owned() };
-            let rest = part.strip_prefix('s').ok_or_else(unknown)?;
+            let start = part.chars().next().filter(|c| matches!(c, 's' | 'r')).ok_or_else(unknown)?;
+            let rest = &part[1..];
             let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
             let (positions, pair) = rest.split_at(digits);
             let positions = positions.parse::<usize>().map_err(|_| unknown())?;
-            let sinks = Sinks { positions, codec: pair.parse()? };
+            let pair = pair.parse()?;
             if positions == 0 {
-                return Err(Error::Zero { what: "positions of the sinks" });
+                return Err(Error::Zero { what: "positions of a part of the codec" });
             }
-            if codec.sinks.replace(sinks).is_some() {
+            let repeated = match start {
+                's' => codec.sinks.replace(Sinks { positions, codec: pair }).is_some(),
+                _ => codec.recent.replace(Recent { positions, codec: pair }).is_some(),
+            };
+            if repeated {
                 return Err(Error::RepeatedExtent { got: part.to_owned() });
             }
         }
@@ -78,17 +95,19 @@ impl CacheConfig {
     /// The codecs of all layers that have none of their own, and of what is kept a second time; none of it where `codec` names
     /// none.
     pub fn cache_codec(self, codec: CacheCodec) -> Self {
-        let none = Sinks { positions: 0, codec: codec.all };
-        self.codec(codec.all).sinks(codec.sinks.unwrap_or(none))
+        let CacheCodec { all, sinks, recent } = codec;
+        let sinks = sinks.unwrap_or(Sinks { positions: 0, codec: all });
+        let recent = recent.unwrap_or(Recent { positions: 0, codec: all });
+        self.codec(all).sinks(sinks).recent(recent)
     }
 
     /// The codecs of a layer.
     pub fn layer_cache_codec(&self, layer: usize) -> CacheCodec {
-        CacheCodec { all: self.layer_codec(layer), sinks: self.layer_sinks(layer) }
+        CacheCodec { all: self.layer_codec(layer), sinks: self.layer_sinks(layer), recent: self.layer_recent(layer) }
     }
 
-    /// Bits that are stored for an element of a sequence of so many positions: scales, and what is kept a second time,
-    /// counted, the unused ends of pages not. [`usize::MAX`] gives what it comes to in the long run.
+    /// Bits that are stored for an element of a sequence of so many positions: scales, and what is kept a second time with its
+    /// [`RECENT_SLACK`](super::RECENT_SLACK), counted, the unused ends of pages not. [`usize::MAX`] gives what it comes to in the long run.
     ///
     /// ```
     /// use tqkv::CacheConfig;
@@ -109,14 +128,9 @@ impl CacheConfig {
                 LayerKind::Window(window) => positions.min(window),
                 LayerKind::Shared(_) => 0,
             };
-            let row = |codec| Ok::<_, Error>(heads.rows(codec)?.iter().map(RowFormat::bytes).sum::<usize>() * 8);
-            let sinks = self.layer_sinks(layer);
-            for extent in Extent::of(self.layer_kind(layer), sinks.map_or(0, |sinks| sinks.positions)) {
-                let (stored, codec) = match (extent, sinks) {
-                    (Extent::First(first), Some(sinks)) => (positions.min(first), sinks.codec),
-                    _ => (held, self.layer_codec(layer)),
-                };
-                bits += stored as f64 * (heads.kv_heads * row(codec)?) as f64;
+            for (extent, codec) in self.layer_extents(layer) {
+                let row: usize = heads.rows(codec)?.iter().map(RowFormat::bytes).sum();
+                bits += extent.held(positions) as f64 * (heads.kv_heads * row * 8) as f64;
             }
             elements += held as f64 * (heads.kv_heads * (heads.head_dim + heads.value_dim)) as f64;
         }
@@ -131,32 +145,50 @@ mod tests {
 
     #[test]
     fn names_are_printed_as_they_are_read() {
-        for name in ["f16", "seed4", "k4v4", "k4v4+s1f16", "k2v2+s16k8v8", "f16+s4f32"] {
+        for name in
+            ["f16", "seed4", "k4v4", "k4v4+s1f16", "k2v2+s16k8v8", "f16+s4f32", "k3v3+s1f16+r64k8v8", "k3v3+r16f16"]
+        {
             assert_eq!(name.parse::<CacheCodec>().unwrap().to_string(), name);
         }
         let codec: CacheCodec = "k5v4+s3f16".parse().unwrap();
         assert_eq!(codec.all, CodecPair { key: Codec::tq(5), value: Codec::tq(4) });
         assert_eq!(codec.sinks, Some(Sinks { positions: 3, codec: CodecPair::both(Codec::F16) }));
+        let turned: CacheCodec = "k3v3+r64k8v8+s1f16".parse().unwrap();
+        assert_eq!(turned.to_string(), "k3v3+s1f16+r64k8v8");
     }
 
     #[test]
     fn names_of_nothing_are_refused() {
         let error = |name: &str| name.parse::<CacheCodec>().unwrap_err();
-        for name in ["", "+s1f16", "k9v4", "k4v4+s1", "k4v4+s1k9v9", "k4v4+s1s1f16"] {
+        for name in ["", "+s1f16", "k9v4", "k4v4+s1", "k4v4+s1k9v9", "k4v4+s1s1f16", "k4v4+r64"] {
             assert!(matches!(error(name), Error::UnknownCodec { .. }), "{name}: {}", error(name));
         }
-        for name in ["k4v4+", "k4v4+f16", "k4v4+sf16", "k4v4+s-1f16", "k4v4+s99999999999999999999f16", "k4v4+sé"] {
+        for name in [
+            "k4v4+",
+            "k4v4+f16",
+            "k4v4+sf16",
+            "k4v4+s-1f16",
+            "k4v4+s99999999999999999999f16",
+            "k4v4+sé",
+            "k4v4+é",
+            "k4v4+x1f16",
+        ] {
             assert!(matches!(error(name), Error::UnknownExtent { .. }), "{name}: {}", error(name));
         }
-        assert!(matches!(error("k4v4+s0f16"), Error::Zero { what: "positions of the sinks" }));
+        for name in ["k4v4+s0f16", "k4v4+r0k8v8"] {
+            assert!(matches!(error(name), Error::Zero { what: "positions of a part of the codec" }), "{name}");
+        }
         assert!(matches!(error("k4v4+s1f16+s2f16"), Error::RepeatedExtent { got } if got == "s2f16"));
+        assert!(matches!(error("k4v4+r1f16+s1f16+r1f16"), Error::RepeatedExtent { got } if got == "r1f16"));
     }
 
     #[test]
-    fn a_codec_without_sinks_takes_them_away() {
-        let config = CacheConfig::new(1, 1, 64).cache_codec("k4v4+s1f16".parse().unwrap());
-        assert_eq!(config.layer_sinks(0).map(|sinks| sinks.positions), Some(1));
-        assert_eq!(config.cache_codec("k3v3".parse().unwrap()).layer_sinks(0), None);
+    fn a_codec_of_all_alone_takes_the_rest_away() {
+        let codec: CacheCodec = "k4v4+s1f16+r64k8v8".parse().unwrap();
+        let config = CacheConfig::new(1, 1, 64).cache_codec(codec);
+        assert_eq!(config.layer_cache_codec(0), codec);
+        let config = config.cache_codec("k3v3".parse().unwrap());
+        assert_eq!((config.layer_sinks(0), config.layer_recent(0)), (None, None));
     }
 
     #[test]
@@ -171,6 +203,9 @@ mod tests {
         assert!((bits("k4v4+s1f16", usize::MAX) - 4.25).abs() < 1e-12);
         let all_windows =
             CacheConfig::new(1, 1, 64).kind_at(0, LayerKind::Window(8)).cache_codec("k4v4+s2f16".parse().unwrap());
+        // The newest two of each layer, and those that may be truncated, but no more than there are.
+        assert_eq!(bits("k4v4+r2k8v8", 5), 4.25 + 8.25);
+        assert_eq!(bits("k4v4+r2k8v8", 132), 4.25 + 8.25 * 2.0 * 66.0 / 140.0);
         assert_eq!(all_windows.bits_per_element(usize::MAX).unwrap(), 4.25 + 2.0 * 16.0 / 8.0);
         assert_eq!(all_windows.bits_per_element(0).unwrap(), 0.0);
     }
