@@ -180,6 +180,14 @@ pub enum Error {
         /// The rule.
         expected: &'static str,
     },
+    /// Rows shift and scale their channels, and are asked for what does not undo that.
+    #[error("{what} shift and scale their channels: expected none that do for {operation}")]
+    Channels {
+        /// The rows.
+        what: &'static str,
+        /// What was asked.
+        operation: &'static str,
+    },
     /// Positions that the sequence does not hold: not yet written, or dropped already.
     #[error("positions {start}..{end} asked for: expected them within {first}..{len}")]
     Positions {

@@ -1,6 +1,6 @@
 //! Attention over one layer.
 
-use super::plan::Run;
+use super::plan::{Read, Run};
 use super::state::{KvCache, Pools, SequenceId, Side};
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
@@ -24,8 +24,9 @@ impl KvCache {
     /// tokens just appended). `q` and `out` are \[queries, heads, head_dim\] (f32, f16 or bf16), `lse` f32
     /// \[queries, heads\]; see [`ops::attention`]. A windowed layer's window applies on top of `params`.
     ///
-    /// A layer with sinks attends to them and to the rest by themselves and merges both, over memory that all its calls share:
-    /// encoders of one cache are submitted one after the other. No window hides sinks.
+    /// A layer with sinks, or with newest positions in codecs of their own, attends to each by themselves and merges all, over memory that
+    /// all its calls share: encoders of one cache are submitted one after the other. No window hides sinks. Queries that are not causal
+    /// read the newest positions as all others.
     ///
     /// # Errors
     /// [`Error::Layer`], [`Error::UnknownSequence`], [`Error::RepeatedSequence`], [`Error::Positions`] for more queries than
@@ -60,46 +61,55 @@ impl KvCache {
         // As most layers are: one extent for all queries.
         if let ([Run { reads, .. }], [pools]) = (runs, &*extents) {
             let read = &reads[0];
-            return ops::attention(encoder, q, &pools.key, &pools.value, &read.batch, &read.params(params), out, lse);
+            let params = read.params(params).unwrap_or_else(|| unreachable!("a layer's own positions alone"));
+            return ops::attention(encoder, q, &pools.key, &pools.value, &read.batch, &params, out, lse);
         }
         expect_several(&extents, runs, request)?;
         for Run { queries, reads } in runs {
             let rows = |buffer: &Buffer| buffer.slice(queries.clone());
             let (q, out, lse) = (rows(q)?, rows(out)?, lse.map(rows).transpose()?);
-            let mut attention = |read: &super::plan::Read, out: &Buffer, lse: Option<&Buffer>| {
+            let reads: Vec<_> = reads.iter().filter_map(|read| Some((read, read.params(params)?))).collect();
+            let mut attention = |(read, params): &(&Read, AttentionParams), out: &Buffer, lse: Option<&Buffer>| {
                 let Pools { key, value, .. } = &extents[read.extent];
-                ops::attention(encoder, &q, key, value, &read.batch, &read.params(params), out, lse)
+                ops::attention(encoder, &q, key, value, &read.batch, params, out, lse)
             };
-            match &reads[..] {
-                [read] => attention(read, &out, lse.as_ref())?,
-                [rest, sinks, ..] => {
-                    let &[_, heads, head_dim] = q.shape() else { continue };
-                    let [a, a_lse, b, b_lse] = self.scratch([queries.len(), heads, head_dim])?;
-                    attention(rest, &a, Some(&a_lse))?;
-                    attention(sinks, &b, Some(&b_lse))?;
-                    ops::merge(encoder, &[(&a, &a_lse), (&b, &b_lse)], &out, lse.as_ref())?;
-                }
-                [] => {}
+            if let [read] = &reads[..] {
+                attention(read, &out, lse.as_ref())?;
+                continue;
             }
+            let &[_, heads, head_dim] = q.shape() else { continue };
+            let mut parts = vec![];
+            for (i, (read, params)) in reads.into_iter().enumerate() {
+                let part = self.scratch(i, [queries.len(), heads, head_dim])?;
+                // A sink logit counts once.
+                let sink_logits = params.sink_logits.clone().filter(|_| i == 0);
+                attention(&(read, AttentionParams { sink_logits, ..params }), &part[0], Some(&part[1]))?;
+                parts.push(part);
+            }
+            let parts: Vec<_> = parts.iter().map(|[out, lse]| (out, lse)).collect();
+            ops::merge(encoder, &parts, &out, lse.as_ref())?;
         }
         Ok(())
     }
 
-    /// Buffers for two partial results: outputs of this shape, f32, and their log-sum-exps.
-    fn scratch(&mut self, shape: [usize; 3]) -> Result<[Buffer; 4]> {
+    /// Buffers for partial result number `which`: an output of this shape, f32, and its log-sum-exps.
+    fn scratch(&mut self, which: usize, shape: [usize; 3]) -> Result<[Buffer; 2]> {
         let rows = shape[0] * shape[1];
         let sizes = [rows * shape[2], rows];
-        let fits = |s: &&[Buffer; 4]| s[0].len() >= sizes[0] && s[1].len() >= sizes[1];
-        let [a, a_lse, b, b_lse] = match self.scratch.as_ref().filter(fits) {
+        let fits = |s: &&[Buffer; 2]| s[0].len() >= sizes[0] && s[1].len() >= sizes[1];
+        let [out, lse] = match self.scratch.get(which).filter(fits) {
             Some(scratch) => scratch.clone(),
             None => {
                 let new = |n: usize| self.device.zeros(DType::F32, &[n]);
-                self.scratch.insert([new(sizes[0])?, new(sizes[1])?, new(sizes[0])?, new(sizes[1])?]).clone()
+                let new = [new(sizes[0])?, new(sizes[1])?];
+                match self.scratch.get_mut(which) {
+                    Some(old) => *old = new.clone(),
+                    None => self.scratch.push(new.clone()),
+                }
+                new
             }
         };
-        let out = |buffer: &Buffer| buffer.slice(0..sizes[0])?.reshape(&shape);
-        let lse = |buffer: &Buffer| buffer.slice(0..sizes[1])?.reshape(&shape[..2]);
-        Ok([out(&a)?, lse(&a_lse)?, out(&b)?, lse(&b_lse)?])
+        Ok([out.slice(0..sizes[0])?.reshape(&shape)?, lse.slice(0..sizes[1])?.reshape(&shape[..2])?])
     }
 }
 

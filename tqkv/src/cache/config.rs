@@ -1,19 +1,25 @@
 //! What a cache is made for.
 
-use super::extent::{Extent, LayerKind};
+use super::extent::{Extent, LayerKind, Recent, Sinks};
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::{Codec, CodecPair, RowFormat};
-use crate::problem::check_geometry;
+use crate::problem::{ChannelMap, check_geometry};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-/// The first positions of a layer kept apart: in codecs of their own, never dropped, and seen by every later query whatever
-/// the window (attention sinks; Xiao et al., arXiv:2309.17453).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sinks {
-    /// How many; none if 0.
-    pub positions: usize,
-    /// How they are stored.
-    pub codec: CodecPair,
+/// Shift and scale of the channels of a layer's keys (see [`ChannelMap`]), f32 \[kv_heads, head_dim\] each.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Channels {
+    pub shift: Arc<[f32]>,
+    pub scale: Arc<[f32]>,
+}
+
+impl Channels {
+    /// What tells these values from others: XXH3 of all their bytes.
+    pub fn digest(&self) -> u64 {
+        let bytes = [&self.shift, &self.scale].into_iter().flat_map(|x| x.iter().flat_map(|x| x.to_le_bytes()));
+        xxhash_rust::xxh3::xxh3_64(&bytes.collect::<Vec<u8>>())
+    }
 }
 
 /// The KV heads of a layer and the elements of their vectors.
@@ -62,14 +68,18 @@ pub struct CacheConfig {
     layers: usize,
     heads: Heads,
     heads_at: BTreeMap<usize, Heads>,
+    channels_at: BTreeMap<usize, Channels>,
     codec: CodecPair,
     codec_at: BTreeMap<usize, CodecPair>,
     kind_at: BTreeMap<usize, LayerKind>,
     sinks: Option<Sinks>,
     sinks_at: BTreeMap<usize, Sinks>,
+    recent: Option<Recent>,
+    recent_at: BTreeMap<usize, Recent>,
     page_size: usize,
     capacity: usize,
     window_capacity: Option<usize>,
+    recent_capacity: Option<usize>,
     sink_sequences: Option<usize>,
 }
 
@@ -81,14 +91,18 @@ impl CacheConfig {
             layers,
             heads: Heads::new(kv_heads, head_dim),
             heads_at: BTreeMap::new(),
+            channels_at: BTreeMap::new(),
             codec: CodecPair::both(Codec::tq(4)),
             codec_at: BTreeMap::new(),
             kind_at: BTreeMap::new(),
             sinks: None,
             sinks_at: BTreeMap::new(),
+            recent: None,
+            recent_at: BTreeMap::new(),
             page_size: 64,
             capacity: 4096,
             window_capacity: None,
+            recent_capacity: None,
             sink_sequences: None,
         }
     }
@@ -115,6 +129,20 @@ impl CacheConfig {
     /// those of the other layer.
     pub fn heads_at(mut self, layer: usize, heads: Heads) -> Self {
         self.heads_at.insert(layer, heads);
+        self
+    }
+
+    /// Shifts and scales the channels of one layer's keys before they are stored, in all that the layer stores: see
+    /// [`ops::ChannelMap`](crate::ops::ChannelMap). Both are \[kv_heads, head_dim\]. `tqkv calibrate` measures them.
+    ///
+    /// ```
+    /// use tqkv::{CacheConfig, Device, KvCache};
+    /// let config = CacheConfig::new(1, 2, 64).channels_at(0, vec![0.5; 2 * 64], vec![2.0; 2 * 64]);
+    /// let cache = KvCache::new(&Device::cpu(), config)?;
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn channels_at(mut self, layer: usize, shift: impl Into<Arc<[f32]>>, scale: impl Into<Arc<[f32]>>) -> Self {
+        self.channels_at.insert(layer, Channels { shift: shift.into(), scale: scale.into() });
         self
     }
 
@@ -147,6 +175,34 @@ impl CacheConfig {
     /// Other sinks in one layer.
     pub fn sinks_at(mut self, layer: usize, sinks: Sinks) -> Self {
         self.sinks_at.insert(layer, sinks);
+        self
+    }
+
+    /// Keeps the newest positions of every layer in codecs of their own, beside all. Layers that share have those of the other layer.
+    ///
+    /// ```
+    /// use tqkv::{CacheConfig, cache::Recent};
+    /// // Three bits for everything, eight for the newest 64 positions of each query.
+    /// let recent = Recent { positions: 64, codec: "k8v8".parse()? };
+    /// let config = CacheConfig::new(32, 8, 128).codec("k3v3".parse()?).recent(recent);
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn recent(mut self, recent: Recent) -> Self {
+        self.recent = Some(recent);
+        self
+    }
+
+    /// Other newest positions in one layer.
+    pub fn recent_at(mut self, layer: usize, recent: Recent) -> Self {
+        self.recent_at.insert(layer, recent);
+        self
+    }
+
+    /// Positions that all sequences together can hold as their newest, rounded up to pages; if not set, as
+    /// [`capacity`](CacheConfig::capacity), 4096 at most. A sequence needs its newest positions, [`RECENT_SLACK`] more, the tokens of
+    /// its largest append, and a page.
+    pub fn recent_capacity(mut self, positions: usize) -> Self {
+        self.recent_capacity = Some(positions);
         self
     }
 
@@ -198,6 +254,11 @@ impl CacheConfig {
         self.heads_at.get(&layer).copied().unwrap_or(self.heads)
     }
 
+    /// The channels of a layer's keys, if they are shifted and scaled.
+    pub(crate) fn layer_channels(&self, layer: usize) -> Option<&Channels> {
+        self.channels_at.get(&layer)
+    }
+
     /// Positions of a page.
     pub fn positions_per_page(&self) -> usize {
         self.page_size
@@ -219,6 +280,18 @@ impl CacheConfig {
         sinks.filter(|s| s.positions > 0 && !matches!(self.layer_kind(layer), LayerKind::Shared(_)))
     }
 
+    /// The newest positions that a layer stores a second time, if it does.
+    pub fn layer_recent(&self, layer: usize) -> Option<Recent> {
+        let recent = self.recent_at.get(&layer).copied().or(self.recent);
+        recent.filter(|r| r.positions > 0 && !matches!(self.layer_kind(layer), LayerKind::Shared(_)))
+    }
+
+    /// What a layer stores: each extent with its codecs.
+    pub(super) fn layer_extents(&self, layer: usize) -> Vec<(Extent, CodecPair)> {
+        let own = (self.layer_codec(layer), self.layer_sinks(layer), self.layer_recent(layer));
+        Extent::of(self.layer_kind(layer), own.0, own.1, own.2)
+    }
+
     /// Pages of each layer's part of this extent.
     pub(super) fn pages(&self, extent: Extent) -> usize {
         let full = self.capacity.div_ceil(self.page_size);
@@ -229,15 +302,17 @@ impl CacheConfig {
                 let each = sinks.div_ceil(extent.page_size(self.page_size));
                 self.sink_sequences.unwrap_or(full).saturating_mul(each)
             }
+            Extent::Recent(_) => self.recent_capacity.unwrap_or(self.capacity.min(4096)).div_ceil(self.page_size),
         }
     }
 
-    /// Bytes that the cache will take, before it is made.
+    /// Bytes of the pages that the cache will take, before it is made.
     ///
     /// # Errors
     /// [`Error::Zero`] for a count or window of 0, [`Error::Bits`] and [`Error::HeadDim`] for a codec that does not fit,
     /// [`Error::Layer`] for settings of a layer that does not exist, [`Error::Mismatch`] for a page_size that is no multiple
-    /// of 8 or a layer that shares with one that is not before it or is shared itself, [`Error::SizeOverflow`].
+    /// of 8 or a layer that shares with one that is not before it or is shared itself, [`Error::SharedLayer`] for channels of a
+    /// shared layer and those of [`ChannelMap::new`](crate::ops::ChannelMap::new), [`Error::SizeOverflow`].
     ///
     /// ```
     /// use tqkv::CacheConfig;
@@ -252,6 +327,7 @@ impl CacheConfig {
             ("page_size", self.page_size),
             ("capacity", self.capacity),
             ("window_capacity", self.window_capacity.unwrap_or(1)),
+            ("recent_capacity", self.recent_capacity.unwrap_or(1)),
             ("sink_sequences", self.sink_sequences.unwrap_or(1)),
         ];
         for (what, n) in counts {
@@ -264,19 +340,31 @@ impl CacheConfig {
             return Err(Error::Mismatch { what: "page_size", got: self.page_size, expected });
         }
         let (codecs, kinds) = (self.codec_at.keys(), self.kind_at.keys());
-        let special: BTreeSet<usize> =
-            codecs.chain(kinds).chain(self.sinks_at.keys()).chain(self.heads_at.keys()).copied().collect();
+        let special = codecs
+            .chain(kinds)
+            .chain(self.sinks_at.keys())
+            .chain(self.heads_at.keys())
+            .chain(self.channels_at.keys())
+            .chain(self.recent_at.keys());
+        let special: BTreeSet<usize> = special.copied().collect();
         if let Some(&layer) = special.iter().find(|&&l| l >= self.layers) {
             return Err(Error::Layer { got: layer, layers: self.layers });
         }
         let overflow = || Error::SizeOverflow { what: "cache size", limit: "isize" };
         // Layers without settings of their own are alike, however many.
-        let usual = self.layer_bytes(self.heads, LayerKind::Full, self.codec, self.sinks)?;
+        let usual = Extent::of(LayerKind::Full, self.codec, self.sinks, self.recent);
+        let usual = self.layer_bytes(self.heads, self.codec, &usual)?;
         let mut total = checked_product("cache size", &[usual, self.layers - special.len()])?;
         for layer in special {
             self.check_kind(layer)?;
             let (heads, kind) = (self.layer_heads(layer), self.layer_kind(layer));
-            let bytes = self.layer_bytes(heads, kind, self.layer_codec(layer), self.layer_sinks(layer))?;
+            if let Some(Channels { shift, scale }) = self.channels_at.get(&layer) {
+                if let LayerKind::Shared(source_layer) = kind {
+                    return Err(Error::SharedLayer { layer, source_layer });
+                }
+                ChannelMap::check(heads.kv_heads, heads.head_dim, shift, scale)?;
+            }
+            let bytes = self.layer_bytes(heads, self.layer_codec(layer), &self.layer_extents(layer))?;
             total = total.checked_add(bytes).filter(|&n| n <= isize::MAX as usize).ok_or_else(overflow)?;
         }
         Ok(total)
@@ -306,12 +394,11 @@ impl CacheConfig {
     }
 
     /// Bytes of a layer: none if it is shared, but its heads and codecs must exist.
-    fn layer_bytes(&self, heads: Heads, kind: LayerKind, codec: CodecPair, sinks: Option<Sinks>) -> Result<usize> {
+    fn layer_bytes(&self, heads: Heads, codec: CodecPair, extents: &[(Extent, CodecPair)]) -> Result<usize> {
         heads.check()?;
         heads.rows(codec)?;
         let mut sum = 0usize;
-        for extent in Extent::of(kind, sinks.map_or(0, |s| s.positions)) {
-            let codec = if let (Extent::First(_), Some(s)) = (extent, sinks) { s.codec } else { codec };
+        for &(extent, codec) in extents {
             let (pages, page_size) = (self.pages(extent), extent.page_size(self.page_size));
             to_u32("pages", pages)?;
             let rows = heads.rows(codec)?;

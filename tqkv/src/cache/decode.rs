@@ -27,12 +27,13 @@ impl KvCache {
     ) -> Result<()> {
         let of = self.layer(layer)?;
         let (extents, shape, source) = (of.extents.clone(), of.shape, of.source);
-        let (positions, mut first) = (positions.into(), self.sink_positions(shape));
+        let sinks = self.apart(shape).sinks;
+        let (positions, mut first) = (positions.into(), sinks.map_or(0, |s| s.1));
         let mut spans = self.spans(source, &[(sequence, 0)], false)?;
         let mut pools = &extents[0];
-        if let Some(sinks) = extents.get(1).filter(|_| positions.all_below(first)) {
+        if let Some((extent, _)) = sinks.filter(|_| positions.all_below(first)) {
             spans[0].1 = spans[0].1.min(first);
-            (pools, first) = (sinks, 0);
+            (pools, first) = (&extents[extent], 0);
         }
         let batch = self.batch(pools.group, first, &spans)?;
         ops::dequantize(encoder, pools.side(side), &batch, 0, positions, domain, order, out)

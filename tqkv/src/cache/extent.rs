@@ -1,5 +1,6 @@
 //! Which positions of a sequence are stored together.
 
+use crate::format::CodecPair;
 use crate::problem::Visible;
 use std::ops::Range;
 
@@ -14,6 +15,32 @@ pub enum LayerKind {
     Shared(usize),
 }
 
+/// The first positions of a layer kept apart: in codecs of their own, never dropped, and seen by every later query whatever
+/// the window (attention sinks; Xiao et al., arXiv:2309.17453).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sinks {
+    /// How many; none if 0.
+    pub positions: usize,
+    /// How they are stored.
+    pub codec: CodecPair,
+}
+
+/// The newest positions of a layer in codecs of their own, beside all: what a query looks at most is what it sees best. Each query
+/// has its own newest positions, itself among them, so results do not depend on how a prompt was cut into chunks.
+///
+/// Rows are written once and never again. So a sequence that was truncated may hold fewer of its newest positions than these: up to
+/// [`RECENT_SLACK`] truncated tokens make no difference, after more the next `positions` tokens read the rows that all positions have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    /// How many; none if 0.
+    pub positions: usize,
+    /// How they are stored.
+    pub codec: CodecPair,
+}
+
+/// Tokens that can be truncated without a loss of what [`Recent`] keeps.
+pub const RECENT_SLACK: usize = 64;
+
 /// Which positions a layer stores in one place, in codecs of its own. A layer is a list of extents: its own positions first,
 /// then those that it stores a second time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,17 +50,61 @@ pub(crate) enum Extent {
     Newest(usize),
     /// Sinks: the first so many.
     First(usize),
+    /// The newest so many of each query, and as many more as may be truncated.
+    Recent(usize),
+}
+
+/// Positions that a layer stores a second time, and how.
+pub(crate) struct Apart<C> {
+    pub positions: usize,
+    pub stored: C,
+}
+
+impl From<Sinks> for Apart<CodecPair> {
+    fn from(Sinks { positions, codec }: Sinks) -> Self {
+        Apart { positions, stored: codec }
+    }
+}
+
+impl From<Recent> for Apart<CodecPair> {
+    fn from(Recent { positions, codec }: Recent) -> Self {
+        Apart { positions, stored: codec }
+    }
 }
 
 impl Extent {
-    /// The extents of a layer: none if it is shared.
-    pub fn of(kind: LayerKind, sinks: usize) -> impl Iterator<Item = Extent> {
-        let own = match kind {
-            LayerKind::Full => Some(Extent::All),
-            LayerKind::Window(window) => Some(Extent::Newest(window)),
-            LayerKind::Shared(_) => None,
+    /// The extents of a layer, each with how it is stored: none if it is shared.
+    pub fn of<C>(
+        kind: LayerKind,
+        own: C,
+        sinks: Option<impl Into<Apart<C>>>,
+        recent: Option<impl Into<Apart<C>>>,
+    ) -> Vec<(Extent, C)> {
+        let extent = match kind {
+            LayerKind::Full => Extent::All,
+            LayerKind::Window(window) => Extent::Newest(window),
+            LayerKind::Shared(_) => return vec![],
         };
-        own.into_iter().chain((own.is_some() && sinks > 0).then_some(Extent::First(sinks)))
+        let apart = |extent: fn(usize) -> Extent, Apart { positions, stored }: Apart<C>| {
+            (positions > 0).then(|| (extent(positions), stored))
+        };
+        let sinks = sinks.and_then(|s| apart(Extent::First, s.into()));
+        let recent = recent.and_then(|r| apart(Extent::Recent, r.into()));
+        [(extent, own)].into_iter().chain(sinks).chain(recent).collect()
+    }
+
+    /// The positions that a token sees of those that it wants to see here, where not all: a window's.
+    fn window(self) -> Option<usize> {
+        match self {
+            Extent::Newest(window) => Some(window),
+            Extent::Recent(positions) => Some(positions.saturating_add(RECENT_SLACK)),
+            Extent::All | Extent::First(_) => None,
+        }
+    }
+
+    /// Whether a sequence can go on without what it may have lost here: another extent has it too.
+    pub fn is_spare(self) -> bool {
+        matches!(self, Extent::Recent(_))
     }
 
     /// One past the newest position held of a sequence of so many.
@@ -43,8 +114,7 @@ impl Extent {
 
     /// The oldest position that the next token of a sequence of so many looks back to.
     pub fn seen(self, len: usize) -> usize {
-        let window = if let Extent::Newest(window) = self { Some(window) } else { None };
-        Visible { causal: true, window }.oldest(len).min(len)
+        Visible { causal: true, window: self.window() }.oldest(len).min(len)
     }
 
     /// Whether the next token of a sequence of so many sees none of them: then none needs to be there.

@@ -3,7 +3,7 @@
 //! | file | duty |
 //! |---|---|
 //! | `config` | what a cache is made for |
-//! | `extent` | which positions are stored together: all, a window, sinks |
+//! | `extent` | which positions are stored together: all, a window, sinks, the newest |
 //! | `pages` | which page belongs to whom, and how full it is |
 //! | `state` | the cache's pools and sequences |
 //! | `sequences` | add, fork, truncate, free |
@@ -31,12 +31,12 @@ mod state;
 mod step;
 mod usage;
 
-pub use config::{CacheConfig, Heads, Sinks};
-pub use extent::LayerKind;
+pub use config::{CacheConfig, Heads};
+pub use extent::{LayerKind, RECENT_SLACK, Recent, Sinks};
 #[cfg(feature = "prefix-store")]
 pub use prefix_store::{FoundPrefix, PrefixStore, Prompt, StoredPrefix};
 pub use snapshot::{
-    Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, SinkGeometry, Snapshot,
+    ExtentGeometry, Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot,
 };
 pub use state::{KvCache, SequenceId, Side};
 pub use step::Step;

@@ -1,13 +1,13 @@
 //! Where the new positions of some sequences are written, and what their queries read: the same for all layers of a shape.
 
 use super::extent::Extent;
-use super::state::{Held, KvCache, NewPositions, SequenceId};
+use super::state::{Held, Kept, KvCache, NewPositions, SequenceId};
 use crate::error::{Error, Result};
 use crate::ops::{AttentionParams, Batch, NO_PAGE, Span};
 use std::ops::Range;
 
-/// Batches that are kept: two kinds of layers, with sinks each, need four in a step.
-const BATCHES: usize = 8;
+/// Batches that are kept: two kinds of layers, with sinks and newest positions each, need a dozen in a step.
+const BATCHES: usize = 16;
 
 /// New tokens that one extent of a layer holds.
 pub(super) struct Write {
@@ -36,8 +36,10 @@ pub(super) struct Read {
 
 /// What hides positions of an extent from a query.
 enum Mask {
-    /// What the caller says, and the layer's window.
+    /// What the caller says, and so many newest positions at most: the layer's window, or the newest that are stored apart.
     Window(Option<usize>),
+    /// As it, for queries that stand so many positions further than the batch says: the newest are read elsewhere.
+    Before(usize, Option<usize>),
     /// What the caller says, but no window: sinks among themselves.
     NoWindow,
     /// Nothing: all of them come before it.
@@ -45,19 +47,36 @@ enum Mask {
 }
 
 impl Read {
-    /// The parameters of a call for these positions alone.
-    pub fn params(&self, params: &AttentionParams) -> AttentionParams {
+    /// The parameters of a call for these positions alone; none if queries see none of them.
+    pub fn params(&self, params: &AttentionParams) -> Option<AttentionParams> {
         let params = params.clone();
-        match self.mask {
-            Mask::Window(Some(window)) => {
-                AttentionParams { window: Some(params.window.map_or(window, |w| w.min(window))), ..params }
+        let both = |window: Option<usize>| params.window.into_iter().chain(window).min();
+        Some(match self.mask {
+            Mask::Window(window) => AttentionParams { window: both(window), ..params },
+            Mask::Before(newest, window) => {
+                let window = match both(window) {
+                    Some(window) => Some(window.checked_sub(newest).filter(|&rest| rest > 0)?),
+                    None => None,
+                };
+                AttentionParams { window, ..params }
             }
-            Mask::Window(None) => params,
             Mask::NoWindow => AttentionParams { window: None, ..params },
-            // A sink logit counts once, among the other positions.
-            Mask::Nothing => AttentionParams { causal: false, window: None, sink_logits: None, ..params },
-        }
+            Mask::Nothing => AttentionParams { causal: false, window: None, ..params },
+        })
     }
+}
+
+/// Which extents a query reads.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// It stands among the sinks, and sees no others.
+    Sinks,
+    /// All but sinks from the layer's own positions.
+    Own,
+    /// All but sinks from the newest, which are all that it sees.
+    Near,
+    /// Its newest positions apart, and those before them.
+    Far,
 }
 
 impl KvCache {
@@ -91,18 +110,21 @@ impl KvCache {
 
     /// The writes of new positions into the extents of a shape, whose pages are reserved.
     pub(super) fn writes(&mut self, shape: usize, spans: &[NewPositions]) -> Result<Vec<Write>> {
-        let groups = self.shapes[shape].clone();
-        let all = 0..spans.iter().map(|s| s.2).sum();
-        let first = self.sink_positions(shape);
-        let mut writes = vec![Write { extent: 0, tokens: all, batch: self.batch(groups[0], first, spans)? }];
+        let (groups, kept) = (self.shapes[shape].clone(), self.apart(shape));
+        let all = || 0..spans.iter().map(|s| s.2).sum();
+        let first = kept.sinks.map_or(0, |s| s.1);
+        let mut writes = vec![Write { extent: 0, tokens: all(), batch: self.batch(groups[0], first, spans)? }];
+        if let Some((extent, _)) = kept.recent {
+            writes.push(Write { extent, tokens: all(), batch: self.batch(groups[extent], 0, spans)? });
+        }
         // Sinks are written twice. A window's pages may then be dropped as ever, and what shares pages need not know of sinks.
-        for (extent, &group) in groups.iter().enumerate().skip(1) {
+        if let Some((extent, _)) = kept.sinks {
             let mut start = 0;
             for &(id, len, new) in spans {
-                let held = self.groups[group].extent;
+                let held = self.groups[groups[extent]].extent;
                 let early = held.of_new(len, new);
                 if early > 0 {
-                    let batch = self.batch(group, 0, &[(id, held.end(len), early)])?;
+                    let batch = self.batch(groups[extent], 0, &[(id, held.end(len), early)])?;
                     writes.push(Write { extent, tokens: start..start + early, batch });
                 }
                 start += new;
@@ -116,46 +138,100 @@ impl KvCache {
     /// # Errors
     /// [`Error::Positions`] for queries that would see dropped positions, or that stand among sinks and would see more.
     pub(super) fn reads(&mut self, shape: usize, causal: bool, spans: &[NewPositions]) -> Result<Vec<Run>> {
-        let (groups, first) = (self.shapes[shape].clone(), self.sink_positions(shape));
-        let own = groups[0];
-        let window = if let Extent::Newest(window) = self.groups[own].extent { Some(window) } else { None };
-        // Queries among the sinks see no others; the rest see all sinks.
-        let mut parts: Vec<(bool, NewPositions)> = vec![];
-        for &(id, len, new) in spans {
-            let start = len - new;
-            let early = if causal || len <= first { first.saturating_sub(start).min(new) } else { 0 };
-            if early < new && start + early < first {
-                return Err(Error::Positions { start, end: len, first, len });
-            }
-            parts.extend((early > 0).then_some((true, (id, start + early, early))));
-            parts.extend((early < new || new == 0).then_some((false, (id, len, new - early))));
+        let (groups, kept) = (self.shapes[shape].clone(), self.apart(shape));
+        let mut parts: Vec<(Kind, NewPositions)> = vec![];
+        for span in spans {
+            self.kinds(&groups, kept, causal, *span, &mut parts)?;
         }
-        let rest: Vec<_> = parts.iter().filter(|p| !p.0).map(|p| p.1).collect();
-        self.expect_seen(own, first, &rest)?;
+        let first = kept.sinks.map_or(0, |s| s.1);
+        let seers: Vec<_> = parts.iter().filter(|p| p.0 != Kind::Sinks).map(|p| p.1).collect();
+        self.expect_seen(groups[0], first, &seers)?;
         let (mut runs, mut start) = (vec![], 0);
         for run in parts.chunk_by(|a, b| a.0 == b.0) {
             let spans: Vec<_> = run.iter().map(|p| p.1).collect();
             let queries = start..start + spans.iter().map(|s| s.2).sum::<usize>();
             start = queries.end;
-            if run[0].0 {
-                let batch = self.batch(groups[1], 0, &spans)?;
-                runs.push(Run { queries, reads: vec![Read { extent: 1, batch, mask: Mask::NoWindow }] });
-                continue;
-            }
-            let batch = self.batch(own, first, &spans)?;
-            let mut reads = vec![Read { extent: 0, batch, mask: Mask::Window(window) }];
-            if first > 0 && !queries.is_empty() {
-                // A query stands at a held position, but without a mask it does not matter at which: as many at once as there are.
-                let at_sinks: Vec<_> = spans
-                    .iter()
-                    .flat_map(|&(id, _, new)| (0..new).step_by(first).map(move |i| (id, first, first.min(new - i))))
-                    .collect();
-                let batch = self.batch(groups[1], 0, &at_sinks)?;
-                reads.push(Read { extent: 1, batch, mask: Mask::Nothing });
-            }
+            let reads = self.reads_of(&groups, kept, run[0].0, &spans)?;
             runs.push(Run { queries, reads });
         }
         Ok(runs)
+    }
+
+    /// Cuts a sequence's queries by what they read.
+    fn kinds(
+        &self,
+        groups: &[usize],
+        kept: Kept,
+        causal: bool,
+        (id, len, new): NewPositions,
+        parts: &mut Vec<(Kind, NewPositions)>,
+    ) -> Result<()> {
+        let (start, sinks) = (len - new, kept.sinks.map_or(0, |s| s.1));
+        // Queries among the sinks see no others; the rest see all sinks.
+        let among = if causal || len <= sinks { sinks.clamp(start, len) } else { start };
+        if among < len && among < sinks {
+            return Err(Error::Positions { start, end: len, first: sinks, len });
+        }
+        // The newest count from each query, which must not look past itself; and all of them must be there.
+        let (own, near) = match kept.recent.filter(|_| causal) {
+            None => (len, len),
+            Some((extent, recent)) => {
+                let first = self.sequence(id)?.held[groups[extent]].first;
+                let whole = if first <= sinks { 0 } else { (first + recent).saturating_sub(1) };
+                (whole.clamp(among, len), sinks.saturating_add(recent).clamp(among, len))
+            }
+        };
+        let near = near.max(own);
+        let mut at = start;
+        for (kind, end) in [(Kind::Sinks, among), (Kind::Own, own), (Kind::Near, near), (Kind::Far, len)] {
+            if end > at {
+                parts.push((kind, (id, end, end - at)));
+                at = end;
+            }
+        }
+        if new == 0 {
+            parts.push((Kind::Own, (id, len, 0)));
+        }
+        Ok(())
+    }
+
+    /// What queries of one kind read; logits of sinks count in the first of these.
+    fn reads_of(&mut self, groups: &[usize], kept: Kept, kind: Kind, spans: &[NewPositions]) -> Result<Vec<Read>> {
+        let own = groups[0];
+        let window = if let Extent::Newest(window) = self.groups[own].extent { Some(window) } else { None };
+        if let (Kind::Sinks, Some((extent, _))) = (kind, kept.sinks) {
+            let batch = self.batch(groups[extent], 0, spans)?;
+            return Ok(vec![Read { extent, batch, mask: Mask::NoWindow }]);
+        }
+        let first = kept.sinks.map_or(0, |s| s.1);
+        let mut reads = vec![];
+        match kept.recent {
+            Some((extent, recent)) if matches!(kind, Kind::Near | Kind::Far) => {
+                let batch = self.batch(groups[extent], first, spans)?;
+                let newest = window.map_or(recent, |window| window.min(recent));
+                reads.push(Read { extent, batch, mask: Mask::Window(Some(newest)) });
+                if kind == Kind::Far && window.is_none_or(|window| window > recent) {
+                    // Queries that stand where the newest begin, and see all up to there.
+                    let before: Vec<_> = spans.iter().map(|&(id, len, new)| (id, len - recent, new)).collect();
+                    let batch = self.batch(own, first, &before)?;
+                    reads.push(Read { extent: 0, batch, mask: Mask::Before(recent, window) });
+                }
+            }
+            _ => {
+                let batch = self.batch(own, first, spans)?;
+                reads.push(Read { extent: 0, batch, mask: Mask::Window(window) });
+            }
+        }
+        if let Some((extent, sinks)) = kept.sinks.filter(|_| spans.iter().any(|s| s.2 > 0)) {
+            // A query stands at a held position, but without a mask it does not matter at which: as many at once as there are.
+            let at_sinks: Vec<_> = spans
+                .iter()
+                .flat_map(|&(id, _, new)| (0..new).step_by(sinks).map(move |i| (id, sinks, sinks.min(new - i))))
+                .collect();
+            let batch = self.batch(groups[extent], 0, &at_sinks)?;
+            reads.push(Read { extent, batch, mask: Mask::Nothing });
+        }
+        Ok(reads)
     }
 
     /// Fails if a query would see positions that its window has dropped; those before `first` are looked up elsewhere.

@@ -1,7 +1,7 @@
 //! Prefixes that machines share through an object store. `docs/prefix-store.md` describes names and bytes.
 
 use super::extent::Extent;
-use super::snapshot::{Geometry, GroupGeometry, LayerGeometry, Stored, encode_heads, encode_layer};
+use super::snapshot::{Geometry, GroupGeometry, LayerGeometry, Stored, encode_apart, encode_heads, encode_layer};
 use super::state::{Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result};
 use crate::format::FORMAT_VERSION;
@@ -193,6 +193,9 @@ impl PrefixStore {
         let page_size = geometry.page_size;
         let mut written = 0;
         for (g, group) in geometry.groups().iter().enumerate() {
+            if group.extent.is_spare() {
+                continue;
+            }
             let Held { first, pages, .. } = &cache.sequence(sequence)?.held[g];
             let (base, whole) = (first / page_size, first.div_ceil(page_size));
             let blocks: Vec<usize> = (whole..blocks(group, page_size, keys.len() - 1).end).collect();
@@ -476,6 +479,15 @@ fn keys(geometry: &Geometry, prompt: &Prompt, model: &[u8]) -> Vec<Key> {
             encode_heads(layer, &mut start);
         }
         encode_layer(layer, &mut start);
+        // As it was before there were such things, where there are none. Newest positions are not stored, but count as a group.
+        if let Some(channels) = layer.channels {
+            start.extend(b"channels");
+            start.extend(channels.to_le_bytes());
+        }
+        if layer.recent.is_some() {
+            start.extend(b"recent");
+            encode_apart(layer.recent, &mut start);
+        }
     }
     start.extend(model);
     // The model's length is said above, so a model and a salt never read as another model.
@@ -500,8 +512,12 @@ fn keys(geometry: &Geometry, prompt: &Prompt, model: &[u8]) -> Vec<Key> {
 /// The blocks that a sequence of so many blocks needs in a group: what the last token sees, so that it may be taken back. A
 /// group's page is a block, the page of few sinks too.
 fn blocks(group: &GroupGeometry, page_size: usize, len: usize) -> Range<usize> {
+    let end = group.pages(len * page_size);
+    if group.extent.is_spare() {
+        return end..end;
+    }
     let seen = group.extent.seen((len * page_size).saturating_sub(1));
-    seen / page_size..group.pages(len * page_size)
+    seen / page_size..end
 }
 
 /// Covers the name too: an object that was moved is damaged.

@@ -80,7 +80,8 @@ impl KvCache {
         for (group, held) in self.groups.iter().zip(held) {
             let shortest = group.layers.iter().map(|&l| lens[l]).min().unwrap_or(0);
             let start = group.extent.seen(len);
-            if len > shortest || (start < held.first && !group.extent.sees_nothing(len)) {
+            let lost = start < held.first && !group.extent.is_spare();
+            if len > shortest || (lost && !group.extent.sees_nothing(len)) {
                 return Err(Error::Positions { start, end: len, first: held.first, len: shortest });
             }
         }

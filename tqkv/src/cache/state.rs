@@ -1,12 +1,12 @@
 //! What a cache consists of: layers over pools, groups of layers that share page numbers, sequences.
 
-use super::config::{CacheConfig, Heads};
+use super::config::{CacheConfig, Channels, Heads};
 use super::extent::{Extent, LayerKind};
 use super::pages::Pages;
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
 use crate::format::CodecPair;
-use crate::ops::{self, Batch, PagePool};
+use crate::ops::{self, Batch, ChannelMap, PagePool};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -67,17 +67,24 @@ pub struct KvCache {
     pub(super) version: u64,
     /// The last batches, which the layers of one step share.
     pub(super) batches: VecDeque<(BatchKey, Batch)>,
-    /// f32, where attention over several extents meets: outputs and log-sum-exps of two.
-    pub(super) scratch: Option<[Buffer; 4]>,
+    /// f32, where attention over several extents meets: outputs and log-sum-exps.
+    pub(super) scratch: Vec<[Buffer; 2]>,
 }
 
 pub(super) struct Layer {
-    /// Its own positions, then its sinks if it has any; those of its source if it is shared.
+    /// Its own positions, then its sinks and its newest positions if it stores them apart; those of its source if it is shared.
     pub extents: Arc<[Pools]>,
     /// Which combination of groups its extents are in.
     pub shape: usize,
     /// The layer whose positions it reads: itself, unless it is shared.
     pub source: usize,
+}
+
+/// What layers of a shape store a second time: which of their extents, and how many positions.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Kept {
+    pub sinks: Option<(usize, usize)>,
+    pub recent: Option<(usize, usize)>,
 }
 
 /// The pools of one extent of a layer.
@@ -136,15 +143,18 @@ impl KvCache {
                 layers.push(Layer { extents: extents.clone(), shape: *shape, source });
                 continue;
             }
-            let sinks = config.layer_sinks(index);
+            let heads = config.layer_heads(index);
+            let channels = config
+                .layer_channels(index)
+                .map(|Channels { shift, scale }| ChannelMap::new(device, heads.kv_heads, heads.head_dim, shift, scale));
+            let channels = channels.transpose()?;
             let mut extents = vec![];
-            for extent in Extent::of(config.layer_kind(index), sinks.map_or(0, |s| s.positions)) {
-                let codec = match (extent, sinks) {
-                    (Extent::First(_), Some(sinks)) => sinks.codec,
-                    _ => config.layer_codec(index),
-                };
+            for (extent, codec) in config.layer_extents(index) {
                 let group = Group::of(extent, &config, &mut groups);
-                let pools = Pools::new(device, config.layer_heads(index), &groups[group], codec, group)?;
+                let mut pools = Pools::new(device, heads, &groups[group], codec, group)?;
+                if let Some(channels) = &channels {
+                    pools.key = pools.key.with_channels(channels)?;
+                }
                 groups[group].layers.push(index);
                 groups[group].page_bytes += pools.page_bytes();
                 extents.push(pools);
@@ -166,7 +176,7 @@ impl KvCache {
             next_id: 0,
             version: 0,
             batches: VecDeque::new(),
-            scratch: None,
+            scratch: vec![],
         })
     }
 
@@ -194,7 +204,20 @@ impl KvCache {
     /// # Errors
     /// [`Error::Layer`].
     pub fn sink_pool(&self, layer: usize, side: Side) -> Result<Option<&PagePool>> {
-        Ok(self.layer(layer)?.extents.get(1).map(|sinks| sinks.side(side)))
+        self.pool_of(layer, side, |extent| matches!(extent, Extent::First(_)))
+    }
+
+    /// As [`pool`](KvCache::pool), of a layer's newest positions; `None` if it does not store them apart.
+    ///
+    /// # Errors
+    /// [`Error::Layer`].
+    pub fn recent_pool(&self, layer: usize, side: Side) -> Result<Option<&PagePool>> {
+        self.pool_of(layer, side, |extent| matches!(extent, Extent::Recent(_)))
+    }
+
+    fn pool_of(&self, layer: usize, side: Side, is: impl Fn(Extent) -> bool) -> Result<Option<&PagePool>> {
+        let mut extents = self.layer(layer)?.extents.iter();
+        Ok(extents.find(|pools| is(self.groups[pools.group].extent)).map(|pools| pools.side(side)))
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&Layer> {
@@ -211,9 +234,17 @@ impl KvCache {
         layers.flat_map(|l| l.extents.iter()).filter(move |pools| pools.group == group)
     }
 
-    /// How many first positions the layers of a shape keep apart.
-    pub(super) fn sink_positions(&self, shape: usize) -> usize {
-        self.shapes[shape].get(1).map_or(0, |&sinks| self.groups[sinks].extent.end(usize::MAX))
+    /// The extents of a shape that are not its own positions: which of the layer's extents, and how many positions.
+    pub(super) fn apart(&self, shape: usize) -> Kept {
+        let mut kept = Kept::default();
+        for (index, &group) in self.shapes[shape].iter().enumerate() {
+            match self.groups[group].extent {
+                Extent::First(positions) => kept.sinks = Some((index, positions)),
+                Extent::Recent(positions) => kept.recent = Some((index, positions)),
+                Extent::All | Extent::Newest(_) => {}
+            }
+        }
+        kept
     }
 
     /// Lengths by layer where all hold so many positions.

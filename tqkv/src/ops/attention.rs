@@ -4,7 +4,7 @@ use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
 use crate::problem::checks::{expect_apart, expect_f32, expect_float, expect_shape};
 use crate::problem::op::{self, Op};
-use crate::problem::{AttentionParams, Batch, PagePool};
+use crate::problem::{AttentionParams, Batch, Domain, PagePool};
 
 /// Softmax(scale · q·Kᵀ)·V for the new positions of every sequence, without writing K or V out.
 ///
@@ -14,13 +14,16 @@ use crate::problem::{AttentionParams, Batch, PagePool};
 /// `lse`, f32 \[tokens, heads\], gets the natural logarithm of the softmax denominator, sinks included, so that partial
 /// results can be [`merge`](super::merge)d. A query that sees no position gets zeros and -∞ (the sink's logit if any).
 ///
+/// Keys whose pool has a [`ChannelMap`](super::ChannelMap) give what they would without: scores, `lse` and softcap are those of the
+/// keys as they came. Queries and output must be in the model's own domain then, and values have no map.
+///
 /// One pass over K and V with a running maximum: Dao et al., FlashAttention (arXiv:2205.14135, section 3.1), split over
 /// the context as in Flash-Decoding.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] (heads, pools or pages that do not go
 /// together), [`Error::Page`], [`Error::Parameter`] for a scale that is not finite or a softcap that is not positive,
-/// [`Error::Zero`] for a window of 0, [`Error::Aliased`].
+/// [`Error::Zero`] for a window of 0, [`Error::Channels`], [`Error::Aliased`].
 ///
 /// ```
 /// use tqkv::format::RowFormat;
@@ -66,6 +69,12 @@ pub fn attention(
     if value.row().head_dim() != head_dim {
         let expected = format!("{head_dim} as in the keys");
         return Err(Error::Mismatch { what: "head_dim of the values", got: value.row().head_dim(), expected });
+    }
+    if value.channels().is_some() {
+        return Err(Error::Channels { what: "values", operation: "attention" });
+    }
+    if key.channels().is_some() && params.domain == Domain::Rotated {
+        return Err(Error::Channels { what: "keys", operation: "queries in the rotated domain" });
     }
     if value.kv_heads() != key.kv_heads() {
         let expected = format!("{} as in the keys", key.kv_heads());

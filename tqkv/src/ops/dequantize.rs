@@ -7,7 +7,8 @@ use crate::problem::op::{Dequantize, Op};
 use crate::problem::{Batch, Domain, PagePool, Positions, RowOrder};
 
 /// Decodes positions of one sequence of a batch into `out`: f32, f16 or bf16, in the order that `order` says, in the
-/// rotated domain (bit-exact on every backend: level · factor, rounded once more for f16 and bf16) or restored.
+/// rotated domain (bit-exact on every backend: level · factor, rounded once more for f16 and bf16) or restored. A pool's
+/// [`ChannelMap`](super::ChannelMap) is undone in the original domain: x · scale + shift. In the rotated domain rows are as they are stored.
 ///
 /// # Errors
 /// [`Error::Positions`] for a position that the sequence does not hold, [`Error::Mismatch`] for a sequence that the batch

@@ -11,7 +11,9 @@ mod merge;
 mod quantize;
 mod rotate;
 
-pub use crate::problem::{AttentionParams, Batch, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span};
+pub use crate::problem::{
+    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span,
+};
 pub use attention::attention;
 pub use copy::copy;
 pub use dequantize::dequantize;

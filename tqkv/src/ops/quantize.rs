@@ -13,6 +13,8 @@ use crate::problem::{Batch, PagePool};
 /// whose f32 norm is not finite (it holds NaN, infinity, or values near 1e19) is stored as code 0 and scale NaN, so that
 /// everything decoded from it is NaN.
 ///
+/// A pool with a [`ChannelMap`](super::ChannelMap) stores (x - shift) · (1 / scale), each operation rounded.
+///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] or [`Error::Page`] if the batch does not
 /// fit a pool, [`Error::Aliased`] if a page would be written from two places or an argument shares memory with a pool.

@@ -1,6 +1,7 @@
 //! What an operation is asked: sequences, pools, parameters, what a query sees, and the operations as data.
 
 mod batch;
+mod channels;
 pub(crate) mod checks;
 pub(crate) mod op;
 mod params;
@@ -10,6 +11,7 @@ mod visible;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
+pub use channels::ChannelMap;
 pub use params::{AttentionParams, Direction, Domain, Positions, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;

@@ -1,5 +1,6 @@
 //! Memory for the K or the V of one layer.
 
+use super::ChannelMap;
 use super::checks::{expect_apart, expect_shape};
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
@@ -34,6 +35,7 @@ pub struct PagePool {
     pages: usize,
     codes: Buffer,
     scales: Option<Buffer>,
+    channels: Option<ChannelMap>,
 }
 
 impl PagePool {
@@ -49,7 +51,7 @@ impl PagePool {
             0 => None,
             n => Some(device.zeros(row.scale_dtype(), &[pages, kv_heads, page_size, n])?),
         };
-        Ok(PagePool { row, kv_heads, page_size, pages, codes, scales })
+        Ok(PagePool { row, kv_heads, page_size, pages, codes, scales, channels: None })
     }
 
     /// A pool over memory that is there already, in the shapes above.
@@ -93,7 +95,22 @@ impl PagePool {
                 expect_apart("scales", s, [codes])?;
             }
         }
-        Ok(PagePool { row, kv_heads, page_size, pages, codes: codes.clone(), scales: scales.cloned() })
+        Ok(PagePool { row, kv_heads, page_size, pages, codes: codes.clone(), scales: scales.cloned(), channels: None })
+    }
+
+    /// The same memory, whose rows hold keys through a map of their channels: what is written passes through it, and what is
+    /// read in the model's own domain back.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a map of other heads or another head_dim, [`Error::WrongDevice`].
+    pub fn with_channels(self, map: &ChannelMap) -> Result<Self> {
+        map.expect_for(self.codes.device(), self.kv_heads, self.row.head_dim())?;
+        Ok(PagePool { channels: Some(map.clone()), ..self })
+    }
+
+    /// The map of its rows' channels, if they have one.
+    pub fn channels(&self) -> Option<&ChannelMap> {
+        self.channels.as_ref()
     }
 
     /// How a vector is stored.

@@ -3,6 +3,7 @@
 #![deny(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)]
 
 mod attention;
+mod channels;
 mod codec;
 mod driver;
 mod float;

@@ -1,5 +1,6 @@
 //! Operations on rows and bytes, each spread over threads. Attention has a folder.
 
+use super::channels::Channels;
 use super::codec::RowCoder;
 use super::isa::Isa;
 use super::memory::memory_of;
@@ -69,6 +70,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
         let scales = memory::RowViewMut::scales(pool)?;
         let (head_dim, d) = (pool.row().head_dim(), pool.row().row_dim());
         let (kv_heads, dtype) = (pool.kv_heads(), x.dtype());
+        let channels = Channels::of(pool)?;
         let x_bytes = head_dim * dtype.size();
         let spans = op.batch.spans();
         let tokens = (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
@@ -85,6 +87,9 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                     let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
                     float::load(dtype, x, &mut v[..head_dim]);
                     v[head_dim..].fill(0.0);
+                    if let Some(channels) = &channels {
+                        channels.store(head, &mut v[..head_dim]);
+                    }
                     // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
                     // one task only.
                     let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
@@ -98,6 +103,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
 
 pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
     let coder = RowCoder::new(op.pool.row(), isa);
+    let channels = Channels::of(&op.pool)?.filter(|_| op.domain == Domain::Original);
     let codes = memory::RowView::codes(&op.pool)?;
     let scales = memory::RowView::scales(&op.pool)?;
     let mut out = memory::view_mut(&op.out)?;
@@ -105,11 +111,12 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
     let (d, per_row) = (op.pool.row().row_dim(), op.pool.row().scales_per_row());
     let out_dim = if op.domain == Domain::Original { op.pool.row().head_dim() } else { d };
     let large = op.out.bytes() >= STREAM_BYTES;
+    let head_at = |r: usize| match op.order {
+        RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
+        RowOrder::HeadMajor => (r / n, r % n),
+    };
     let row_at = |r: usize| {
-        let (head, i) = match op.order {
-            RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
-            RowOrder::HeadMajor => (r / n, r % n),
-        };
+        let (head, i) = head_at(r);
         let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
         (page * kv_heads + head) * op.pool.page_size() + slot
     };
@@ -131,6 +138,10 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
         unsafe { coder.decode(&runs[..held], factors, v) };
         if op.domain == Domain::Original {
             coder.rotate(Direction::Inverse, v);
+        }
+        if let Some(channels) = &channels {
+            let rows = v.chunks_exact_mut(d).enumerate();
+            rows.for_each(|(i, row)| channels.restore(head_at(start + i).0, &mut row[..out_dim]));
         }
     };
     let scratch = || (vec![0f32; ROWS_PER_TASK * d], vec![0f32; ROWS_PER_TASK * per_row]);

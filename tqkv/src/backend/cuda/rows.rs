@@ -115,6 +115,7 @@ static QUANTIZE: KernelText = KernelText {
 kernel_struct! {
     struct Input as "Input" {
         x: u64,
+        channels: u64,
         codes: u64,
         scales: u64,
         cells: u64,
@@ -198,6 +199,7 @@ fn input(op: &Quantize, (x, pool): &(Buffer, PagePool), tables: &Tables) -> Resu
     let (cells, grid) = (tables.of.cells.as_ref(), tables.grid.as_ref());
     Ok(Input {
         x: address(x),
+        channels: pool.channels().map_or(0, |map| address(map.values())),
         codes: address(pool.codes()),
         scales: pool.scales().map_or(0, address),
         cells: tables.cells_at,
@@ -226,7 +228,8 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)], to: &mu
     let shapes = [(a, &tables[0]), (b, &tables[1])].map(|((x, pool), tables)| InputShape {
         row: pool.row(),
         cells: tables.of.cells.as_ref(),
-        grid: tables.grid.as_ref(),
+        // Tiles take vectors as they come.
+        grid: tables.grid.as_ref().filter(|_| pool.channels().is_none()),
         input: x.dtype(),
         input_aligned: aligned(x, pool.row().head_dim()),
         code_alignment: code_alignment(pool),

@@ -16,7 +16,7 @@ kernel_struct! {
 
 kernel_struct! {
     /// One side of the cache.
-    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32 }
+    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32, channels: u64 }
 }
 
 impl Side {
@@ -24,7 +24,8 @@ impl Side {
     pub fn new(pool: &PagePool, tables: &Tables, levels: u64, turned: bool) -> Self {
         let turn = Turn { rotated: tables.turn.rotated & turned as u32, ..tables.turn };
         let (codes, scales) = (address(pool.codes()), pool.scales().map_or(0, address));
-        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0 }
+        let channels = pool.channels().filter(|_| turned).map_or(0, |map| address(map.values()));
+        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0, channels }
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) struct Context {
     /// For parameters and lists of submissions: each writes its own before it runs.
     segments: Mutex<Vec<Arc<Memory>>>,
     /// Between the passes of one operation: two, since a pass that reads one cannot write it.
-    scratch: Mutex<[Option<Arc<Memory>>; 2]>,
+    scratch: Mutex<[Option<Arc<Memory>>; 3]>,
 }
 
 /// The least bytes of a segment.

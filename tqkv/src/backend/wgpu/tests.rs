@@ -148,7 +148,14 @@ fn rows(stored: &Stored, dtype: DType, caps: &Caps, check: &mut dyn FnMut(String
         check(format!("dequantize {name}"), kernel.source(caps));
     }
     let sink_logits = dtype == DType::F32;
-    let kernel = JoinKernel { value: *stored, out: x, restore: row.is_rotated(), sink_logits, lse: !sink_logits };
+    let kernel = JoinKernel {
+        value: *stored,
+        out: x,
+        restore: row.is_rotated(),
+        sink_logits,
+        lse: !sink_logits,
+        bias: sink_logits,
+    };
     check(format!("join {name}"), kernel.source(caps));
 }
 
@@ -170,6 +177,7 @@ fn attention(stored: &Stored, caps: &Caps, check: &mut dyn FnMut(String, Source)
             causal: heads > 1,
             window: heads > 1,
             softcap: queries > 1,
+            bias: false,
             ring: queries > 1,
             page_bits: (heads > 1).then_some(6),
             whole: heads == 1 || threads > 128,

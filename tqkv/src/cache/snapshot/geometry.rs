@@ -1,6 +1,6 @@
 //! What two caches must share to exchange pages, and how a page lies in a snapshot.
 
-use crate::cache::extent::{Extent, LayerKind};
+use crate::cache::extent::{Apart, Extent, LayerKind};
 use crate::cache::state::{KvCache, Side};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
@@ -35,19 +35,29 @@ pub struct LayerGeometry {
     /// Which positions it keeps.
     pub kind: LayerKind,
     /// Its sinks, if it holds any.
-    pub sinks: Option<SinkGeometry>,
+    pub sinks: Option<ExtentGeometry>,
+    /// Its newest positions, if it stores them apart.
+    pub recent: Option<ExtentGeometry>,
+    /// The digest of its keys' shift and scale by channel, if they have any.
+    pub channels: Option<u64>,
 }
 
-/// The shape of a layer's sinks.
+/// The shape of the positions that a layer stores a second time: its sinks, or its newest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
-pub struct SinkGeometry {
+pub struct ExtentGeometry {
     /// How many, at least 1.
     pub positions: usize,
     /// How their keys are stored.
     pub key: RowFormat,
     /// How their values are stored.
     pub value: RowFormat,
+}
+
+impl From<ExtentGeometry> for Apart<[RowFormat; 2]> {
+    fn from(ExtentGeometry { positions, key, value }: ExtentGeometry) -> Self {
+        Apart { positions, stored: [key, value] }
+    }
 }
 
 /// Layers, or sinks, whose pages are stored together: those that hold the same positions, in the order of first appearance.
@@ -81,13 +91,20 @@ impl Geometry {
         let layer = |l| {
             let (key, value) = (*cache.pool(l, Side::Key)?.row(), *cache.pool(l, Side::Value)?.row());
             let pools = cache.sink_pool(l, Side::Key)?.zip(cache.sink_pool(l, Side::Value)?);
-            let sinks = config.layer_sinks(l).zip(pools).map(|(sinks, (key, value))| SinkGeometry {
+            let sinks = config.layer_sinks(l).zip(pools).map(|(sinks, (key, value))| ExtentGeometry {
                 positions: sinks.positions,
                 key: *key.row(),
                 value: *value.row(),
             });
+            let pools = cache.recent_pool(l, Side::Key)?.zip(cache.recent_pool(l, Side::Value)?);
+            let recent = config.layer_recent(l).zip(pools).map(|(recent, (key, value))| ExtentGeometry {
+                positions: recent.positions,
+                key: *key.row(),
+                value: *value.row(),
+            });
             let kv_heads = cache.pool(l, Side::Key)?.kv_heads();
-            Ok(LayerGeometry { kv_heads, key, value, kind: config.layer_kind(l), sinks })
+            let channels = config.layer_channels(l).map(|channels| channels.digest());
+            Ok(LayerGeometry { kv_heads, key, value, kind: config.layer_kind(l), sinks, recent, channels })
         };
         Ok(Geometry {
             page_size: config.positions_per_page(),
@@ -98,7 +115,7 @@ impl Geometry {
     pub(crate) fn groups(&self) -> Vec<GroupGeometry> {
         let mut groups: Vec<GroupGeometry> = vec![];
         for (index, layer) in self.layers.iter().enumerate() {
-            for extent in Extent::of(layer.kind, layer.sinks.map_or(0, |s| s.positions)) {
+            for (extent, rows) in Extent::of(layer.kind, [layer.key, layer.value], layer.sinks, layer.recent) {
                 let group = groups.iter().position(|g| g.extent == extent).unwrap_or(groups.len());
                 if group == groups.len() {
                     let page_size = extent.page_size(self.page_size);
@@ -106,10 +123,6 @@ impl Geometry {
                     groups.push(GroupGeometry { extent, layers: vec![], layout });
                 }
                 groups[group].layers.push(index);
-                let rows = match (extent, layer.sinks) {
-                    (Extent::First(_), Some(sinks)) => [sinks.key, sinks.value],
-                    _ => [layer.key, layer.value],
-                };
                 for row in rows {
                     let scales = row.scales_per_row() * row.scale_dtype().size();
                     let bytes = [row.row_bytes(), scales].into_iter().filter(|&n| n > 0);
@@ -131,7 +144,7 @@ impl Geometry {
             }
         }
         let name = |row: RowFormat| format!("{} with scale_factor_d512 {}", row.codec(), row.scale_factor_d512());
-        let sinks = |sinks: Option<SinkGeometry>| match sinks {
+        let apart = |apart: Option<ExtentGeometry>| match apart {
             Some(s) => format!("{} positions, keys in {}, values in {}", s.positions, name(s.key), name(s.value)),
             None => "none".to_owned(),
         };
@@ -151,8 +164,15 @@ impl Geometry {
             if got.kind != expected.kind {
                 return differ(format!("kind of layer {l}"), format!("{:?}", got.kind), format!("{:?}", expected.kind));
             }
+            if got.recent != expected.recent {
+                return differ(format!("newest positions of layer {l}"), apart(got.recent), apart(expected.recent));
+            }
+            if got.channels != expected.channels {
+                let digest = |digest: Option<u64>| digest.map_or("none".to_owned(), |d| format!("digest {d:016x}"));
+                return differ(format!("channels of layer {l}"), digest(got.channels), digest(expected.channels));
+            }
             if got.sinks != expected.sinks {
-                return differ(format!("sinks of layer {l}"), sinks(got.sinks), sinks(expected.sinks));
+                return differ(format!("sinks of layer {l}"), apart(got.sinks), apart(expected.sinks));
             }
         }
         Ok(())
@@ -169,7 +189,12 @@ impl GroupGeometry {
     /// token sees nothing.
     pub fn stored(&self, first: usize, len: usize) -> Range<usize> {
         let end = self.pages(len);
-        if self.extent.sees_nothing(len) { end..end } else { first / self.layout.page_size..end }
+        match () {
+            () if self.extent.sees_nothing(len) => end..end,
+            // Of a page that is held in part only the end is a sequence's own.
+            () if self.extent.is_spare() => first.div_ceil(self.layout.page_size).min(end)..end,
+            () => first / self.layout.page_size..end,
+        }
     }
 
     /// How many positions page `page` of a sequence of so many positions holds.

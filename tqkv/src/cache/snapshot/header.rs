@@ -1,6 +1,6 @@
 //! The header of a snapshot: what it holds and where. `docs/snapshot.md` describes every byte.
 
-use super::geometry::{Geometry, GroupGeometry, LayerGeometry, SinkGeometry};
+use super::geometry::{ExtentGeometry, Geometry, GroupGeometry, LayerGeometry};
 use super::source::Source;
 use crate::cache::extent::LayerKind;
 use crate::error::{Error, Result, SnapshotPart};
@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub(super) const MAGIC: [u8; 8] = *b"\x89tqkv\r\n\x1a";
 
 /// The version of the snapshot's own layout; that of the vectors in it is [`FORMAT_VERSION`].
-pub const SNAPSHOT_VERSION: u32 = 3;
+pub const SNAPSHOT_VERSION: u32 = 4;
 
 /// The longest model fingerprint, in bytes.
 pub const MAX_FINGERPRINT: usize = 4096;
@@ -30,7 +30,7 @@ const HEADER_ALIGN: usize = 4096;
 const MAX_HEADER: usize = 1 << 28;
 
 /// Bytes of a layer.
-const LAYER: usize = 56;
+const LAYER: usize = 80;
 
 /// More layers than any model has.
 const MAX_LAYERS: usize = 4096;
@@ -140,8 +140,9 @@ impl Snapshot {
                 _ => {}
             }
             // As `PagePool` has it; below, sums over layers then fit 64 bits.
-            let rows = [Some(layer.key), Some(layer.value), layer.sinks.map(|s| s.key), layer.sinks.map(|s| s.value)];
-            let row = rows.iter().flatten().map(|row| row.bytes()).max().unwrap_or(0) as u64;
+            let apart = layer.sinks.iter().chain(&layer.recent).flat_map(|apart| [apart.key, apart.value]);
+            let rows = [layer.key, layer.value].into_iter().chain(apart);
+            let row = rows.map(|row| row.bytes()).max().unwrap_or(0) as u64;
             let page = (layer.kv_heads as u64).checked_mul(*page_size as u64).and_then(|n| n.checked_mul(row));
             at_most("bytes of a page", page.unwrap_or(u64::MAX), u32::MAX as u64)?;
         }
@@ -215,6 +216,9 @@ impl Snapshot {
         for layer in layers {
             encode_heads(layer, &mut out);
             encode_layer(layer, &mut out);
+            encode_apart(layer.recent, &mut out);
+            // Nothing has this digest, or a layer without channels would read as one with them.
+            out.extend(layer.channels.unwrap_or(0).to_le_bytes());
         }
         for (group, positions) in &self.pages {
             out.extend(group.to_le_bytes());
@@ -326,7 +330,7 @@ impl Snapshot {
 
 /// Held pages reach to the end, and begin where the next token can look back to, at the latest.
 fn check_held(len: usize, group: &GroupGeometry, dropped: usize, pages: usize) -> Result<()> {
-    let unseen = if group.extent.sees_nothing(len) {
+    let unseen = if group.extent.sees_nothing(len) || group.extent.is_spare() {
         group.pages(len)
     } else {
         group.extent.seen(len) / group.layout.page_size()
@@ -359,16 +363,17 @@ pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
     out.extend((argument as u64).to_le_bytes());
     out.extend(layer.key.scale_factor_d512().to_le_bytes());
     out.extend(layer.value.scale_factor_d512().to_le_bytes());
-    match layer.sinks {
-        Some(sinks) => {
-            out.extend((sinks.positions as u32).to_le_bytes());
-            out.extend(codec(sinks.key));
-            out.extend(codec(sinks.value));
-            out.extend(sinks.key.scale_factor_d512().to_le_bytes());
-            out.extend(sinks.value.scale_factor_d512().to_le_bytes());
-        }
-        None => out.extend([0; 16]),
-    }
+    encode_apart(layer.sinks, out);
+}
+
+/// Positions that a layer stores a second time in 16 bytes, zeros without.
+pub(crate) fn encode_apart(apart: Option<ExtentGeometry>, out: &mut Vec<u8>) {
+    let Some(ExtentGeometry { positions, key, value }) = apart else { return out.extend([0; 16]) };
+    out.extend((positions as u32).to_le_bytes());
+    out.extend(key.codec().wire());
+    out.extend(value.codec().wire());
+    out.extend(key.scale_factor_d512().to_le_bytes());
+    out.extend(value.scale_factor_d512().to_le_bytes());
 }
 
 fn decode_layer(mut fields: Fields) -> Result<LayerGeometry> {
@@ -391,19 +396,25 @@ fn decode_layer(mut fields: Fields) -> Result<LayerGeometry> {
     };
     let row = |codec, dim, factor| RowFormat::new(codec, dim)?.with_scale_factor_d512(f32::from_bits(factor));
     let (key, value) = (row(key, key_dim, fields.u32()?)?, row(value, value_dim, fields.u32()?)?);
-    let sinks = match fields.u32()? as usize {
-        0 if fields.0.iter().all(|&b| b == 0) => None,
-        0 => return absurd("sinks of a layer", 0, "at least 1 where they have codecs"),
-        positions if matches!(kind, LayerKind::Shared(_)) => {
-            return absurd("sinks of a shared layer", positions, "0");
-        }
-        positions => {
-            let (key, value) = (fields.codec()?, fields.codec()?);
-            let key = row(key, key_dim, fields.u32()?)?;
-            Some(SinkGeometry { positions, key, value: row(value, value_dim, fields.u32()?)? })
-        }
+    let mut apart = |what: &'static str| {
+        let mut fields = Fields(fields.bytes(16)?);
+        Ok(match fields.u32()? as usize {
+            0 if fields.0.iter().all(|&b| b == 0) => None,
+            0 => return absurd(what, 0, "at least 1 where they have codecs"),
+            positions if matches!(kind, LayerKind::Shared(_)) => return absurd(what, positions, "0 in a shared layer"),
+            positions => {
+                let (key, value) = (fields.codec()?, fields.codec()?);
+                let key = row(key, key_dim, fields.u32()?)?;
+                Some(ExtentGeometry { positions, key, value: row(value, value_dim, fields.u32()?)? })
+            }
+        })
     };
-    Ok(LayerGeometry { kv_heads, key, value, kind, sinks })
+    let (sinks, recent) = (apart("sinks of a layer")?, apart("newest positions of a layer")?);
+    let channels = Some(fields.u64()?).filter(|&digest| digest != 0);
+    if channels.is_some() && matches!(kind, LayerKind::Shared(_)) {
+        return absurd("channels of a shared layer", 1, "none");
+    }
+    Ok(LayerGeometry { kv_heads, key, value, kind, sinks, recent, channels })
 }
 
 fn at_most(what: &'static str, got: u64, limit: u64) -> Result<()> {

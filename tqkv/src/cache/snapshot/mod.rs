@@ -11,9 +11,9 @@ mod transfer;
 
 #[cfg(feature = "prefix-store")]
 pub(super) use geometry::GroupGeometry;
-pub use geometry::{Geometry, LayerGeometry, SinkGeometry};
+pub use geometry::{ExtentGeometry, Geometry, LayerGeometry};
 pub use header::{Label, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot};
 #[cfg(feature = "prefix-store")]
-pub(super) use header::{encode_heads, encode_layer};
+pub(super) use header::{encode_apart, encode_heads, encode_layer};
 #[cfg(feature = "prefix-store")]
 pub(super) use transfer::Stored;

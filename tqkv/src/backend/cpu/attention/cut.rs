@@ -3,6 +3,7 @@
 use super::attend::Attend;
 use super::join::join;
 use super::task::{HeadRows, Partial, Task};
+use crate::backend::cpu::channels::Channels;
 use crate::backend::cpu::codec::RowCoder;
 use crate::backend::cpu::float;
 use crate::backend::cpu::isa::Isa;
@@ -58,6 +59,8 @@ struct Queries {
     rows: Vec<f32>,
     units: Vec<f64>,
     norms: Vec<f64>,
+    /// What the shift of the keys' channels takes from each score.
+    biases: Vec<f64>,
     /// The positions that each row sees.
     seen: Vec<(usize, usize)>,
 }
@@ -68,6 +71,7 @@ struct Work<'a> {
     q: View<'a>,
     key: Cached<'a>,
     value: Cached<'a>,
+    channels: Option<Channels<'a>>,
     sink_logits: Option<View<'a>>,
     out: RowViewMut<'a>,
     lse: Option<RowViewMut<'a>>,
@@ -87,6 +91,7 @@ pub(in crate::backend::cpu) fn attention(op: &Attention, isa: Isa) -> Result<()>
         q: memory::view(&op.q)?,
         key: Cached::new(&op.key, isa)?,
         value: Cached::new(&op.value, isa)?,
+        channels: Channels::of(&op.key)?,
         sink_logits: op.params.sink_logits.as_ref().map(memory::view).transpose()?,
         out: RowViewMut::buffer(&op.out, given * op.out.dtype().size())?,
         lse: op.lse.as_ref().map(|l| RowViewMut::buffer(l, 4)).transpose()?,
@@ -128,6 +133,7 @@ impl Work<'_> {
                     q: &queries.rows,
                     units: &queries.units,
                     norms: &queries.norms,
+                    biases: &queries.biases,
                     seen: &queries.seen,
                     start,
                     end: end.min(start + unit.chunk),
@@ -141,7 +147,9 @@ impl Work<'_> {
                 self.isa.run(Attend(&task))
             })
             .collect();
-        self.store(unit, &parts);
+        // A softcap has needed it already.
+        let biases = if self.op.params.softcap.is_some() { vec![0.0; queries.biases.len()] } else { queries.biases };
+        self.store(unit, &parts, &biases);
     }
 
     /// The row of q and out that holds row `r` of the unit.
@@ -152,6 +160,7 @@ impl Work<'_> {
 
     fn queries(&self, unit: &Unit) -> Queries {
         let (n, d, params) = (unit.queries * self.group, self.d, &self.op.params);
+        let head = unit.head;
         let mut rows = vec![0f32; n * d];
         let (dtype, bytes) = (self.op.q.dtype(), self.given * self.op.q.dtype().size());
         for (r, row) in rows.chunks_exact_mut(d).enumerate() {
@@ -162,6 +171,13 @@ impl Work<'_> {
             true => rows.chunks_exact_mut(d).map(take_unit).collect(),
             false => vec![1.0; n],
         };
+        let mut biases = vec![0.0; n];
+        if let Some(channels) = &self.channels {
+            let rows = rows.chunks_exact_mut(d).zip(&mut biases).zip(&units);
+            rows.for_each(|((q, bias), unit)| {
+                *bias = channels.query(head, &mut q[..self.given]) * unit * params.scale as f64;
+            });
+        }
         if params.domain == Domain::Original {
             self.key.coder.rotate(Direction::Forward, &mut rows);
         }
@@ -174,16 +190,16 @@ impl Work<'_> {
             let seen = visible.range(position..position + 1, held.clone());
             (seen.start, seen.end)
         });
-        Queries { units, norms, seen: seen.collect(), rows }
+        Queries { units, norms, biases, seen: seen.collect(), rows }
     }
 
-    fn store(&self, unit: &Unit, parts: &[Partial]) {
+    fn store(&self, unit: &Unit, parts: &[Partial], biases: &[f64]) {
         let (n, d) = (unit.queries * self.group, self.d);
         let sinks = self.sink_logits.as_ref().map(|s| bytemuck::cast_slice::<_, f32>(s.bytes()));
         let mut joined = vec![0f32; n * d];
         for (r, joined) in joined.chunks_exact_mut(d).enumerate() {
             let sink = sinks.map(|s| s[unit.head * self.group + r % self.group] as f64);
-            let value = join(parts, r, sink, joined);
+            let value = join(parts, r, sink.map(|s| s - biases[r]), joined) + biases[r];
             if let Some(lse) = &self.lse {
                 // SAFETY: every row is written by one unit only.
                 unsafe { lse.row_mut(self.index(unit, r)) }.copy_from_slice(&(value as f32).to_le_bytes());

@@ -230,7 +230,8 @@ fn scale<S: Simd>(
         }
     }
     if let Some(cap) = task.softcap {
-        scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
+        let bias = task.biases[row];
+        scores.iter_mut().for_each(|s| *s = cap * ((*s + bias) / cap).tanh());
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) struct Task<'a> {
     pub units: &'a [f64],
     /// Norms of the rows times their units.
     pub norms: &'a [f64],
+    /// What is added to their scores before a softcap; without one it is left to the end.
+    pub biases: &'a [f64],
     /// The positions that each row sees.
     pub seen: &'a [(usize, usize)],
     pub start: usize,

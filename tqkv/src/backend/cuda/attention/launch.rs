@@ -82,7 +82,7 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         q_scale: op.params.scale * lacking(key) / k_tables.gain,
         out_scale: lacking(value) / v_tables.gain,
         softcap: op.params.softcap.unwrap_or(0.0),
-        pad: 0,
+        scale: op.params.scale,
     };
     gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
     to.memory.extend([partial, counters, planned.items.clone()]);

@@ -25,7 +25,7 @@ impl Layout {
         let sums = rows * (value.0.row_dim() + 4) * 4;
         let queries = rows * (key.0.row_dim() + 4) * 4;
         let fragments = self.tiles_n * key.1.steps * 32 * key.1.query_bytes;
-        let softmax = (2 * self.warps + 4) * rows * 4 + 16;
+        let softmax = (2 * self.warps + 6) * rows * 4 + 16;
         tables + self.warps * self.stages * stage + sums + queries + self.warps * 2048 + fragments + softmax
     }
 }

@@ -26,7 +26,7 @@ kernel_struct! {
         q_scale: f32,
         out_scale: f32,
         softcap: f32,
-        pad: u32,
+        scale: f32,
     }
 }
 

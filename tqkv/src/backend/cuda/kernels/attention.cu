@@ -62,7 +62,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     float* const block_l = block_m + ROWS;
     float* const q_largest = block_l + ROWS;
     float* const q_unit = q_largest + ROWS;
-    u32* const last = (u32*)(q_unit + ROWS);
+    float* const q_bias = q_unit + ROWS;       // read only where there are channels
+    float* const q_next_bias = q_bias + ROWS;
+    u32* const last = (u32*)(q_next_bias + ROWS);
     const BlockSums block = {(float*)(shared_memory + Layout::ACC), block_m, block_l, warp_m, warp_l, scratch, last};
 
     Item it = p.items[blockIdx.x];
@@ -83,9 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     const u32 key_row = fragment_row(g);
 
     const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
-    queries.keep(p, it, q_rows, q_largest, warp, lane);
+    queries.keep(p, it, q_rows, q_largest, q_next_bias, warp, lane);
     __syncthreads();
-    make_fragments(keys, q_rows, q_largest, q_fragments, q_unit, to_log2);
+    make_fragments(keys, q_rows, q_largest, q_next_bias, q_fragments, q_unit, q_bias, to_log2);
     __syncthreads();
 
     u32 stage = 0;  // byte offset in the pipe
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             for (int run = 0; run < TILE / 16; run += SUB) {
                 Scores s;
                 multiply_keys(s, keys, query, pipe + stage, run, key_row);
-                if (unlikely(p.softcap > 0.f)) cap(s, unit, p.softcap);
+                if (unlikely(p.softcap > 0.f)) cap(s, unit, p.key.channels ? q_bias : nullptr, t, p.softcap);
                 if (unlikely(edge)) hide(s, p, it, base + run * 16, key_row, t);
                 Softmax::ValueScales v_scale;
                 load_value_scales(v_scale, pipe + stage, run, key_row, sums.v_unit);
@@ -127,9 +129,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
         const Item next = p.items[it.next];
         sums.close(warp_m + warp * ROWS, warp_l + warp * ROWS, g, t);
-        if (it.next) queries.keep(p, next, q_rows, q_largest, warp, lane);
+        if (it.next) queries.keep(p, next, q_rows, q_largest, q_next_bias, warp, lane);
         sum_warps(block, sums, it.rows, warp, g, t, [&] {
-            if (it.next) make_fragments(keys, q_rows, q_largest, q_fragments, q_unit, to_log2);
+            if (it.next) make_fragments(keys, q_rows, q_largest, q_next_bias, q_fragments, q_unit, q_bias, to_log2);
         });
         bool mine = true;
         if (it.part_count > 1) {

@@ -42,6 +42,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, S::N <= 32 ? 10 : S::N <= 
 #pragma unroll
         for (int k = 0; k < S::N; k++) x[k] = C::decode(table, runs[k / 8], k % 8, factor[k * R::SPANS / S::N]);
         restore<S>(x, p.side.turn, lane);
+        if (p.side.channels) {
+            const float* const shift = p.side.channels + head * OUT_WIDTH;
+            const float* const scale = shift + 2 * p.kv_heads * OUT_WIDTH;
+#pragma unroll
+            for (int k = 0; k < S::N; k++) {
+                const int e = S::element(k / 8, lane) + k % 8;
+                if (OUT_WIDTH == R::D || e < OUT_WIDTH) x[k] = x[k] * scale[e] + shift[e];
+            }
+        }
 #pragma unroll
         for (int k = 0; k < S::N / 8; k++)
             store_run<S, OUT_WIDTH, OUT_TYPE, OUT_ALIGNED>(p.out, wanted, S::element(k, lane), x + k * 8, wanted < rows);

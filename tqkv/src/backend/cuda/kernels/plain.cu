@@ -74,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     __shared__ u64 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
     __shared__ float weights[TILE][ROWS], shrinks[ROWS];
     __shared__ float k_table[KeyCodec::TABLE ? KeyCodec::TABLE : 1], v_table[ValueCodec::TABLE ? ValueCodec::TABLE : 1];
+    __shared__ double biases[ROWS];  // what the shift of the keys' channels takes from a row's scores
     __shared__ bool last;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 index = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
@@ -107,6 +108,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             const int e = S::element(k, lane % S::GROUP);
             x[k] = Q_WIDTH == K::D || e < Q_WIDTH ? load_element<Q_TYPE>(p.q, own_row * Q_WIDTH + e) : 0.f;
         }
+        float bias = 0.f;
+        if (p.key.channels) {
+            const float* const shift = p.key.channels + kv_head * Q_WIDTH;
+            const float* const scale = shift + 2 * p.kv_heads * Q_WIDTH;
+#pragma unroll
+            for (int k = 0; k < S::N; k++) {
+                const int e = S::element(k, lane % S::GROUP);
+                if (Q_WIDTH == K::D || e < Q_WIDTH) bias += x[k] * shift[e], x[k] *= scale[e];
+            }
+#pragma unroll
+            for (int k = 1; k < S::GROUP; k <<= 1) bias += __shfl_xor_sync(~0u, bias, k);
+        }
+        if (lane == 0) biases[warp] = (double)bias * p.scale;
         // Of a size near one, so that neither the transform's sums nor products overflow.
         float largest = 0x1p-126f;
 #pragma unroll
@@ -173,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
 #pragma unroll
             for (int w = 0; w < WARPS; w++) score += dots[w][warp][lane % TILE];
             score *= own_scale;
-            if (p.softcap > 0.f) score = p.softcap * tanh(score / p.softcap);
+            if (p.softcap > 0.f) score = p.softcap * tanh((score + biases[warp]) / p.softcap);
             double higher = seen ? fmax(score, top) : top;
 #pragma unroll
             for (int h = 16; h > 0; h >>= 1) higher = fmax(higher, __shfl_xor_sync(~0u, higher, h));
@@ -208,6 +222,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
             }
         __syncthreads();
     }
+    __syncwarp();
+    if (warp < ROWS && !(p.softcap > 0.f)) top += biases[warp];
     // The warps' sums, one warp after the other.
     __syncthreads();
     for (int w = 0; w < WARPS; w++) {

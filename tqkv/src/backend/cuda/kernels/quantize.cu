@@ -51,6 +51,15 @@ DEVICE void encode(const Input& s, const Places& places, u32 block, u32 blocks) 
         float x[S::N];
 #pragma unroll
         for (int r = 0; r < S::N / 8; r++) load_run<R::D, WIDTH, TYPE, ALIGNED>(s.x, i, S::element(r, lane), x + r * 8);
+        if (s.channels) {
+            const float* const shift = s.channels + i % s.kv_heads * WIDTH;
+            const float* const inverse = shift + s.kv_heads * WIDTH;
+#pragma unroll
+            for (int k = 0; k < S::N; k++) {
+                const int e = S::element(k / 8, lane) + k % 8;
+                if (WIDTH == R::D || e < WIDTH) x[k] = (x[k] - shift[e]) * inverse[e];
+            }
+        }
         E::run(s, shared_memory, x, places.of(i), lane, wanted < s.rows);
     }
 }

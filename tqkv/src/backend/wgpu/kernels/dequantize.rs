@@ -5,6 +5,7 @@ use crate::backend::wgpu::codec::key::Stored;
 use crate::backend::wgpu::codec::rows::PoolSlots;
 use crate::backend::wgpu::commands::Commands;
 use crate::backend::wgpu::kernel::Kernel;
+use crate::backend::wgpu::kernels::channels::{Mapped, Pass, Way};
 use crate::backend::wgpu::slot::Slot;
 use crate::backend::wgpu::wgsl::builder::{Builder, Source, THREADS, line};
 use crate::backend::wgpu::wgsl::params::params;
@@ -163,7 +164,16 @@ pub fn record(commands: &mut Commands, op: &Dequantize) -> Result<()> {
     let pool = PoolSlots::new(&context, "the pool's codes", &op.pool)?;
     let batch = commands.batch(&op.batch)?;
     let row = *op.pool.row();
-    let (out, out_tensor) = Slot::tensor(&context.gpu, "out", &op.out, row.row_dim())?;
+    let rows = op.positions.len() * op.pool.kv_heads();
+    let map = op.pool.channels().filter(|_| op.domain == Domain::Original);
+    let between = match map {
+        Some(_) => Mapped::room(commands, &[(rows, row.row_dim())])?.pop(),
+        None => None,
+    };
+    let (out, out_tensor) = match &between {
+        Some(between) => (between.slot(), between.tensor()),
+        None => Slot::tensor(&context.gpu, "out", &op.out, row.row_dim())?,
+    };
     let list = match &op.positions {
         Positions::List(list) => Some(commands.list("the list of positions", list)?),
         Positions::Range(_) => None,
@@ -196,5 +206,12 @@ pub fn record(commands: &mut Commands, op: &Dequantize) -> Result<()> {
     slots.push(out);
     slots.extend(pool.tables());
     let groups = (n * kv_heads).div_ceil(kernel.rows(&context.gpu.caps));
-    commands.dispatch(&kernel, &slots, groups, &params)
+    commands.dispatch(&kernel, &slots, groups, &params)?;
+    match (map, &between) {
+        (Some(map), Some(between)) => {
+            let per = if op.order == RowOrder::HeadMajor { n } else { 1 };
+            Pass { map, way: Way::Restore, per, scale: 1.0 }.map_from(commands, between, &op.out)
+        }
+        _ => Ok(()),
+    }
 }

@@ -7,6 +7,7 @@ use crate::backend::wgpu::codec::rows::PoolSlots;
 use crate::backend::wgpu::codec::{scalar, tables};
 use crate::backend::wgpu::commands::Commands;
 use crate::backend::wgpu::kernel::Kernel;
+use crate::backend::wgpu::kernels::channels::{Mapped, Pass, Way};
 use crate::backend::wgpu::slot::Slot;
 use crate::backend::wgpu::wgsl::builder::{Builder, Source, line};
 use crate::backend::wgpu::wgsl::params::params;
@@ -100,6 +101,21 @@ pub fn record(commands: &mut Commands, op: &Quantize) -> Result<()> {
     op.parts.chunks(most.clamp(1, INPUTS)).try_for_each(|parts| record_inputs(commands, op, parts))
 }
 
+/// The inputs whose pools have maps of channels, through them.
+fn map_channels(commands: &mut Commands, parts: &[(Buffer, PagePool)]) -> Result<Vec<Mapped>> {
+    let parts: Vec<_> = parts.iter().filter_map(|(x, pool)| Some((x, pool, pool.channels()?))).collect();
+    if parts.is_empty() {
+        return Ok(vec![]);
+    }
+    let rows = |x: &Buffer, pool: &PagePool| x.len() / pool.row().head_dim();
+    let sizes: Vec<_> = parts.iter().map(|(x, pool, _)| (rows(x, pool), pool.row().row_dim())).collect();
+    let mapped = Mapped::room(commands, &sizes)?;
+    for ((x, _, map), to) in parts.iter().zip(&mapped) {
+        Pass { map, way: Way::Store, per: 1, scale: 1.0 }.map_to(commands, x, to)?;
+    }
+    Ok(mapped)
+}
+
 fn record_inputs(commands: &mut Commands, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Result<()> {
     let context = commands.context.clone();
     let gpu = &context.gpu;
@@ -124,9 +140,14 @@ fn record_inputs(commands: &mut Commands, op: &Quantize, parts: &[(Buffer, PageP
         ..Default::default()
     };
     let mut kernel = QuantizeKernel { inputs: [None; INPUTS] };
+    let mapped = map_channels(commands, parts)?;
+    let mut mapped = mapped.iter();
     let mut bound = Vec::with_capacity(parts.len());
     for (i, (x, pool)) in parts.iter().enumerate() {
-        let (x, tensor) = Slot::tensor(gpu, "x", x, pool.row().row_dim())?;
+        let (x, tensor) = match pool.channels().and_then(|_| mapped.next()) {
+            Some(mapped) => (mapped.slot(), mapped.tensor()),
+            None => Slot::tensor(gpu, "x", x, pool.row().row_dim())?,
+        };
         let pool = PoolSlots::new(&context, "the pool's codes", pool)?;
         let unit = pool.stored.elements().offset_unit();
         if unit > 1 && pool.stored.align == Align::Byte {

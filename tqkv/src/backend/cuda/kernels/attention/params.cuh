@@ -30,7 +30,7 @@ struct Params {
     float q_scale;    // softmax scale, times what every stored K scale lacks (seed: 1/sqrt(D) or 1/scale_factor), over what levels have too much
     float out_scale;  // what every stored V scale lacks
     float softcap;    // 0: none
-    u32 pad;
+    float scale;      // softmax scale
 };
 
 typedef Row<K_DIM, K_BITS, K_PACKING, K_SCALING> K;
@@ -67,7 +67,8 @@ struct Layout {
     static constexpr int Q = SCRATCH + WARPS * 2048;                   // queries as fragments
     static constexpr bool Q_REGISTERS = TILES_N * K::D <= 256;         // those of the item at work are kept in registers
     static constexpr int ML = Q + TILES_N * KeyCodec::STEPS * 32 * (int)sizeof(Query);
-    static constexpr int BYTES = ML + (2 * WARPS + 4) * ROWS * 4 + 16; // per warp m and l, the block's M and L, queries' largest and units, a flag
+    // Per warp m and l; the block's M and L, queries' largest, units, biases, and those that come next; a flag.
+    static constexpr int BYTES = ML + (2 * WARPS + 6) * ROWS * 4 + 16;
 };
 static_assert(Layout::BYTES == SHARED_BYTES, "as the host has it");
 extern __shared__ __align__(128) u8 shared_memory[];

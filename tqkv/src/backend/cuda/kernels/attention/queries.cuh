@@ -23,8 +23,23 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < MINE; i++) load_row(p, it, warp + i * WARPS, x[i], lane);
     }
-    // `largest`: of each row, at least 1e-20; NaN if it holds what is not finite.
-    DEVICE void keep(const Params& p, const Item& it, float* rows, float* largest, int warp, int lane) {
+    // Multiplies a query by the scales of the keys' channels; gives its product with their shifts, times the softmax scale.
+    static DEVICE float map_channels(const Params& p, const Item& it, float (&x)[N], int lane) {
+        const float* const shift = p.key.channels + it.kv_head * Q_WIDTH;
+        const float* const scale = shift + 2 * p.kv_heads * Q_WIDTH;
+        float bias = 0.f;
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            const int e = S::element(k, lane % S::GROUP);
+            if (Q_WIDTH == K::D || e < Q_WIDTH) bias += x[k] * shift[e], x[k] *= scale[e];
+        }
+#pragma unroll
+        for (int k = 1; k < S::GROUP; k <<= 1) bias += __shfl_xor_sync(~0u, bias, k);
+        return bias * p.scale;
+    }
+    // `largest`: of each row, at least 1e-20; NaN if it holds what is not finite. `biases`: what the shift of the keys' channels takes
+    // from its scores.
+    DEVICE void keep(const Params& p, const Item& it, float* rows, float* largest, float* biases, int warp, int lane) {
 #pragma unroll UNROLL
         for (int i = 0; i < MINE; i++) {
             const int r = warp + i * WARPS;
@@ -32,6 +47,10 @@ struct Queries {
             float(&x)[N] = this->x[EARLY ? i : 0];
             if constexpr (!EARLY) load_row(p, it, r, x, lane);
             float* const to = rows + r * Layout::QUERY_ROW;
+            if (p.key.channels) {
+                const float bias = map_channels(p, it, x, lane);
+                if (lane == 0) biases[r] = bias;
+            }
 #pragma unroll
             for (int k = 0; k < N; k++) x[k] *= p.q_scale;
             rotate<S>(x, p.key.turn, lane % S::GROUP);
@@ -51,13 +70,15 @@ struct Queries {
 };
 
 // The queries in `rows` as fragments, and what scores are to be multiplied by. All threads of the block.
-DEVICE void make_fragments(const KeyCodec& keys, const float* rows, const float* largest, Query* fragments, float* units, float to_log2) {
+DEVICE void make_fragments(const KeyCodec& keys, const float* rows, const float* largest, const float* next_biases, Query* fragments,
+                           float* units, float* biases, float to_log2) {
     constexpr int STEPS = KeyCodec::STEPS;
     for (int i = threadIdx.x; i < TILES_N * STEPS * 32; i += THREADS) {
         const int lane = i & 31, g = lane >> 2, row = i / 32 / STEPS * 8 + (NARROW ? g >> 1 : g);
         fragments[i] = KeyCodec::query(rows + row * Layout::QUERY_ROW, KeyCodec::UNITS ? largest[row] : 0.f, NARROW && g & 1,
                                        i / 32 % STEPS, lane & 3, to_log2);
     }
+    if (threadIdx.x < ROWS) biases[threadIdx.x] = next_biases[threadIdx.x];
     if (KeyCodec::UNITS && threadIdx.x < ROWS) units[threadIdx.x] = keys.unit(largest[threadIdx.x]) * to_log2;
 }
 

@@ -29,7 +29,8 @@ template <typename QUERY> DEVICE void multiply_keys(Scores& s, const KeyCodec& k
     }
 }
 
-DEVICE void cap(Scores& s, const RowFloats& unit, float softcap) {
+// `biases`: of the block's rows, or null.
+DEVICE void cap(Scores& s, const RowFloats& unit, const float* biases, int t, float softcap) {
     const float inverse = 1.f / softcap, factor = softcap * LOG2E;
 #pragma unroll
     for (int u = 0; u < SUB; u++)
@@ -37,8 +38,8 @@ DEVICE void cap(Scores& s, const RowFloats& unit, float softcap) {
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
             for (int e = 0; e < 2 * COLUMNS; e++) {
-                const float scale = unit[n][e % COLUMNS];
-                s[u][n][e] = factor / scale * tanh_exact(s[u][n][e] * (scale * inverse));
+                const float scale = unit[n][e % COLUMNS], bias = biases ? biases[tile_row(n, t, e % COLUMNS)] : 0.f;
+                s[u][n][e] = factor / scale * tanh_exact(s[u][n][e] * (scale * inverse) + bias * inverse);
             }
 }
 

@@ -106,11 +106,22 @@ DEVICE void sum_parts(const Params& p, const Item& it, const BlockSums& b) {
     __syncthreads();
 }
 
+// What the shift of the keys' channels has taken from all scores of a row, in powers of two, where no softcap has asked for it before.
+DEVICE float row_bias(const Params& p, const Item& it, u64 row, int lane) {
+    if (!p.key.channels || p.softcap > 0.f) return 0.f;
+    float bias = 0.f;
+    for (int e = lane; e < Q_WIDTH; e += 32) bias += load_element<Q_TYPE>(p.q, row * Q_WIDTH + e) * p.key.channels[it.kv_head * Q_WIDTH + e];
+#pragma unroll
+    for (int k = 1; k < 32; k <<= 1) bias += __shfl_xor_sync(~0u, bias, k);
+    return bias * p.scale * LOG2E;
+}
+
 // Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
 DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, float m, float l, int lane) {
     typedef WarpShape<V::D> S;
     u64 to = query_row(p, it, row);
     float scale = p.out_scale;
+    if (p.lse || p.sink_logits) m += row_bias(p, it, to, lane);
     if (p.sink_logits) {
         float sink = p.sink_logits[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
         scale *= exp2_approx(m - top);

@@ -12,6 +12,7 @@ extern __shared__ __align__(16) u8 shared_memory[];
 // New vectors of one side, and what they are encoded with.
 struct Input {
     const void* x;         // [tokens, kv_heads, WIDTH]
+    const float* channels; // [3, kv_heads, WIDTH]: shift, 1 / scale, scale; or null
     u8* codes;
     u8* scales;
     const uint2* cells;    // [CELLS]: boundary (f32 bits), boundaries below

@@ -29,6 +29,7 @@ struct Side {
     Turn turn;
     float unit;           // what a stored norm is multiplied by, or a block's scale divided by
     u32 pad;
+    const float* channels;  // of keys in the original domain, [3, kv_heads, head_dim]: shift, 1 / scale, scale; or null
 };
 
 // A stored scale as it is; 1 if there is none.

@@ -24,6 +24,8 @@ pub struct JoinKernel {
     pub restore: bool,
     pub sink_logits: bool,
     pub lse: bool,
+    /// Whether the shift of the keys' channels has taken something from all scores.
+    pub bias: bool,
 }
 
 params! {
@@ -37,6 +39,7 @@ params! {
         row_base: u32,
         /// The bits of -∞, which text cannot say.
         neg_inf: u32,
+        bias_off: u32,
     }
 }
 
@@ -58,6 +61,9 @@ impl Kernel for JoinKernel {
         if self.lse {
             b.storage("lse", "f32", true);
         }
+        if self.bias {
+            b.storage("biases", "f32", false);
+        }
         self.out.store(&mut b, "out");
         let transform = Transform::new(&row, caps).with_rows(1);
         if self.restore {
@@ -77,6 +83,9 @@ impl Kernel for JoinKernel {
         reducer(&mut b, caps, 1, THREADS);
         main(&mut b, caps);
         line!(b, "  let base = wg * a.splits;\n  let sums = a.groups * a.splits * {vectors}u + base;");
+        if self.bias {
+            b.push("  let bias = biases[a.bias_off + a.row_base + wg];");
+        }
         self.weights(&mut b);
         sum(&mut b, vectors, lanes);
         b.push("  let none = l == 0.0;\n  let scale = 1.0 / select(l, 1.0, none);");
@@ -92,7 +101,11 @@ impl Kernel for JoinKernel {
         }
         if self.lse {
             b.push("  if (tid == 0u) {");
-            b.push("    let value = select(m + (low + log(select(l, 1.0, none))), bitcast<f32>(a.neg_inf), none);");
+            let bias = if self.bias { " + bias" } else { "" };
+            line!(
+                b,
+                "    let value = select(m + (low + log(select(l, 1.0, none))){bias}, bitcast<f32>(a.neg_inf), none);"
+            );
             b.push("    lse[a.lse_off + a.row_base + wg] = value;\n  }");
         }
         b.push("}");
@@ -112,7 +125,8 @@ impl JoinKernel {
         b.push("  settle(tid, false);");
         b.push("  var m = first;\n  var low = taken(0u, false);");
         if self.sink_logits {
-            b.push("  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads];");
+            let bias = if self.bias { " - bias" } else { "" };
+            line!(b, "  let sink = sinks[a.sinks_off + (a.row_base + wg) % a.heads]{bias};");
             b.push("  low = select(select(low, max(low, 0.0), sink == m), 0.0, sink > m);\n  m = max(m, sink);");
         }
         b.push("  workgroupBarrier();\n  var l = 0.0;\n  for (var i = tid; i < a.splits; i += WG) {");

@@ -24,6 +24,8 @@ pub struct AttentionKernel {
     pub causal: bool,
     pub window: bool,
     pub softcap: bool,
+    /// Whether scores need what the shift of the keys' channels has taken from them.
+    pub bias: bool,
     /// Whether positions may lie beyond the slots, which are a ring then.
     pub ring: bool,
     /// The logarithm of the page size, where that is a power of two.
@@ -59,6 +61,9 @@ params! {
         rows: u32,
         scale: f32,
         softcap: f32,
+        /// Where biases are behind the queries, and rows of queries.
+        bias_off: u32,
+        rows_of_q: u32,
     }
 }
 

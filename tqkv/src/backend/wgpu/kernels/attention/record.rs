@@ -7,6 +7,7 @@ use crate::backend::wgpu::codec::key::{Align, Stored};
 use crate::backend::wgpu::codec::rows::PoolSlots;
 use crate::backend::wgpu::commands::{BatchList, Commands, List};
 use crate::backend::wgpu::gpu::Gpu;
+use crate::backend::wgpu::kernels::channels::{Mapped, Pass, Way};
 use crate::backend::wgpu::slot::Slot;
 use crate::backend::wgpu::wgsl::builder::THREADS;
 use crate::backend::wgpu::wgsl::tensor::Tensor;
@@ -21,6 +22,8 @@ struct Launch<'a> {
     kernel: AttentionKernel,
     join: JoinKernel,
     q: Slot<'a>,
+    /// Words to what the shift of the keys' channels takes from each row's scores.
+    bias_off: u32,
     out: Slot<'a>,
     key: PoolSlots<'a>,
     value: PoolSlots<'a>,
@@ -37,7 +40,21 @@ pub fn record(commands: &mut Commands, op: &Attention) -> Result<()> {
     let context = commands.context.clone();
     let gpu = &context.gpu;
     let d = op.key.row().row_dim();
-    let (q, q_tensor) = Slot::tensor(gpu, "q", &op.q, d)?;
+    let mapped = match op.key.channels() {
+        Some(map) => {
+            let mapped = Mapped::room(commands, &[(op.batch.tokens() * op.heads, d)])?.pop();
+            let per = op.heads / op.key.kv_heads();
+            let pass = Pass { map, way: Way::Query, per, scale: op.params.scale };
+            mapped.iter().try_for_each(|to| pass.map_to(commands, &op.q, to))?;
+            mapped
+        }
+        None => None,
+    };
+    let (q, q_tensor) = match &mapped {
+        Some(mapped) => (mapped.slot(), mapped.tensor()),
+        None => Slot::tensor(gpu, "q", &op.q, d)?,
+    };
+    let bias_off = mapped.as_ref().map_or(0, Mapped::numbers);
     let (out, out_tensor) = Slot::tensor(gpu, "out", &op.out, d)?;
     let key = PoolSlots::new(&context, "the keys", &op.key)?;
     let value = PoolSlots::new(&context, "the values", &op.value)?;
@@ -50,11 +67,13 @@ pub fn record(commands: &mut Commands, op: &Attention) -> Result<()> {
         restore: op.params.domain == Domain::Original && op.value.row().is_rotated(),
         sink_logits: sink_logits.is_some(),
         lse: lse.is_some(),
+        // A softcap has needed it already.
+        bias: mapped.is_some() && op.params.softcap.is_none() && (lse.is_some() || sink_logits.is_some()),
     };
     let batch = commands.batch(&op.batch)?;
     // A split's results take memory for every query, so that very many queries go in turns.
     let room = gpu.limits.max_storage_buffer_binding_size.min(256 << 20) as usize / row_bytes(d) / op.heads;
-    let launch = Launch { op, kernel, join, q, out, key, value, sink_logits, lse, batch, shares, room };
+    let launch = Launch { op, kernel, join, q, bias_off, out, key, value, sink_logits, lse, batch, shares, room };
     let tokens: usize = plan.tasks.iter().map(|t| t.queries as usize).sum();
     if tokens <= room {
         let list = commands.shared_list("tasks", &plan, |plan| bytemuck::cast_slice(&plan.tasks))?;
@@ -115,6 +134,7 @@ fn choose(
         causal: visible.causal,
         window: visible.window.is_some(),
         softcap: op.params.softcap.is_some(),
+        bias: op.params.softcap.is_some() && op.key.channels().is_some(),
         ring: spans.iter().any(|s| s.len as usize > op.batch.width() * page_size),
         page_bits: page_size.is_power_of_two().then(|| page_size.ilog2()),
         whole: false,
@@ -166,6 +186,8 @@ fn turn(commands: &mut Commands, launch: &Launch, tasks: &[Task], list: &List) -
         rows: rows as u32,
         scale: op.params.scale,
         softcap: op.params.softcap.unwrap_or(1.0),
+        bias_off: launch.bias_off,
+        rows_of_q: (op.batch.tokens() * op.heads) as u32,
     };
     let bytes = (rows * splits * row_bytes(op.key.row().row_dim())) as u64;
     let partial = commands.scratch(0, bytes)?;
@@ -185,9 +207,11 @@ fn turn(commands: &mut Commands, launch: &Launch, tasks: &[Task], list: &List) -
         heads: op.heads as u32,
         row_base: tasks[0].token0 * op.heads as u32,
         neg_inf: f32::NEG_INFINITY.to_bits(),
+        bias_off: launch.bias_off,
     };
     slots.clear();
     slots.extend([partial, launch.out].into_iter().chain(launch.sink_logits).chain(launch.lse));
+    slots.extend(launch.join.bias.then_some(launch.q));
     slots.extend(value.tables().filter(|_| launch.join.restore));
     commands.dispatch(&launch.join, &slots, rows, &params)
 }

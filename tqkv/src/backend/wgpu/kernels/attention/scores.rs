@@ -38,7 +38,8 @@ pub fn scores(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams, fetch: u
     for (r, p) in (0..rows).flat_map(|r| (0..positions).map(move |p| (r, p))) {
         let j = r / kernel.heads;
         if kernel.softcap {
-            line!(b, "    h{r}_{p} = capped(h{r}_{p} + e{r}_{p});\n    e{r}_{p} = 0.0;");
+            let bias = if kernel.bias { format!(" + bias{r}") } else { String::new() };
+            line!(b, "    h{r}_{p} = capped(h{r}_{p} + e{r}_{p}{bias});\n    e{r}_{p} = 0.0;");
         }
         line!(
             b,

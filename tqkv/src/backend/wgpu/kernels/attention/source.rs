@@ -151,6 +151,15 @@ fn state(b: &mut Builder, kernel: &AttentionKernel, teams: &Teams) {
         let high = if kernel.causal { format!("pos{j} + 1u") } else { "len".to_owned() };
         line!(b, "  let low{j} = {low};\n  let high{j} = select(0u, {high}, {j}u < queries);");
     }
+    if kernel.bias {
+        // Behind the queries, which are vectors of four.
+        for r in 0..kernel.rows() {
+            let row =
+                format!("(token0 + {r}u / {0}u) * a.heads + kv_head * a.group + head0 + {r}u % {0}u", kernel.heads);
+            line!(b, "  let at{r} = a.bias_off + min({row}, a.rows_of_q - 1u);");
+            line!(b, "  let bias{r} = bitcast<f32>(q[at{r} >> 2u][at{r} & 3u]);");
+        }
+    }
     for r in 0..kernel.rows() {
         line!(b, "  var m{r} = NONE;\n  var l{r} = 0.0;");
         for x in 0..teams.chunk / 4 {
