@@ -113,9 +113,7 @@ fn replays_are_steps(device: &Device, steps: usize, pages: usize) {
             1 => ids.swap(0, 1),
             2 if ids.len() > 2 => {
                 let id = ids.remove(0);
-                for cache in [&mut replayed, &mut anew] {
-                    cache.free_sequence(id).unwrap();
-                }
+                [&mut replayed, &mut anew].into_iter().for_each(|cache| cache.free_sequence(id).unwrap());
             }
             3 => {
                 let len = replayed.len(longest).unwrap();
@@ -128,14 +126,11 @@ fn replays_are_steps(device: &Device, steps: usize, pages: usize) {
         if replayed.free_pages() < 6 {
             let longest = ids.iter().position(|&id| id == longest).unwrap();
             let id = ids.remove(longest);
-            for cache in [&mut replayed, &mut anew] {
-                cache.free_sequence(id).unwrap();
-            }
+            [&mut replayed, &mut anew].into_iter().for_each(|cache| cache.free_sequence(id).unwrap());
             continue;
         }
         let tokens = [(ids[0], 1), (ids[1], 1)];
-        buffers.write(step as u64);
-        others.write(step as u64);
+        [&buffers, &others].into_iter().for_each(|b| b.write(step as u64));
         replay.run(&mut replayed, &tokens).unwrap().wait().unwrap();
         let (mut step_anew, mut encoder) = (anew.step(&tokens).unwrap(), device.encoder().unwrap());
         others.record(&mut step_anew, &mut encoder).unwrap();
@@ -262,7 +257,7 @@ fn an_updated_batch_is_like_a_new_one() {
         on(name, |device| {
             let it = Attending::new(device);
             let spans = |len: usize, a: [u32; 3]| {
-                let b = a.map(|page| if page == NO_PAGE { page } else { 5u32.wrapping_sub(page) });
+                let b = [5 - a[0], 5 - a[1], NO_PAGE];
                 [(0, len, a), (len / 2, len, b)].map(|(first, len, pages)| (first, len, 1, pages))
             };
             let batch = |spans: &[(usize, usize, usize, [u32; 3])]| {

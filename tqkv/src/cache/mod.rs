@@ -3,6 +3,7 @@
 //! | file | duty |
 //! |---|---|
 //! | `config` | what a cache is made for |
+//! | `codecs` | the codecs of all extents, and their name |
 //! | `extent` | which positions are stored together: all, a window, sinks, the newest |
 //! | `pages` | which page belongs to whom, and how full it is |
 //! | `state` | the cache's pools and sequences |
@@ -18,6 +19,7 @@
 
 mod append;
 mod attend;
+mod codecs;
 mod config;
 mod decode;
 mod extent;
@@ -33,6 +35,7 @@ mod state;
 mod step;
 mod usage;
 
+pub use codecs::CacheCodec;
 pub use config::{CacheConfig, Heads};
 pub use extent::{LayerKind, RECENT_SLACK, Recent, Sinks};
 #[cfg(feature = "prefix-store")]

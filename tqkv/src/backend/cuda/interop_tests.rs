@@ -143,8 +143,7 @@ fn a_graph_of_the_caller_goes_on_with_an_updated_batch() {
             anew.batch = Batch::new(&own, 64, &spans).unwrap();
             step.batch.update(&spans).unwrap();
             let x: Vec<_> = numbers(2 * 2 * 128).iter().map(|x| x * i as f32).collect();
-            anew.x.write(&x).unwrap();
-            step.x.write(&x).unwrap();
+            [&anew, &step].into_iter().for_each(|step| step.x.write(&x).unwrap());
             anew.submit().unwrap();
             result::graph::launch(run, stream).unwrap();
             assert!(step.result().unwrap() == anew.result().unwrap(), "{lens:?}");
@@ -183,9 +182,8 @@ fn what_a_graph_cannot_repeat_is_refused() {
         refused(dequantize(&mut encoder, &step.key, &step.batch, 0, list, domain, order, &decoded));
         refused(step.x.write(&numbers(2 * 2 * 128)));
         refused(device.zeros(DType::U8, &[16]).map(drop));
-        let spans = [[0u32, 3], [2, 1]];
-        let spans = [0, 1].map(|i| Span { first: 0, len: 101, new: 1, pages: &spans[i] });
-        refused(step.batch.clone().update(&spans));
+        let pages = [0u32, 3];
+        refused(step.batch.clone().update(&[0, 1].map(|_| Span { first: 0, len: 101, new: 1, pages: &pages })));
         // All else goes on.
         step.submit().unwrap();
         let graph = result::stream::end_capture(stream).unwrap();
