@@ -6,7 +6,12 @@ use std::any::Any;
 use std::time::{Duration, Instant};
 
 /// Memory of one allocation. Each backend knows its own.
-pub(crate) trait Storage: Any + Send + Sync {}
+pub(crate) trait Storage: Any + Send + Sync {
+    /// Where it starts, if two storages may hold the same bytes; else each is a place of its own.
+    fn address(&self) -> Option<usize> {
+        None
+    }
+}
 
 impl dyn Storage {
     /// The memory of the backend that asks, if it is that backend's.
@@ -27,6 +32,14 @@ pub(crate) trait Driver: Any + Send + Sync {
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
     /// Whether kernels read a batch's spans and page tables from memory of their own, which is written when the batch is made.
     fn reads_batches(&self) -> bool {
+        false
+    }
+    /// Whether kernels bind a whole storage, so that none that is written may be bound a second time.
+    fn binds_storages(&self) -> bool {
+        false
+    }
+    /// Whether operations take pools with [`Strides`](crate::ops::Strides) of the caller's.
+    fn takes_strides(&self) -> bool {
         false
     }
     /// Bytes kept for partial results.

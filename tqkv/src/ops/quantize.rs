@@ -49,7 +49,9 @@ pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PageP
         batch.expect_within(pool)?;
         for buffer in pool.buffers() {
             expect_apart("pool", buffer, parts.iter().map(|(x, _)| *x))?;
-            expect_apart("pool", buffer, parts[..i].iter().flat_map(|(_, p)| p.buffers()))?;
+        }
+        if parts[..i].iter().any(|(_, other)| pool.overlaps(other)) {
+            return Err(Error::Aliased { what: "pool" });
         }
     }
     expect_own_pages(batch)

@@ -6,6 +6,7 @@ pub(crate) mod checks;
 pub(crate) mod op;
 mod params;
 mod pool;
+mod strides;
 mod visible;
 
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
@@ -15,4 +16,5 @@ pub use channels::ChannelMap;
 pub use params::{AttentionParams, Direction, Domain, Positions, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;
+pub use strides::Strides;
 pub(crate) use visible::Visible;

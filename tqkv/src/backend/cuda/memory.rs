@@ -20,7 +20,11 @@ pub(crate) struct Memory {
     owned: bool,
 }
 
-impl crate::compute::driver::Storage for Memory {}
+impl crate::compute::driver::Storage for Memory {
+    fn address(&self) -> Option<usize> {
+        Some(self.address as usize)
+    }
+}
 
 impl Memory {
     /// # Safety
