@@ -32,12 +32,19 @@ use tqkv::{Buffer, CacheConfig, Device, KvCache, SequenceId};
 /// ```
 pub struct Attention {
     cache: KvCache,
+    tap: Option<Box<dyn Tap>>,
+}
+
+/// What sees the rows of each layer before they are stored: to measure them, or to store others in their place.
+pub(crate) trait Tap: Send + Sync {
+    /// `q`, `k` and `v` as [`AttentionStep::forward`] takes them. Keys and values to be stored instead, or none if as they are.
+    fn pass(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Option<[Tensor; 2]>>;
 }
 
 impl Attention {
     /// With an empty cache.
     pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
-        Ok(Self { cache: KvCache::new(device, config)? })
+        Ok(Self { cache: KvCache::new(device, config)?, tap: None })
     }
 
     /// The cache.
@@ -55,7 +62,12 @@ impl Attention {
     /// # Errors
     /// Those of [`KvCache::step`]. Nothing has changed then.
     pub fn step(&mut self, new: &[(SequenceId, usize)]) -> Result<AttentionStep<'_>> {
-        Ok(AttentionStep { step: self.cache.step(new)? })
+        Ok(AttentionStep { step: self.cache.step(new)?, tap: self.tap.as_deref_mut().map(|tap| tap as &mut dyn Tap) })
+    }
+
+    /// Lets all rows to come pass through a tap.
+    pub(crate) fn set_tap(&mut self, tap: impl Tap + 'static) {
+        self.tap = Some(Box::new(tap));
     }
 }
 
@@ -66,6 +78,7 @@ impl Attention {
 #[must_use = "a step that is dropped appends nothing"]
 pub struct AttentionStep<'a> {
     step: Step<'a>,
+    tap: Option<&'a mut dyn Tap>,
 }
 
 impl AttentionStep<'_> {
@@ -85,6 +98,11 @@ impl AttentionStep<'_> {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
+        let passed = match &mut self.tap {
+            Some(tap) => tap.pass(layer, q, k, v)?,
+            None => None,
+        };
+        let [k, v] = passed.as_ref().map_or([k, v], |[k, v]| [k, v]);
         let device = self.step.device().clone();
         let out = device.zeros(dtype(q)?, q.dims())?;
         let (q_buffer, k, v) = (hand_over(&device, q)?, hand_over(&device, k)?, hand_over(&device, v)?);

@@ -2,10 +2,11 @@
 
 use crate::attention::Attention;
 use crate::error::Result;
+use crate::eval::Peer;
 use crate::models::ModelConfig;
 use std::path::Path;
 use tqkv::cache::Label;
-use tqkv::{CacheConfig, Device, KvCache, SequenceId};
+use tqkv::{CacheConfig, Codec, CodecPair, Device, KvCache, SequenceId};
 
 /// A [`KvCache`] that holds one sequence.
 pub struct SequenceCache {
@@ -19,6 +20,17 @@ impl SequenceCache {
         let mut attention = Attention::new(device, config)?;
         let sequence = attention.cache_mut().add_sequence();
         Ok(Self { attention, sequence })
+    }
+
+    /// An empty cache that stores rows as another project's format would give them back; `config` with codec f32.
+    ///
+    /// # Errors
+    /// Those of [`SequenceCache::new`], and [`Error::PeerHeadDim`](crate::Error::PeerHeadDim).
+    pub fn emulating(peer: Peer, config: CacheConfig, model: &ModelConfig) -> Result<Self> {
+        peer.bits_per_element(model.head_dim)?;
+        let mut cache = Self::new(&Device::cpu(), config.codec(CodecPair::both(Codec::F32)), model)?;
+        cache.attention.set_tap(peer);
+        Ok(cache)
     }
 
     /// The cache itself.

@@ -16,6 +16,25 @@ pub enum Error {
         /// What the operating system said.
         cause: std::io::Error,
     },
+    /// A file could not be written.
+    #[error("cannot write {}: {cause}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        cause: std::io::Error,
+    },
+    /// A file that holds no calibration, or a damaged one.
+    #[error("{}: {cause}", path.display())]
+    CalibrationFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: crate::calibration::CalibrationError,
+    },
+    /// A calibration that cannot be made, or is not for the model or the cache at hand.
+    #[error("calibration: {0}")]
+    Calibration(crate::calibration::CalibrationError),
     /// A JSON file is no JSON, or not what it should be.
     #[error("{}: {cause}", path.display())]
     Json {
@@ -254,12 +273,34 @@ pub enum Error {
         /// Their length.
         length: usize,
     },
+    /// No format of another project has this name.
+    #[error("unknown format {got:?}, expected {}", crate::Peer::names().collect::<Vec<_>>().join(", "))]
+    UnknownPeer {
+        /// The name.
+        got: String,
+    },
+    /// A format of another project that has no rows of this size.
+    #[error("{peer} has no rows of {got} elements, expected {expected}")]
+    PeerHeadDim {
+        /// The format.
+        peer: crate::Peer,
+        /// Elements of a row.
+        got: usize,
+        /// What it should be.
+        expected: &'static str,
+    },
     /// An error of the cache.
     #[error(transparent)]
     Cache(#[from] tqkv::Error),
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+impl From<crate::calibration::CalibrationError> for Error {
+    fn from(error: crate::calibration::CalibrationError) -> Self {
+        Self::Calibration(error)
+    }
 }
 
 /// So that a candle model whose functions return candle's results can use [`Attention`](crate::Attention) within.

@@ -27,9 +27,11 @@
 
 mod attention;
 mod cache;
+mod calibration;
 mod error;
 mod eval;
 mod fields;
+mod fingerprint;
 mod generate;
 mod models;
 mod room;
@@ -39,8 +41,10 @@ mod tokenizer;
 
 pub use attention::{Attention, AttentionStep};
 pub use cache::SequenceCache;
+pub use calibration::{Calibration, CalibrationError, Origin, Plan, Search, Tried};
 pub use error::{Error, Result};
-pub use eval::{Fidelity, Found, Needle, Windows, evaluate, find_needle, first_difference, run_freely};
+pub use eval::{Fidelity, Found, Needle, Peer, Windows, evaluate, find_needle, first_difference, run_freely};
+pub use fingerprint::fingerprint;
 pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
 pub use sampling::Sampler;

@@ -1,13 +1,16 @@
 //! What `generate` and `chat` have in common: a model with its vocabulary, and text out of it.
 
+use crate::codecs::Choice;
 use crate::{codecs, interrupt, output};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use tqkv::{Codec, CodecPair, Device};
+use tqkv::cache::RECENT_SLACK;
+use tqkv::{CacheConfig, Codec, CodecPair, Device};
 use tqkv_candle::{
-    Decoder, GenerateOptions, Generated, Model, SequenceCache, StopReason, TextProgress, Vocabulary, generate_text,
+    Calibration, Decoder, GenerateOptions, Generated, Model, SequenceCache, StopReason, TextProgress, Vocabulary,
+    fingerprint, generate_text,
 };
 
 /// The model, and what its cache is.
@@ -19,7 +22,10 @@ pub struct Source {
     /// Codec of the cache: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys and Y for values (2 to 8);
     /// auto is what is recommended for the model, or what the file to go on with has
     #[arg(long, value_name = "CODEC", value_parser = codecs::parse_choice, default_value = "auto")]
-    pub codec: codecs::Choice,
+    pub codec: Choice,
+    /// Shifts and scales of the keys that `tqkv calibrate` measured
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
     /// Device of the cache: cpu, wgpu, wgpu:N, cuda or cuda:N
     #[arg(long, value_name = "D", default_value = "cpu")]
     pub device: String,
@@ -88,22 +94,59 @@ pub struct Language {
     pub path: PathBuf,
     pub model: Model,
     pub vocabulary: Vocabulary,
+    pub calibration: Option<Calibration>,
 }
 
 impl Language {
-    pub fn load(path: &Path) -> Result<Self> {
+    pub fn load(path: &Path, calibration: Option<&Path>) -> Result<Self> {
+        // First, as it is small and may be another model's.
+        let calibration = calibration.map(|file| {
+            let calibration = Calibration::load(file)?;
+            calibration.expect_model(&fingerprint(path)?).with_context(|| file.display().to_string())?;
+            anyhow::Ok(calibration)
+        });
+        let calibration = calibration.transpose()?;
         let spinner = output::spinner("loading the model");
         let model = Model::load(path).context("cannot load the model")?;
         let vocabulary = Vocabulary::load(path, model.config())?;
         spinner.finish_and_clear();
-        Ok(Self { path: path.into(), model, vocabulary })
+        Ok(Self { path: path.into(), model, vocabulary, calibration })
+    }
+
+    /// The token that a text begins with, where there is one.
+    pub fn start(&self) -> Option<u32> {
+        if self.vocabulary.is_bytes() { Some(0) } else { self.model.config().bos_token }
     }
 
     /// A cache with room for so many tokens.
-    pub fn cache(&self, device: &Device, codec: CodecPair, tokens: usize) -> Result<SequenceCache> {
-        let (config, step) = (self.model.config(), GenerateOptions::default().chunk);
-        let config_of_cache = config.cache_config_for(1, tokens, step).codec(codec);
-        Ok(SequenceCache::new(device, config_of_cache, config)?)
+    pub fn cache(&self, device: &Device, codec: impl Into<Choice>, tokens: usize) -> Result<SequenceCache> {
+        let config = self.cache_config(codec.into(), tokens)?;
+        Ok(SequenceCache::new(device, config, self.model.config())?)
+    }
+
+    /// Whether a cache's keys are calibrated: f32 has nothing to gain.
+    pub fn calibrates(&self, codec: Choice) -> bool {
+        self.calibration.is_some() && codec != CodecPair::both(Codec::F32).into()
+    }
+
+    /// What such a cache is.
+    pub fn cache_config(&self, codec: Choice, tokens: usize) -> Result<CacheConfig> {
+        // There is one sequence.
+        let config =
+            self.model.config().cache_config_for(1, tokens, GenerateOptions::default().chunk).sink_sequences(1);
+        let plan = self.calibration.as_ref().and_then(Calibration::plan);
+        let config = match (codec, plan) {
+            (Choice::Codec(codec), _) => config.cache_codec(codec),
+            (Choice::Auto, Some(plan)) => plan.apply(config)?,
+            (Choice::Auto, None) => config.codec(codecs::RECOMMENDED),
+        };
+        let newest = config.layer_recent(0).map_or(1, |recent| recent.positions.saturating_add(RECENT_SLACK));
+        let held = newest.saturating_add(step + config.positions_per_page());
+        let config = config.recent_capacity(held.min(tokens).max(1));
+        match &self.calibration {
+            Some(calibration) if self.calibrates(codec) => Ok(calibration.apply(config)?),
+            _ => Ok(config),
+        }
     }
 
     /// Lets the model go on after `tokens`, of which the cache holds a beginning, and hands over the text as it comes. Ends
@@ -150,11 +193,11 @@ impl Language {
 
     fn report(&self, cache: &SequenceCache, text: &str, generated: &Generated) -> Result<Report> {
         let kv = cache.kv();
-        let codec = kv.config().layer_codec(0);
-        let bits = |codec: CodecPair| codec.bits_per_element(self.model.config().head_dim);
-        let held = kv.usage().used;
+        let config = kv.config();
+        let (positions, held) = (cache.tokens()?, kv.usage().used);
         // What f16 would take for as many pages.
-        let f16 = held as f64 / bits(codec)? * bits(CodecPair::both(Codec::F16))?;
+        let f16 = config.clone().cache_codec(CodecPair::both(Codec::F16).into());
+        let f16 = held as f64 * f16.bits_per_element(positions)? / config.bits_per_element(positions)?;
         Ok(Report {
             text: text.into(),
             stop: match generated.stop {
@@ -164,7 +207,7 @@ impl Language {
                 StopReason::StopString => "stop_string",
                 StopReason::Callback => "interrupted",
             },
-            codec: codec.to_string(),
+            codec: name(config),
             device: kv.device().to_string(),
             prompt_tokens: generated.prompt_tokens,
             tokens: generated.tokens.len(),
@@ -214,4 +257,11 @@ impl Report {
             output::bytes(self.cache_bytes_f16),
         )
     }
+}
+
+/// What a cache's codecs are called.
+fn name(config: &CacheConfig) -> String {
+    let codec = config.layer_cache_codec(0);
+    let same = (1..config.layers()).all(|layer| config.layer_cache_codec(layer) == codec);
+    if same { codec.to_string() } else { "by layer".into() }
 }

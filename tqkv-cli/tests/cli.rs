@@ -73,9 +73,13 @@ fn eval_compares_codecs() {
     assert_eq!(codecs, ["f32", "k8v8", "k5v4", "seed4"]);
     let number = |row: usize, field: &str| rows[row][field].as_f64().unwrap();
     for row in &rows {
-        let expected =
-            ["bits_per_byte", "bits_per_element", "codec", "delta_percent", "device", "kld", "kld_median", "kld_p99"];
-        assert_eq!(keys(row), [&expected[..], &["same_top1", "windows"]].concat());
+        let bits = ["bits_at_length", "bits_per_byte", "bits_per_element"];
+        let divergence = ["kld", "kld_interval", "kld_median", "kld_p99", "same_top1", "same_top1_interval"];
+        let rest = ["windows"];
+        assert_eq!(
+            keys(row),
+            [&bits[..], &["calibrated", "codec", "delta_percent", "device"], &divergence, &rest].concat()
+        );
         assert_eq!((&row["windows"], &row["device"]), (&2.into(), &"cpu".into()));
     }
     assert_eq!((number(0, "kld"), number(0, "same_top1"), number(0, "delta_percent")), (0.0, 1.0, 0.0));
@@ -84,6 +88,12 @@ fn eval_compares_codecs() {
     assert!((0.1..4.0).contains(&number(0, "bits_per_byte")));
     assert!(0.0 < number(1, "kld") && number(1, "kld") < number(2, "kld") && number(2, "kld") < number(3, "kld"));
 
+    for row in &rows {
+        let [low, high] = [0, 1].map(|end| row["kld_interval"][end].as_f64().unwrap());
+        let kld = row["kld"].as_f64().unwrap();
+        assert!(low <= kld && kld <= high && (low < high || kld == 0.0), "{row}");
+        assert_eq!(row["bits_at_length"], row["bits_per_element"]);
+    }
     let ordered = |row| number(row, "kld_median") <= number(row, "kld") && number(row, "kld") < number(row, "kld_p99");
     assert!((1..4).all(ordered), "{rows:?}");
 

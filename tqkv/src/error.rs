@@ -35,6 +35,18 @@ pub enum Error {
         /// The name.
         got: String,
     },
+    /// No part of a cache's codec has this name.
+    #[error("unknown part {got:?} of a cache's codec: expected sN or rN and a codec, as in k4v4+s1f16+r64k8v8")]
+    UnknownExtent {
+        /// The part.
+        got: String,
+    },
+    /// A part of a cache's codec comes twice.
+    #[error("a cache's codec has {got:?} besides another of its kind: expected one")]
+    RepeatedExtent {
+        /// The second.
+        got: String,
+    },
     /// No device has this name.
     #[error("unknown device {got:?}: expected cpu, wgpu, wgpu:N, cuda or cuda:N")]
     UnknownDevice {
@@ -133,6 +145,9 @@ pub enum Error {
         /// The argument that is written.
         what: &'static str,
     },
+    /// A batch has been updated, and this is a clone of what it was.
+    #[error("this clone of a batch was made before the batch was updated: expected the updated one")]
+    OutdatedBatch,
     /// Another thread is using the buffer's memory at this moment.
     #[error("a buffer is in use by another thread: expected calls that share a written buffer to be ordered")]
     BufferBusy,

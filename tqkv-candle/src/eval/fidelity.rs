@@ -1,5 +1,6 @@
 //! Predictions with compressed caches beside those with a reference.
 
+use super::bootstrap::interval;
 use super::prediction::{Prediction, rows_at_once};
 use super::windows::Windows;
 use crate::cache::SequenceCache;
@@ -21,7 +22,9 @@ pub struct Fidelity {
     divergence: f64,
     divergence_median: f64,
     divergence_p99: f64,
+    divergence_interval: [f64; 2],
     same_top1: usize,
+    same_top1_interval: [f64; 2],
 }
 
 impl Fidelity {
@@ -45,6 +48,11 @@ impl Fidelity {
         self.divergence / self.tokens as f64
     }
 
+    /// Between which values this mean lies with a probability of 95 % (bootstrap over blocks of 64 tokens).
+    pub fn kld_interval(&self) -> [f64; 2] {
+        self.divergence_interval
+    }
+
     /// Median of the same.
     pub fn kld_median(&self) -> f64 {
         self.divergence_median
@@ -59,6 +67,11 @@ impl Fidelity {
     pub fn same_top1(&self) -> f64 {
         self.same_top1 as f64 / self.tokens as f64
     }
+
+    /// Between which values this share lies with a probability of 95 %.
+    pub fn same_top1_interval(&self) -> [f64; 2] {
+        self.same_top1_interval
+    }
 }
 
 /// The same while it is summed up.
@@ -66,6 +79,8 @@ impl Fidelity {
 struct Sums {
     fidelity: Fidelity,
     divergences: Vec<f64>,
+    /// 1 where the likeliest token is the reference's, and 0.
+    same: Vec<f64>,
 }
 
 impl Sums {
@@ -84,16 +99,24 @@ impl Sums {
             self.fidelity.divergence += divergence;
             self.fidelity.same_top1 += usize::from(same);
             self.divergences.push(divergence);
+            self.same.push(f64::from(u8::from(same)));
         }
     }
 
     fn finish(mut self) -> Fidelity {
+        let (divergence_interval, same_top1_interval) = (interval(&self.divergences), interval(&self.same));
         self.divergences.sort_by(f64::total_cmp);
         let at_most = |percent: usize| {
             let rank = (self.divergences.len() * percent).div_ceil(100);
             self.divergences.get(rank.saturating_sub(1)).copied().unwrap_or_default()
         };
-        Fidelity { divergence_median: at_most(50), divergence_p99: at_most(99), ..self.fidelity }
+        Fidelity {
+            divergence_median: at_most(50),
+            divergence_p99: at_most(99),
+            divergence_interval,
+            same_top1_interval,
+            ..self.fidelity
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tqkv chat`
 
 use crate::language::{Drawing, Language, Report, Source};
-use crate::session::{Session, fingerprint};
+use crate::session::Session;
 use crate::{interrupt, output};
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -9,7 +9,7 @@ use std::io::{BufRead, IsTerminal, stdin};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::Device;
-use tqkv_candle::{ChatTemplate, Message, SequenceCache};
+use tqkv_candle::{ChatTemplate, Message, SequenceCache, fingerprint};
 
 /// Holds a conversation with a model on a compressed cache: one message a line of standard input.
 ///
@@ -68,7 +68,7 @@ impl Chat {
         let template = template.transpose()?;
         let device = Device::open(&self.source.device)?;
         interrupt::watch()?;
-        let mut language = Language::load(&self.source.model)?;
+        let mut language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
         if let Some(template) = template {
             language.vocabulary.set_chat_template(template);
         }
@@ -85,7 +85,7 @@ impl Chat {
         let model_id = if self.session.is_some() { fingerprint(&language.path)? } else { String::new() };
         let kept = self.session.as_deref().filter(|path| path.exists());
         let loaded = kept.map(Session::open).transpose()?;
-        let codec = self.source.codec.unwrap_or(loaded.as_ref().map(|(_, codec)| *codec));
+        let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));
         let mut cache = language.cache(device, codec, room)?;
         if let Some(path) = kept {
             cache.load(path, model_id.as_bytes()).with_context(|| path.display().to_string())?;

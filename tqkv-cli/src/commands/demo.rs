@@ -1,5 +1,6 @@
 //! `tqkv demo`
 
+use crate::codecs::Choice;
 use crate::language::Language;
 use crate::{codecs, output};
 use anyhow::Result;
@@ -39,7 +40,7 @@ pub struct Demo {
 impl Demo {
     pub fn run(self) -> Result<ExitCode> {
         let device = Device::open(&self.device)?;
-        let language = self.model.map_or_else(built_in, |path| Language::load(&path))?;
+        let language = self.model.map_or_else(built_in, |path| Language::load(&path, None))?;
         show_text(&language, &device)?;
         show_table(&language, &device)?;
         Ok(ExitCode::SUCCESS)
@@ -50,7 +51,7 @@ fn built_in() -> Result<Language> {
     let config = ModelConfig::parse(CONFIG, Path::new("byte-llama-4m/config.json"))?;
     let weights = Weights::parse(WEIGHTS, Path::new("byte-llama-4m/model.safetensors"))?;
     let model = Model::new(config, weights)?;
-    Ok(Language { path: "byte-llama-4m".into(), model, vocabulary: Vocabulary::Bytes })
+    Ok(Language { path: "byte-llama-4m".into(), model, vocabulary: Vocabulary::Bytes, calibration: None })
 }
 
 /// Tokens of a window.
@@ -58,7 +59,7 @@ fn length(language: &Language) -> usize {
     language.model.config().max_position_embeddings.min(WINDOW)
 }
 
-fn cache(language: &Language, device: &Device, codec: CodecPair) -> Result<SequenceCache> {
+fn cache(language: &Language, device: &Device, codec: impl Into<Choice>) -> Result<SequenceCache> {
     language.cache(device, codec, length(language))
 }
 
@@ -94,7 +95,7 @@ fn show_table(language: &Language, device: &Device) -> Result<()> {
     let codecs = codecs::usual(config.head_dim);
     let text = language.vocabulary.encode(HELD_OUT)?;
     let length = length(language).min(text.tokens.len());
-    let start = if language.vocabulary.is_bytes() { Some(0) } else { config.bos_token };
+    let start = language.start();
     let windows = Windows::new(&text, text.tokens.len() / length.max(1), length, start)?;
 
     let bar = output::progress("comparing codecs", windows.len() + codecs.len())?;
@@ -114,7 +115,7 @@ fn show_table(language: &Language, device: &Device) -> Result<()> {
         rows.push([
             codec.to_string(),
             output::bytes(cache.kv().bytes()),
-            format!("{:.3}", codec.bits_per_element(config.head_dim)?),
+            format!("{:.3}", codec.all.bits_per_element(config.head_dim)?),
             format!("{:.6}", fidelity.kld()),
             format!("{:.2} %", fidelity.same_top1() * 100.0),
             format!("{:.0}", generated.decode_tokens_per_second()),

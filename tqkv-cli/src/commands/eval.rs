@@ -1,5 +1,6 @@
 //! `tqkv eval`
 
+use crate::codecs::Compared;
 use crate::language::Language;
 use crate::{codecs, output, plot};
 use anyhow::{Context, Result, ensure};
@@ -27,14 +28,17 @@ pub struct Eval {
     /// Text to predict
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse, help = codecs::help())]
-    codec: Option<Vec<CodecPair>>,
+    #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse_compared, help = codecs::help())]
+    codec: Option<Vec<Compared>>,
+    /// Shifts and scales of the keys that `tqkv calibrate` measured, for all codecs but f32
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
     /// Windows of the text [default: as many as it holds, at most 120]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
     /// Tokens of a window, at most one more than the model's context [default: the context, at most 2048]
-    #[arg(long, value_name = "N")]
-    window_tokens: Option<usize>,
+    #[arg(long, value_name = "N", visible_alias = "window-tokens")]
+    length: Option<usize>,
     /// Tell a number at several depths of a window, ask for it at the end, and count how often it is the likeliest answer
     #[arg(long)]
     needle: bool,
@@ -59,16 +63,22 @@ pub struct Eval {
 #[derive(Serialize)]
 struct Row {
     codec: String,
+    /// In the long run, and for a sequence of a window's length.
     bits_per_element: f64,
+    bits_at_length: f64,
+    calibrated: bool,
     bits_per_byte: f64,
     /// Only where tokens are not bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     perplexity: Option<f64>,
     delta_percent: f64,
     kld: f64,
+    /// 95 % intervals of the means.
+    kld_interval: [f64; 2],
     kld_median: f64,
     kld_p99: f64,
     same_top1: f64,
+    same_top1_interval: [f64; 2],
     #[serde(skip_serializing_if = "Option::is_none")]
     needles: Option<Vec<Depth>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -119,10 +129,11 @@ impl Eval {
         if let Some(path) = &self.plot {
             output::expect_writable(path)?;
         }
-        let language = Language::load(&self.model)?;
-        let reference = CodecPair::both(Codec::F32);
+        let language = Language::load(&self.model, self.calibration.as_deref())?;
+        let reference = Compared::Cache(CodecPair::both(Codec::F32).into());
         let head_dim = language.model.config().head_dim;
-        let mut codecs = self.codec.clone().unwrap_or_else(|| codecs::usual(head_dim));
+        let usual = || codecs::usual(head_dim).into_iter().map(|codec| Compared::Cache(codec.into())).collect();
+        let mut codecs = self.codec.clone().unwrap_or_else(usual);
         codecs.retain(|&codec| codec != reference);
         ensure!(self.plot.is_none() || !codecs.is_empty(), "--plot has nothing to draw: expected a codec besides f32");
         let evaluation = self.evaluation(language, device, &text)?;
@@ -138,7 +149,7 @@ impl Eval {
             row.needles = needles.as_ref().map(|needles| evaluation.find(codec, needles)).transpose()?;
         }
         if let Some(tokens) = self.free_running {
-            let f16 = evaluation.write(CodecPair::both(Codec::F16), tokens)?;
+            let f16 = evaluation.write(Compared::Cache(CodecPair::both(Codec::F16).into()), tokens)?;
             for (row, &codec) in rows.iter_mut().zip(&codecs) {
                 row.free_running = Some(compare(tokens, &f16, &evaluation.write(codec, tokens)?));
             }
@@ -159,9 +170,9 @@ impl Eval {
     fn evaluation(&self, language: Language, device: Device, text: &[u8]) -> Result<Evaluation> {
         let config = language.model.config();
         let text = language.vocabulary.encode(text)?;
-        let length = self.window_tokens.unwrap_or(config.max_position_embeddings.min(2048));
+        let length = self.length.unwrap_or(config.max_position_embeddings.min(2048));
         let count = self.windows.unwrap_or((text.tokens.len() / length.max(1)).clamp(1, 120));
-        let start = if language.vocabulary.is_bytes() { Some(0) } else { config.bos_token };
+        let start = language.start();
         let windows = Windows::new(&text, count, length, start)?;
         windows.expect_context(config.max_position_embeddings)?;
         let chunk = GenerateOptions::default().chunk;
@@ -173,15 +184,27 @@ impl Eval {
             return rows.iter().try_for_each(output::print_json);
         }
         let measure = if evaluation.language.vocabulary.is_bytes() { "bits/byte" } else { "perplexity" };
-        let header =
-            ["codec", "bits/element", measure, "change of bits/byte", "KLD/token", "median", "99 %", "same top-1"];
+        let header = [
+            "codec",
+            "bits/element",
+            "at length",
+            measure,
+            "change of bits/byte",
+            "KLD/token",
+            "95 %",
+            "median",
+            "99 %",
+            "same top-1",
+        ];
         let cells = rows.iter().map(|row| {
             [
                 row.codec.clone(),
                 format!("{:.3}", row.bits_per_element),
+                format!("{:.3}", row.bits_at_length),
                 format!("{:.5}", row.perplexity.unwrap_or(row.bits_per_byte)),
                 format!("{:+.3} %", row.delta_percent),
                 format!("{:.6}", row.kld),
+                format!("{:.6}–{:.6}", row.kld_interval[0], row.kld_interval[1]),
                 format!("{:.6}", row.kld_median),
                 format!("{:.6}", row.kld_p99),
                 format!("{:.2} %", row.same_top1 * 100.0),
@@ -203,12 +226,30 @@ impl Eval {
 }
 
 impl Evaluation {
-    fn cache(&self, codec: CodecPair) -> Result<SequenceCache> {
-        self.language.cache(&self.device, codec, self.length)
+    fn cache(&self, codec: Compared) -> Result<SequenceCache> {
+        match codec {
+            Compared::Cache(codec) => self.language.cache(&self.device, codec, self.length),
+            Compared::Peer(peer) => {
+                let model = self.language.model.config();
+                let config = model.cache_config_for(1, self.length, self.chunk);
+                Ok(SequenceCache::emulating(peer, config, model)?)
+            }
+        }
+    }
+
+    /// Bits an element: in the long run, and for a sequence of a window's length.
+    fn bits(&self, codec: Compared) -> Result<[f64; 2]> {
+        match codec {
+            Compared::Cache(codec) => {
+                let config = self.language.cache_config(codec, self.length)?;
+                Ok([config.bits_per_element(usize::MAX)?, config.bits_per_element(self.windows.run_length())?])
+            }
+            Compared::Peer(peer) => Ok([peer.bits_per_element(self.language.model.config().head_dim)?; 2]),
+        }
     }
 
     /// How well tokens are predicted, by codec; the first is the reference.
-    fn predictions(&self, codecs: &[CodecPair]) -> Result<Vec<Row>> {
+    fn predictions(&self, codecs: &[Compared]) -> Result<Vec<Row>> {
         let mut caches = codecs.iter().map(|&codec| self.cache(codec)).collect::<Result<Vec<_>>>()?;
         let (reference, others) = caches.split_first_mut().context("no codecs")?;
         let bar = output::progress("windows", self.windows.len())?;
@@ -221,21 +262,29 @@ impl Evaluation {
         codecs.iter().zip(results).map(|(&codec, fidelity)| self.row(codec, &fidelity)).collect()
     }
 
-    fn row(&self, codec: CodecPair, fidelity: &Fidelity) -> Result<Row> {
+    fn row(&self, codec: Compared, fidelity: &Fidelity) -> Result<Row> {
+        let [bits_per_element, bits_at_length] = self.bits(codec)?;
         Ok(Row {
             codec: codec.to_string(),
-            bits_per_element: codec.bits_per_element(self.language.model.config().head_dim)?,
+            bits_per_element,
+            bits_at_length,
+            calibrated: matches!(codec, Compared::Cache(codec) if self.language.calibrates(codec)),
             bits_per_byte: fidelity.bits_per_byte(),
             perplexity: (!self.language.vocabulary.is_bytes()).then(|| fidelity.perplexity()),
             delta_percent: fidelity.delta_percent(),
             kld: fidelity.kld(),
+            kld_interval: fidelity.kld_interval(),
             kld_median: fidelity.kld_median(),
             kld_p99: fidelity.kld_p99(),
             same_top1: fidelity.same_top1(),
+            same_top1_interval: fidelity.same_top1_interval(),
             needles: None,
             free_running: None,
             windows: self.windows.len(),
-            device: self.device.to_string(),
+            device: match codec {
+                Compared::Cache(_) => self.device.to_string(),
+                Compared::Peer(_) => Device::cpu().to_string(),
+            },
         })
     }
 
@@ -250,7 +299,7 @@ impl Evaluation {
     }
 
     /// How many are found with a codec, by depth.
-    fn find(&self, codec: CodecPair, needles: &[Needle]) -> Result<Vec<Depth>> {
+    fn find(&self, codec: Compared, needles: &[Needle]) -> Result<Vec<Depth>> {
         let (mut cache, bar) = (self.cache(codec)?, output::progress("needles", needles.len())?);
         let depths = needles.chunk_by(|a, b| a.depth == b.depth).map(|needles| {
             let mut depth = Depth { depth: needles[0].depth, needles: needles.len(), found: 0, nats: 0.0 };
@@ -268,7 +317,7 @@ impl Evaluation {
     }
 
     /// What the model writes with a codec after the beginning of each window.
-    fn write(&self, codec: CodecPair, tokens: usize) -> Result<Vec<Vec<u32>>> {
+    fn write(&self, codec: Compared, tokens: usize) -> Result<Vec<Vec<u32>>> {
         let (mut cache, bar) = (self.cache(codec)?, output::progress("texts", self.windows.len())?);
         let texts = self.windows.iter().map(|window| {
             let prompt = &window[..window.len() - tokens];

@@ -1,12 +1,13 @@
 //! `tqkv generate`
 
 use crate::language::{Drawing, Language, Source};
-use crate::session::{Session, fingerprint};
+use crate::session::Session;
 use crate::{interrupt, output};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::Device;
+use tqkv_candle::fingerprint;
 
 /// Generates text with a model on a compressed cache.
 ///
@@ -40,13 +41,13 @@ impl Generate {
         }
         let device = Device::open(&self.source.device)?;
         interrupt::watch()?;
-        let language = Language::load(&self.source.model)?;
+        let language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
         let vocabulary = &language.vocabulary;
         let keeps = self.save.is_some() || self.load.is_some();
         let model_id = if keeps { fingerprint(&language.path)? } else { String::new() };
         let prompt = self.prompt.as_deref().unwrap_or_default();
         let loaded = self.load.as_deref().map(Session::open).transpose()?;
-        let codec = self.source.codec.unwrap_or(loaded.as_ref().map(|(_, codec)| *codec));
+        let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));
         let tokens = match loaded {
             Some((Session { mut tokens, .. }, _)) => {
                 tokens.extend(vocabulary.encode_continuation(prompt)?);

@@ -1,6 +1,7 @@
 //! One command a file.
 
 pub mod bench;
+pub mod calibrate;
 pub mod chat;
 pub mod demo;
 pub mod devices;

@@ -112,6 +112,11 @@ impl Extent {
         if let Extent::First(sinks) = self { len.min(sinks) } else { len }
     }
 
+    /// Positions that it stores of a sequence of so many, ends of pages left out.
+    pub fn held(self, len: usize) -> usize {
+        self.end(len).min(self.window().unwrap_or(usize::MAX))
+    }
+
     /// The oldest position that the next token of a sequence of so many looks back to.
     pub fn seen(self, len: usize) -> usize {
         Visible { causal: true, window: self.window() }.oldest(len).min(len)

@@ -30,10 +30,6 @@ pub(crate) trait Driver: Any + Send + Sync {
     /// Copies from the host, after all submitted work.
     fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()>;
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
-    /// Whether kernels read a batch's spans and page tables from memory of their own, which is written when the batch is made.
-    fn reads_batches(&self) -> bool {
-        false
-    }
     /// Whether kernels bind a whole storage, so that none that is written may be bound a second time.
     fn binds_storages(&self) -> bool {
         false
@@ -56,12 +52,21 @@ pub(crate) trait Recorder: Send {
         0
     }
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
+    /// What was recorded, to be submitted any number of times, on devices that have that; the recorder is empty then.
+    fn repeatable(&mut self) -> Result<Option<Box<dyn Repeatable>>> {
+        Ok(None)
+    }
     /// Submits, waits, and says how long it took: by the device's clock if it has one, else by the host's.
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {
         let started = Instant::now();
         self.submit()?.wait()?;
         Ok(started.elapsed())
     }
+}
+
+/// Work that can be submitted again and again.
+pub(crate) trait Repeatable: Send {
+    fn submit(&self) -> Result<Box<dyn Completion>>;
 }
 
 /// Submitted work.

@@ -22,11 +22,11 @@ mod workspace;
 
 pub(crate) use memory::{Memory, address};
 
-use crate::compute::driver::{Completion, Driver, Recorder, Storage};
+use crate::compute::driver::{Completion, Driver, Recorder, Repeatable, Storage};
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 use crate::problem::op::Op;
-use driver::{Context, Mark, Stream, lock};
+use driver::{Context, Graph, Mark, Stream, lock};
 use gpu::{Gpu, Recording, Work};
 use std::any::Any;
 use std::ffi::c_void;
@@ -112,10 +112,6 @@ impl Driver for Cuda {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
     }
 
-    fn reads_batches(&self) -> bool {
-        true
-    }
-
     fn workspace_bytes(&self) -> usize {
         lock(&self.0.workspace).bytes()
     }
@@ -164,6 +160,12 @@ impl Recorder for CudaRecorder {
         Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }
 
+    fn repeatable(&mut self) -> Result<Option<Box<dyn Repeatable>>> {
+        let graph = self.gpu.stream.graph(|aside| self.enqueue(aside))?;
+        let (ops, memory) = (std::mem::take(&mut self.ops), std::mem::take(&mut self.recording).memory);
+        Ok(Some(Box::new(Captured { gpu: self.gpu.clone(), graph, _ops: ops, _memory: memory })))
+    }
+
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {
         let stream = &self.gpu.stream;
         let graph = stream.graph(|aside| self.enqueue(aside))?;
@@ -182,6 +184,21 @@ impl CudaRecorder {
             Work::Launch(launch) => stream.launch(launch),
             Work::Copy { from, to, bytes } => stream.copy(*from, *to, *bytes),
         })
+    }
+}
+
+/// Recorded work as a graph, with what it reads and writes.
+struct Captured {
+    gpu: Arc<Gpu>,
+    graph: Graph,
+    _ops: Vec<Op>,
+    _memory: Vec<Arc<Memory>>,
+}
+
+impl Repeatable for Captured {
+    fn submit(&self) -> Result<Box<dyn Completion>> {
+        self.gpu.stream.launch_graph(&self.graph)?;
+        Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }
 }
 
