@@ -128,14 +128,16 @@ impl Array {
         }
     }
 
-    /// The elements of a dense array in the host's memory, as bytes.
-    fn bytes(&self) -> &mut [u8] {
-        let n = self.extent();
-        if n == 0 {
-            return &mut [];
+    /// Copies a dense array of the host's to a buffer, or back.
+    fn transfer(&self, buffer: &Buffer, to_host: bool) -> tqkv::Result<()> {
+        let (start, n) = (self.address as *mut u8, self.extent());
+        match (n, to_host) {
+            (0, _) => Ok(()),
+            // SAFETY: memory of the array, which its owner keeps, and which nobody else uses while the call runs.
+            (_, true) => buffer.read_bytes(unsafe { std::slice::from_raw_parts_mut(start, n) }),
+            // SAFETY: as above.
+            (_, false) => buffer.write_bytes(unsafe { std::slice::from_raw_parts(start, n) }),
         }
-        // SAFETY: memory of the array, which its owner keeps.
-        unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, n) }
     }
 }
 
@@ -164,7 +166,7 @@ impl Arg {
             return Ok(Arg { buffer, host: None, _owner: owner });
         }
         let buffer = device.zeros(array.dtype, &array.shape).or_raise()?;
-        buffer.write_bytes(array.bytes()).or_raise()?;
+        array.transfer(&buffer, false).or_raise()?;
         Ok(Arg { buffer, host: None, _owner: owner })
     }
 
@@ -189,7 +191,7 @@ impl Arg {
     /// Copies what was written to where the caller wants it.
     pub fn finish(&self) -> tqkv::Result<()> {
         match &self.host {
-            Some(array) => self.buffer.read_bytes(array.bytes()),
+            Some(array) => array.transfer(&self.buffer, true),
             None => Ok(()),
         }
     }
