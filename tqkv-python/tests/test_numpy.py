@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from readme import snippet
 
 import tqkv
 
@@ -283,3 +284,11 @@ def test_stubs_name_everything():
             missing |= {f"{node.name}.{m}" for m in methods if not hasattr(found, m)} - {"Step.append_and_attend"}
             missing |= {f"{node.name}.{m}" for m in vars(found) if not m.startswith("_")} - {f"{node.name}.{m}" for m in methods}
     assert not missing
+
+
+def test_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet("numpy"), names)
+    assert names["out"].shape == (3, 32, 128) and np.abs(names["out"] - 0.1).max() < 0.03
+    assert names["cache"].len(names["draft"]) == 3 and (tmp_path / "chat.tqkv").exists()

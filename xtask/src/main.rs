@@ -3,6 +3,7 @@
 mod codebooks;
 mod codec_files;
 mod layers;
+mod python;
 mod sources;
 mod stage;
 
@@ -39,6 +40,17 @@ fn main() -> Result<()> {
             println!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display());
             Ok(())
         }
-        _ => bail!("commands: codebooks [--check], codec-files, layers, stage NAME"),
+        ["python-test", ref options @ ..] => {
+            let release = options.contains(&"--release");
+            let rest: Vec<&str> = options.iter().copied().filter(|o| *o != "--release").collect();
+            match rest[..] {
+                [] => python::test(root, None, release),
+                ["--only", part] => python::test(root, Some(part), release),
+                _ => bail!("python-test takes --only numpy|transformers|vllm and --release"),
+            }
+        }
+        _ => bail!(
+            "commands: codebooks [--check], codec-files, layers, python-test [--only PART] [--release], stage NAME"
+        ),
     }
 }
