@@ -112,7 +112,7 @@ fn replays_are_steps(device: &Device, steps: usize, pages: usize) {
             1 => ids.swap(0, 1),
             2 if ids.len() > 2 => {
                 let id = ids.remove(0);
-                [&mut replayed, &mut anew].map(|cache| cache.free_sequence(id).unwrap());
+                [&mut replayed, &mut anew].into_iter().for_each(|cache| cache.free_sequence(id).unwrap());
             }
             3 => {
                 let len = replayed.len(longest).unwrap();
@@ -125,11 +125,11 @@ fn replays_are_steps(device: &Device, steps: usize, pages: usize) {
         if replayed.free_pages() < 6 {
             let longest = ids.iter().position(|&id| id == longest).unwrap();
             let id = ids.remove(longest);
-            [&mut replayed, &mut anew].map(|cache| cache.free_sequence(id).unwrap());
+            [&mut replayed, &mut anew].into_iter().for_each(|cache| cache.free_sequence(id).unwrap());
             continue;
         }
         let tokens = [(ids[0], 1), (ids[1], 1)];
-        [&buffers, &others].map(|b| b.write(step as u64));
+        [&buffers, &others].into_iter().for_each(|b| b.write(step as u64));
         replay.run(&mut replayed, &tokens).unwrap().wait().unwrap();
         let (mut step_anew, mut encoder) = (anew.step(&tokens).unwrap(), device.encoder().unwrap());
         others.record(&mut step_anew, &mut encoder).unwrap();

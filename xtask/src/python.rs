@@ -6,29 +6,22 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Parts of the tests, each with a lock of packages on top of those before it.
-const PARTS: [&str; 3] = ["numpy", "transformers", "vllm"];
+pub const PARTS: [&str; 3] = ["numpy", "transformers", "vllm"];
 
-/// Builds the wheel and runs the tests of all parts, or of one. With `release` it is the wheel that is shipped, else one that is
-/// built sooner.
-pub fn test(root: &Path, only: Option<&str>, release: bool) -> Result<()> {
-    if let Some(part) = only.filter(|part| !PARTS.contains(part)) {
-        bail!("--only {part}: expected one of {}", PARTS.join(", "));
+/// Builds the wheel and runs the tests of some parts. With `release` it is the wheel that is shipped, else one that is built sooner.
+pub fn test(root: &Path, parts: &[&str], release: bool) -> Result<String> {
+    if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(part)) {
+        bail!("no part {unknown:?} of the tests, expected some of: {}", PARTS.join(", "));
     }
     let crate_dir = root.join("tqkv-python");
     let environment = Environment::new(root.join("target/python"))?;
-    environment.install(&crate_dir, "numpy")?;
+    environment.install(&crate_dir, PARTS[0])?;
     environment.wheel(&crate_dir, release)?;
-    for part in PARTS {
-        // A part's packages are on top of those before it.
-        environment.install(&crate_dir, part)?;
-        if only.is_none_or(|only| only == part) {
-            environment.pytest(&crate_dir, part)?;
-        }
-        if only == Some(part) {
-            break;
-        }
+    for (i, part) in PARTS.iter().enumerate().filter(|(_, part)| parts.contains(part)) {
+        PARTS[..=i].iter().try_for_each(|lock| environment.install(&crate_dir, lock))?;
+        environment.pytest(&crate_dir, part)?;
     }
-    Ok(())
+    Ok(format!("the wheel is tested with {}: {}", parts.join(", "), environment.root.join("wheels").display()))
 }
 
 /// A virtual environment and what is built beside it.
@@ -56,7 +49,8 @@ impl Environment {
         }
         let mut pip = self.python(&["-m", "pip", "install", "-q", "--no-deps", "-r"]);
         run(pip.arg(&lock)).with_context(|| format!("a package of {} cannot be had today", lock.display()))?;
-        if part == "transformers" {
+        // Which brings torch.
+        if part == PARTS[1] {
             let packages = output(&mut self.python(&["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]))?;
             let mut stubs = self.python(&[]);
             run(stubs.arg(crate_dir.join("tests/cuda_stubs.py")).arg(packages.trim()).arg(self.stubs()))?;
@@ -82,11 +76,7 @@ impl Environment {
         println!("== {part}");
         // From elsewhere, so that the package is the wheel's.
         let mut pytest = self.python(&["-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]);
-        run(pytest
-            .arg(tests)
-            .env("LD_LIBRARY_PATH", self.stubs())
-            .env("TQKV_PYTHON_PART", part)
-            .current_dir(&self.root))
+        run(pytest.arg(tests).env("LD_LIBRARY_PATH", self.stubs()).current_dir(&self.root))
     }
 
     fn stubs(&self) -> PathBuf {

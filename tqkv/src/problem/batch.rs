@@ -35,6 +35,23 @@ pub struct Span<'a> {
 ///
 /// Devices whose kernels read it from memory get it there with the first operation that is recorded with it, and again with
 /// [`update`](Batch::update).
+///
+/// ```
+/// use tqkv::ops::{Batch, NO_PAGE, Span};
+///
+/// // Pages of 16 positions. The first sequence reads a prompt of 20; the second holds 40 and decodes one more, and its first page
+/// // is given up, as a window of 24 has left it.
+/// let spans = [
+///     Span { first: 0, len: 20, new: 20, pages: &[3, 0] },
+///     Span { first: 17, len: 41, new: 1, pages: &[NO_PAGE, 5, 1] },
+/// ];
+/// let batch = Batch::new(&tqkv::Device::cpu(), 16, &spans)?;
+/// assert_eq!((batch.sequences(), batch.tokens()), (2, 21));
+/// // Position 17 would lie in a page that is not there.
+/// let missing = [Span { first: 17, len: 41, new: 1, pages: &[2, NO_PAGE, 1] }];
+/// assert!(matches!(Batch::new(&tqkv::Device::cpu(), 16, &missing), Err(tqkv::Error::Page { .. })));
+/// # Ok::<(), tqkv::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Batch(Arc<Inner>);
 

@@ -13,6 +13,22 @@ use crate::format::{DType, Packing, RowFormat};
 /// (f16 native, f32 seed, absent for dense floats), unless the pool was made with [`strided`](PagePool::strided). A contiguous
 /// cache is a pool of one page as long as the cache; with the seed codec that is mlx-native's layout. A clone is a view of the
 /// same memory.
+///
+/// ```
+/// use tqkv::format::RowFormat;
+/// use tqkv::{Codec, Device, ops::PagePool};
+///
+/// let device = Device::cpu();
+/// // 4 bits, head_dim 128: 64 bytes of codes and an f16 scale a row. 8 KV heads, 10 pages of 16 positions.
+/// let pool = PagePool::new(&device, RowFormat::new(Codec::tq(4), 128)?, 8, 16, 10)?;
+/// assert_eq!(pool.codes().shape(), [10, 8, 16, 64]);
+/// assert_eq!(pool.scales().map(|s| s.shape()), Some(&[10, 8, 16, 1][..]));
+/// assert_eq!(pool.bytes(), 10 * 8 * 16 * 66);
+/// // The same memory as another pool's.
+/// let view = PagePool::from_buffers(*pool.row(), pool.codes(), pool.scales())?;
+/// assert_eq!(view.pages(), 10);
+/// # Ok::<(), tqkv::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct PagePool {
     row: RowFormat,

@@ -41,15 +41,10 @@ impl Cpu {
 
 impl Driver for Cpu {
     fn info(&self) -> DeviceInfo {
-        DeviceInfo {
-            kind: DeviceKind::Cpu,
-            id: "cpu".to_owned(),
-            name: format!("{} processor", std::env::consts::ARCH),
-            details: vec![
-                ("threads", self.threads.count().to_string()),
-                ("kernels", self.isa.as_ref().map_or_else(ToString::to_string, |isa| isa.name().to_owned())),
-            ],
-        }
+        let kernels = self.isa.as_ref().map_or_else(ToString::to_string, |isa| isa.name().to_owned());
+        let name = format!("{} processor", std::env::consts::ARCH);
+        let info = DeviceInfo::new(DeviceKind::Cpu, "cpu".to_owned(), name, vec![("kernels", kernels)]);
+        DeviceInfo { threads: Some(self.threads.count()), ..info }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {

@@ -142,7 +142,7 @@ fn a_graph_of_the_caller_goes_on_with_an_updated_batch() {
             anew.batch = Batch::new(&own, 64, &spans).unwrap();
             step.batch.update(&spans).unwrap();
             let x: Vec<_> = numbers(2 * 2 * 128).iter().map(|x| x * i as f32).collect();
-            [&anew, &step].map(|step| step.x.write(&x).unwrap());
+            [&anew, &step].into_iter().for_each(|step| step.x.write(&x).unwrap());
             anew.submit().unwrap();
             result::graph::launch(run, stream).unwrap();
             assert_eq!(step.result().unwrap(), anew.result().unwrap(), "{lens:?}");

@@ -79,19 +79,15 @@ impl Driver for Cuda {
         let limits = &context.limits;
         let version = |(major, minor): (i32, i32)| format!("{major}.{minor}");
         let nvrtc = nvrtc::load().map_or_else(|e| e, |n| version(n.version));
-        DeviceInfo {
-            kind: DeviceKind::Cuda,
-            id: context.id.clone(),
-            name: limits.name.clone(),
-            details: vec![
-                ("compute capability", version(limits.capability)),
-                ("multiprocessors", limits.multiprocessors.to_string()),
-                ("memory", format!("{:.1} GiB", limits.memory as f64 / (1u64 << 30) as f64)),
-                ("shared memory a block", format!("{} KiB", limits.shared_memory >> 10)),
-                ("driver", format!("CUDA {}", version((limits.driver / 1000, limits.driver % 1000 / 10)))),
-                ("NVRTC", nvrtc),
-            ],
-        }
+        let details = vec![
+            ("compute capability", version(limits.capability)),
+            ("multiprocessors", limits.multiprocessors.to_string()),
+            ("shared memory a block", format!("{} KiB", limits.shared_memory >> 10)),
+            ("driver", format!("CUDA {}", version((limits.driver / 1000, limits.driver % 1000 / 10)))),
+            ("NVRTC", nvrtc),
+        ];
+        let info = DeviceInfo::new(DeviceKind::Cuda, context.id.clone(), limits.name.clone(), details);
+        DeviceInfo { memory_bytes: Some(limits.memory as u64), ..info }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
