@@ -25,7 +25,10 @@ const STAGES: &[Stage] = &[
     Stage { name: "sources", run: sources },
     Stage { name: "features", run: features },
     Stage { name: "tests", run: tests },
-    Stage { name: "python", run: |root| python::test(root, &["numpy"], false).map(|said| println!("{said}")) },
+    Stage {
+        name: "python",
+        run: |root| python::test(root, &["numpy", "transformers"], false).map(|said| println!("{said}")),
+    },
     Stage { name: "sanitizer", run: sanitizer },
     Stage { name: "docs", run: |root| cargo(root, "doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")]) },
     Stage { name: "macos", run: macos },
