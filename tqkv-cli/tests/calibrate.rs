@@ -54,7 +54,7 @@ fn saved_caches_belong_to_their_calibration() {
     // The codec, sinks and all, is that of the file.
     let next = json(&[&common[..], &["--load", saved, "--calibration", calibration]].concat());
     assert_eq!(next[0]["codec"], "k4v4+s1f16+r8k8v8");
-    fails(&[&common[..], &["--load", saved]].concat(), &["layer 0"]);
+    fails(&[&common[..], &["--load", saved]].concat(), &["channels of layer 0"]);
 }
 
 #[test]
