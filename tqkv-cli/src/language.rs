@@ -131,9 +131,9 @@ impl Language {
 
     /// What such a cache is.
     pub fn cache_config(&self, codec: Choice, tokens: usize) -> Result<CacheConfig> {
+        let step = GenerateOptions::default().chunk;
         // There is one sequence.
-        let config =
-            self.model.config().cache_config_for(1, tokens, GenerateOptions::default().chunk).sink_sequences(1);
+        let config = self.model.config().cache_config_for(1, tokens, step).sink_sequences(1);
         let plan = self.calibration.as_ref().and_then(Calibration::plan);
         let config = match (codec, plan) {
             (Choice::Codec(codec), _) => config.cache_codec(codec),

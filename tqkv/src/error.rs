@@ -145,6 +145,9 @@ pub enum Error {
         /// The argument that is written.
         what: &'static str,
     },
+    /// A batch has been updated, and this is a clone of what it was.
+    #[error("this clone of a batch was made before the batch was updated: expected the updated one")]
+    OutdatedBatch,
     /// Another thread is using the buffer's memory at this moment.
     #[error("a buffer is in use by another thread: expected calls that share a written buffer to be ordered")]
     BufferBusy,

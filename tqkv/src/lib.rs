@@ -7,7 +7,7 @@
 //! | [`compute`] | [`Device`], [`Buffer`], [`CommandEncoder`], [`KernelRegistry`](compute::KernelRegistry): memory and submission |
 //! | [`ops`] | the operations: rotate, quantize, dequantize, attention, merge |
 //! | [`cache`] | [`KvCache`]: sequences that append, attend, truncate, fork, save, load |
-//! | [`mlx`] | mlx-native's names and argument order over `ops`, so that its callers can move |
+//! | `mlx` (feature `mlx`, on by default) | mlx-native's names and argument order over `ops`, so that its callers can move |
 
 #![deny(missing_docs)]
 
@@ -16,6 +16,7 @@ pub mod cache;
 pub mod compute;
 mod error;
 pub mod format;
+#[cfg(feature = "mlx")]
 pub mod mlx;
 mod open;
 pub mod ops;
@@ -37,6 +38,7 @@ pub use wgpu;
 mod guides {
     #[doc = include_str!("../../README.md")]
     struct Readme;
+    #[cfg(feature = "mlx")]
     #[doc = include_str!("../../docs/from-mlx-native.md")]
     struct FromMlxNative;
     #[doc = include_str!("../../docs/format.md")]

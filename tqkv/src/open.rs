@@ -21,7 +21,8 @@ impl Device {
     }
 
     /// The fastest device found: CUDA, then a GPU through wgpu (no software rasteriser), else the CPU. Why a faster kind was
-    /// passed over is said once, by `tracing` at level `info`.
+    /// passed over is said once, by `tracing`: at level `warn` if there is a GPU that does not open, at level `info` if there is
+    /// none.
     pub fn best() -> Self {
         static BEST: OnceLock<Device> = OnceLock::new();
         BEST.get_or_init(Device::find_best).clone()
@@ -29,14 +30,19 @@ impl Device {
 
     fn find_best() -> Self {
         #[cfg(feature = "cuda")]
-        match Device::open("cuda") {
-            Ok(device) => return device,
-            Err(reason) => tracing::info!("no CUDA device is taken: {reason}"),
+        match backend::cuda::count() {
+            Ok(0) => tracing::info!("CUDA is passed over: the driver finds no GPU"),
+            Ok(_) => match Device::open("cuda") {
+                Ok(device) => return device,
+                Err(reason) => tracing::warn!("CUDA is passed over: {reason}"),
+            },
+            Err(reason) => tracing::info!("CUDA is passed over: {reason}"),
         }
         #[cfg(feature = "wgpu")]
         match backend::wgpu::best() {
-            Some(gpu) => return Device::from_driver(Box::new(gpu)),
-            None => tracing::info!("no GPU is taken through wgpu: none is found that is no software rasteriser"),
+            Ok(Some(gpu)) => return Device::from_driver(Box::new(gpu)),
+            Ok(None) => tracing::info!("wgpu is passed over: it finds no GPU but software rasterisers"),
+            Err(reason) => tracing::warn!("wgpu is passed over: {reason}"),
         }
         Device::cpu()
     }
@@ -98,5 +104,40 @@ impl Device {
         #[cfg(feature = "wgpu")]
         devices.extend(backend::wgpu::list());
         devices
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::DeviceKind;
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// On a machine with a GPU that opens, fewer kinds are passed over.
+    #[test]
+    fn the_best_device_says_what_it_passed_over() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        let best = tracing::subscriber::with_default(subscriber, Device::find_best).info();
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let expected = cfg!(feature = "cuda") && best.kind != DeviceKind::Cuda;
+        assert_eq!(text.contains("CUDA is passed over: "), expected, "{best}\n{text}");
+        let expected = cfg!(feature = "wgpu") && best.kind == DeviceKind::Cpu;
+        assert_eq!(text.contains("wgpu is passed over: "), expected, "{best}\n{text}");
+        assert!(best.is_gpu || best.kind == DeviceKind::Cpu, "{best}");
     }
 }

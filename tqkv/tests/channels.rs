@@ -226,7 +226,7 @@ fn attend(device: &Device, rng: &mut Rng, codec: Codec, d: usize, o: Options, na
             }
             let own = len - new + i;
             let start = o.window.map_or(0, |w| (own + 1).saturating_sub(w));
-            for head in 0..heads {
+            for (head, &sink) in sinks.iter().enumerate() {
                 let keys: Vec<_> = (start..=own).map(|p| rows(&keys, head / o.group, p)).collect();
                 let values: Vec<_> = (start..=own).map(|p| rows(&values, head / o.group, p)).collect();
                 let r = token * heads + head;
@@ -234,7 +234,7 @@ fn attend(device: &Device, rng: &mut Rng, codec: Codec, d: usize, o: Options, na
                     q: &q[r * d..][..d],
                     scale: params.scale as f64,
                     softcap: o.softcap.map(f64::from),
-                    sink: o.sinks.then_some(sinks[head] as f64),
+                    sink: o.sinks.then_some(sink as f64),
                 };
                 let (keys, values): (Vec<&[f32]>, Vec<&[f32]>) =
                     (keys.iter().map(|k| &k[..]).collect(), values.iter().map(|v| &v[..]).collect());

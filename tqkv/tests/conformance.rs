@@ -5,12 +5,13 @@
 mod support;
 
 use std::collections::HashMap;
+use support::pools::*;
 use support::*;
 use tqkv::cache::{LayerKind, Sinks};
 use tqkv::compute::DeviceKind;
 use tqkv::format::{MAX_HEAD_DIM, RowFormat};
 use tqkv::ops::*;
-use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, KvCache, reference};
+use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, KvCache, reference};
 
 const HEAD_DIMS: [usize; 10] = [64, 80, 96, 112, 128, 192, 256, 512, 576, MAX_HEAD_DIM];
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -72,9 +73,9 @@ impl Filled {
                 reference::dequantize(&row, &codes[i * row.row_bytes()..][..row.row_bytes()], &scales[i * spr..][..spr])
             })
             .collect();
-        let codes = device.upload(&codes, &[pages, kv_heads, page_size, row.row_bytes()]).unwrap();
-        let scales = (spr > 0).then(|| upload(device, row.scale_dtype(), &scales, &[pages, kv_heads, page_size, spr]));
-        Filled { pool: PagePool::from_buffers(row, &codes, scales.as_ref()).unwrap(), rows }
+        let pool = new_pool(device, row, kv_heads, page_size, pages).unwrap();
+        write_pool(&pool, &codes, &scales);
+        Filled { pool, rows }
     }
 
     fn row(&self, page: usize, head: usize, slot: usize) -> &[f32] {
@@ -194,15 +195,15 @@ fn quantize_writes_the_codes(device: &Device) {
 
             // Two pools, as K and V; garbage that must stay where nothing is written.
             let filled = [0, 1].map(|_| Filled::new(device, &mut rng, row, kv_heads, layout.page_size, layout.pages));
-            let before = filled.each_ref().map(|f| f.pool.codes().read::<u8>().unwrap());
+            let before = filled.each_ref().map(|f| pool_codes(&f.pool));
             let input = upload(device, dtype, &x, &[layout.tokens(), kv_heads, d]);
             let flipped: Vec<f32> = x.iter().map(|x| -x).collect();
             let second = upload(device, dtype, &flipped, &[layout.tokens(), kv_heads, d]);
             run(device, |e| quantize(e, &[(&input, &filled[0].pool), (&second, &filled[1].pool)], &batch));
 
             for (side, (filled, x)) in filled.iter().zip([&x, &flipped]).enumerate() {
-                let codes = filled.pool.codes().read::<u8>().unwrap();
-                let scales = filled.pool.scales().map_or(vec![], download);
+                let codes = pool_codes(&filled.pool);
+                let scales = pool_scales(&filled.pool);
                 let mut written = HashMap::new();
                 let mut token = 0;
                 for (s, (_, len, new, _)) in layout.spans.iter().enumerate() {
@@ -243,30 +244,17 @@ fn quantize_writes_the_codes(device: &Device) {
                     }
                 }
             }
-            // The CPU's bytes are the definition; CUDA must give the same.
-            if device.info().kind == DeviceKind::Cuda {
+            // The bytes of the CPU's own pools are the definition; CUDA and foreign pools must give the same.
+            if device.info().kind == DeviceKind::Cuda || are_foreign() {
                 let cpu = Device::cpu();
                 let pool = PagePool::new(&cpu, row, kv_heads, layout.page_size, layout.pages).unwrap();
-                pool.codes().write_bytes(&before[0]).unwrap();
-                if let Some(scales) = pool.scales() {
-                    let mut bytes = vec![0; scales.bytes()];
-                    filled[0].pool.scales().unwrap().read_bytes(&mut bytes).unwrap();
-                    scales.write_bytes(&bytes).unwrap();
-                }
+                let scales = pool_scales(&filled[0].pool);
+                write_pool(&pool, &before[0], &scales);
                 let input = upload(&cpu, dtype, &x, &[layout.tokens(), kv_heads, d]);
                 run(&cpu, |e| quantize(e, &[(&input, &pool)], &layout.batch(&cpu)));
-                for (a, b) in
-                    [(Some(pool.codes()), Some(filled[0].pool.codes())), (pool.scales(), filled[0].pool.scales())]
-                {
-                    let bytes = |b: Option<&Buffer>| {
-                        b.map(|b| {
-                            let mut bytes = vec![0; b.bytes()];
-                            b.read_bytes(&mut bytes).unwrap();
-                            bytes
-                        })
-                    };
-                    assert!(bytes(a) == bytes(b), "{codec} D={d} {dtype}: bytes differ from the CPU's");
-                }
+                let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                let same = pool_codes(&pool) == pool_codes(&filled[0].pool) && bits(pool_scales(&pool)) == bits(scales);
+                assert!(same, "{codec} D={d} {dtype}: bytes differ from the CPU's");
             }
         }
     }
@@ -282,11 +270,11 @@ fn codes_are_the_cpus(device: &Device) {
         let row = RowFormat::new(codec, d).unwrap();
         let x = Rng(9).normals(tokens * kv_heads * d);
         let bytes = [device, &cpu].map(|device| {
-            let pool = PagePool::new(device, row, kv_heads, tokens, 1).unwrap();
+            let pool = new_pool(device, row, kv_heads, tokens, 1).unwrap();
             let batch = Batch::contiguous(device, tokens, 0, tokens, tokens).unwrap();
             let x = device.upload(&x, &[tokens, kv_heads, d]).unwrap();
             run(device, |e| quantize(e, &[(&x, &pool)], &batch));
-            pool.codes().read::<u8>().unwrap()
+            pool_codes(&pool)
         });
         for (a, b) in bytes[0].chunks(row.row_bytes()).zip(bytes[1].chunks(row.row_bytes())) {
             elements += d;
@@ -307,7 +295,7 @@ fn vectors_that_are_not_finite_decode_to_nan(device: &Device) {
             x[5] = f32::NAN;
             x[d + 7] = f32::INFINITY;
             x[2 * d + 9] = f32::NEG_INFINITY;
-            let pool = PagePool::new(device, row, 1, 8, 1).unwrap();
+            let pool = new_pool(device, row, 1, 8, 1).unwrap();
             let batch = Batch::contiguous(device, 8, 0, 4, 4).unwrap();
             let input = device.upload(&x, &[4, 1, d]).unwrap();
             let out = Guarded::new(device, DType::F32, &[4, 1, d]);
@@ -334,10 +322,10 @@ fn infinite_scales_decode_to_what_is_not_finite(device: &Device) {
         x.resize(2 * d, 1e6);
         x.extend(Rng(4).normals(d).iter().map(|x| x * 1e6));
         x.extend(Rng(5).normals(d));
-        let pool = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let pool = new_pool(device, row, 1, 8, 1).unwrap();
         let batch = Batch::contiguous(device, 8, 0, 4, 4).unwrap();
         let input = device.upload(&x, &[4, 1, d]).unwrap();
-        let usual = PagePool::new(device, row, 1, 8, 1).unwrap();
+        let usual = new_pool(device, row, 1, 8, 1).unwrap();
         let q = device.upload(&Rng(6).normals(4 * d), &[4, 1, d]).unwrap();
         let [rotated, original, out] = [0; 3].map(|_| Guarded::new(device, DType::F32, &[4, 1, d]));
         let params = AttentionParams { window: Some(1), ..AttentionParams::for_head_dim(d) };
@@ -348,7 +336,7 @@ fn infinite_scales_decode_to_what_is_not_finite(device: &Device) {
             // Each query sees its own position.
             attention(e, &q, &usual, &pool, &batch, &params, &out.buffer, None)
         });
-        let (codes, rotated) = (pool.codes().read::<u8>().unwrap(), rotated.take());
+        let (codes, rotated) = (pool_codes(&pool), rotated.take());
         for (i, x) in rotated[..3 * d].iter().enumerate() {
             let code = row.get_code(&codes[i / d * row.row_bytes()..][..row.row_bytes()], i % d);
             assert_eq!(*x, row.codebook().unwrap().levels[code as usize] * f32::INFINITY, "{codec} D={d} element {i}");
@@ -694,7 +682,7 @@ fn what_is_not_a_number_stays_so(device: &Device) {
         let (key, value) = (vectors(bad_key, len * kv_heads), vectors(bad_value, len * kv_heads));
         let q = upload(device, dtype, &vectors(bad_query, new * heads), &[new, heads, d]);
         let pools = [(&key, 0), (&value, 1)].map(|(x, _)| {
-            let pool = PagePool::new(device, row, kv_heads, 64, 1).unwrap();
+            let pool = new_pool(device, row, kv_heads, 64, 1).unwrap();
             let x = device.upload(x, &[len, kv_heads, d]).unwrap();
             run(device, |e| quantize(e, &[(&x, &pool)], &Batch::contiguous(device, 64, 0, len, len).unwrap()));
             pool
@@ -753,7 +741,7 @@ fn queries_of_any_size(device: &Device) {
         let mut rng = Rng(9);
         let k: Vec<f32> = rng.normals(len * d).iter().map(|x| x * k_size).collect();
         let pools = [k, rng.normals(len * d)].map(|x| {
-            let pool = PagePool::new(device, row, 1, len, 1).unwrap();
+            let pool = new_pool(device, row, 1, len, 1).unwrap();
             let x = device.upload(&x, &[len, 1, d]).unwrap();
             run(device, |e| quantize(e, &[(&x, &pool)], &Batch::contiguous(device, len, 0, len, len).unwrap()));
             pool
@@ -894,7 +882,7 @@ fn large_scores_share_the_weight(device: &Device) {
         let row = RowFormat::new(codec, d).unwrap();
         let values = rng.normals(most * d);
         let pools = [vec![size; most * d], values].map(|x| {
-            let pool = PagePool::new(device, row, 1, 16, 5).unwrap();
+            let pool = new_pool(device, row, 1, 16, 5).unwrap();
             let x = device.upload(&x, &[most, 1, d]).unwrap();
             let span = Span { first: 0, len: most, new: most, pages: &[3, 0, 4, 1, 2] };
             run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, 16, std::slice::from_ref(&span)).unwrap()));
@@ -953,9 +941,8 @@ fn large_scores_are_told_apart(device: &Device) {
         }
         let scale = rounded(row.scale_dtype(), size);
         let decoded: Vec<_> = codes.chunks(row.row_bytes()).map(|c| reference::dequantize(&row, c, &[scale])).collect();
-        let scales = upload(device, row.scale_dtype(), &vec![scale; n], &[1, 1, n, 1]);
-        let codes = device.upload(&codes, &[1, 1, n, row.row_bytes()]).unwrap();
-        let key = PagePool::from_buffers(row, &codes, Some(&scales)).unwrap();
+        let key = new_pool(device, row, 1, n, 1).unwrap();
+        write_pool(&key, &codes, &vec![scale; n]);
         let value = Filled::new(device, &mut rng, RowFormat::new(Codec::tq(4), d).unwrap(), 1, n, 1);
         let keys: Vec<_> = decoded.iter().map(Vec::as_slice).collect();
         let values: Vec<_> = (0..n).map(|p| value.row(0, 0, p)).collect();
@@ -994,23 +981,19 @@ fn what_is_not_seen_does_not_matter(device: &Device) {
         for (window, new) in [(Some(7), 1), (Some(33), 4), (None, 1)] {
             let mut results = vec![];
             for bad in [0u8, 0xff] {
-                let pool = PagePool::new(device, row, kv_heads, page_size, 11).unwrap();
+                let pool = new_pool(device, row, kv_heads, page_size, 11).unwrap();
                 let span = |first, new| [Span { first, len, new, pages: &pages }];
                 run(device, |e| quantize(e, &[(&x, &pool)], &Batch::new(device, page_size, &span(0, len)).unwrap()));
                 // All bits set is a NaN of every type.
                 let seen = window.map_or(20, |w| len - new + 1 - w);
-                for buffer in [Some(pool.codes()), pool.scales()].into_iter().flatten() {
-                    let mut bytes = vec![0; buffer.bytes()];
-                    buffer.read_bytes(&mut bytes).unwrap();
-                    let each = bytes.len() / (11 * kv_heads * page_size);
-                    for (i, row) in bytes.chunks_mut(each).enumerate() {
+                for part in [Part::Codes, Part::Scales] {
+                    edit_rows(&pool, part, |i, row| {
                         let (page, slot) = (i / (kv_heads * page_size), i % page_size);
                         let position = pages.iter().position(|&p| p as usize == page).map(|p| p * page_size + slot);
                         if position.is_none_or(|p| p < seen || p >= len) {
                             row.fill(bad);
                         }
-                    }
-                    buffer.write_bytes(&bytes).unwrap();
+                    });
                 }
                 let first = if window.is_none() { seen } else { 0 };
                 let batch = Batch::new(device, page_size, &span(first, new)).unwrap();
@@ -1167,13 +1150,12 @@ impl Odd {
         let (d, kv_heads, pages) = (row.head_dim(), ODD_HEADS.0, [2, 0, 1]);
         let span = |new| Span { first: 0, len: ODD_LEN, new, pages: &pages };
         let all = Batch::new(device, 16, &[span(ODD_LEN)]).unwrap();
-        let [key, value] = [0, 1].map(|_| PagePool::new(device, row, kv_heads, 16, 3).unwrap());
+        let [key, value] = [0, 1].map(|_| new_pool(device, row, kv_heads, 16, 3).unwrap());
         let [k, v] = [0, 1].map(|_| rng.normals(ODD_LEN * kv_heads * d));
         let [x, y] = [&k, &v].map(|x| device.upload(x, &[ODD_LEN, kv_heads, d]).unwrap());
         run(device, |e| quantize(e, &[(&x, &key), (&y, &value)], &all));
         let stored = |pool: &PagePool, x: &[f32]| -> Vec<Vec<Vec<f32>>> {
-            let codes = pool.codes().read::<u8>().unwrap();
-            let scales = pool.scales().map(download).unwrap_or_default();
+            let (codes, scales) = (pool_codes(pool), pool_scales(pool));
             let (mut error, mut norm) = (0.0, 0.0);
             let rows = (0..kv_heads).map(|head| {
                 let row_at = |p: usize| {
@@ -1280,6 +1262,37 @@ macro_rules! suite {
 }
 
 suite!(cpu, wgpu, cuda);
+
+/// On the CPU, with pools in memory that is borrowed, of strides that are not tqkv's.
+mod cpu_foreign {
+    macro_rules! tests {
+        ($($test:ident),*) => { $(
+            #[test]
+            fn $test() {
+                super::use_foreign_pools();
+                super::on("cpu", super::$test);
+            }
+        )* };
+    }
+    tests!(
+        quantize_writes_the_codes,
+        codes_are_the_cpus,
+        vectors_that_are_not_finite_decode_to_nan,
+        infinite_scales_decode_to_what_is_not_finite,
+        dequantize_is_bit_exact,
+        attention_of_every_codec,
+        attention_of_every_shape,
+        attention_with_every_option,
+        queries_of_any_size,
+        what_is_not_a_number_stays_so,
+        what_is_not_seen_does_not_matter,
+        large_scores_share_the_weight,
+        large_scores_are_told_apart,
+        merged_parts_equal_the_whole,
+        a_batch_equals_its_sequences,
+        head_dims_that_are_no_multiple_of_16
+    );
+}
 
 /// The kernels that use subgroups, on a device that has none.
 #[cfg(feature = "wgpu")]

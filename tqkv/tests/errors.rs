@@ -229,6 +229,122 @@ fn pools() {
 }
 
 #[test]
+fn strided_pools() {
+    let device = Device::cpu();
+    let (row, bytes) = (row(), row().bytes());
+    let memory = device.zeros(DType::U8, &[3 * 16 * bytes]).unwrap();
+    let dense = Strides::dense(2, 8, bytes);
+    let from = |at: usize| memory.slice(at..memory.len()).unwrap();
+    fn pool(row: RowFormat, codes: (&Buffer, Strides), scales: Option<(&Buffer, Strides)>) -> tqkv::Result<PagePool> {
+        PagePool::strided(row, [3, 2, 8], codes, scales)
+    }
+    let (codes, scales) = (from(0), from(32));
+    fn fails(want: Error, codes: (&Buffer, Strides), scales: Option<(&Buffer, Strides)>) {
+        assert_eq!(pool(self::row(), codes, scales).map(|_| ()), Err(want));
+    }
+    let beside = pool(row, (&codes, dense), Some((&scales, dense))).unwrap();
+    assert_eq!(
+        (beside.bytes(), beside.codes().bytes(), beside.strides()),
+        (48 * bytes, 48 * bytes - 2, (dense, dense))
+    );
+
+    let overlap = |got, least| {
+        mismatch("stride of codes", got, &format!("at least {least}, as what it steps over takes so many bytes"))
+    };
+    fails(overlap(31, 32), (&codes, Strides { row: 31, ..dense }), Some((&scales, dense)));
+    fails(overlap(263, 270), (&codes, Strides { head: 263, ..dense }), Some((&scales, dense)));
+    fails(overlap(0, 32), (&codes, Strides::default()), Some((&scales, dense)));
+    let far = Strides { page: usize::MAX / 2, ..dense };
+    fails(overflow("stride of codes", "isize"), (&codes, far), Some((&scales, dense)));
+    let small = |what, got, expected| Error::TooSmall { what, got, expected };
+    let short = memory.slice(0..48 * bytes - 3).unwrap();
+    fails(small("codes", 48 * bytes - 3, 48 * bytes - 2), (&short, dense), Some((&scales, dense)));
+    let late = from(33);
+    fails(small("scales", 48 * bytes - 33, 48 * bytes - 32), (&codes, dense), Some((&late, dense)));
+    fails(Error::Aliased { what: "scales" }, (&codes, dense), Some((&from(30), dense)));
+    fails(shape("scales", &[], "[3, 2, 8, 1]"), (&codes, dense), None);
+    // f16 scales at an odd byte, or an odd number of bytes apart.
+    let odd = Strides::dense(2, 8, 33);
+    let want = mismatch("stride of scales", 33, "a multiple of 2, so that floats are aligned");
+    let other = device.zeros(DType::U8, &[48 * 33]).unwrap();
+    fails(want, (&codes, dense), Some((&other, odd)));
+    let want = mismatch("byte offset of scales", 1, "a multiple of 2, so that floats are aligned");
+    fails(want, (&codes, dense), Some((&other.slice(1..97).unwrap(), Strides::dense(2, 8, 2))));
+    let elsewhere = Device::cpu_with_threads(1).unwrap().zeros(DType::U8, &[48 * bytes]).unwrap();
+    let want =
+        Error::WrongDevice { what: "scales", got: "another device (cpu)".to_owned(), expected: "cpu".to_owned() };
+    fails(want, (&codes, dense), Some((&elsewhere, dense)));
+    let f16 = RowFormat::new(Codec::F16, 16).unwrap();
+    let none = shape("scales", scales.shape(), "none: dense floats have no scales");
+    assert_eq!(pool(f16, (&codes, dense), Some((&scales, dense))).map(|_| ()), Err(none));
+    let want = mismatch("stride of codes", 33, "a multiple of 2, so that floats are aligned");
+    assert_eq!(pool(f16, (&codes, odd), None).map(|_| ()), Err(want));
+
+    // Two pools may lie between each other, but no row within another.
+    let twice = Strides { row: 2 * bytes, head: 16 * bytes, page: 32 * bytes };
+    let memory = device.zeros(DType::U8, &[3 * 32 * bytes]).unwrap();
+    let side = |at: usize| {
+        let from = |at| memory.slice(at..memory.len()).unwrap();
+        pool(row, (&from(at), twice), Some((&from(at + 32), twice))).unwrap()
+    };
+    let (key, value, shifted) = (side(0), side(bytes), side(2));
+    assert!(!key.overlaps(&value) && key.overlaps(&shifted) && value.overlaps(&shifted) && key.overlaps(&key));
+    let x = device.upload(&[1f32; 2 * D], &[1, 2, D]).unwrap();
+    let batch = Batch::contiguous(&device, 8, 0, 1, 1).unwrap();
+    let mut encoder = device.encoder().unwrap();
+    quantize(&mut encoder, &[(&x, &key), (&x, &value)], &batch).unwrap();
+    let aliased = Err(Error::Aliased { what: "pool" });
+    assert_eq!(quantize(&mut encoder, &[(&x, &key), (&x, &shifted)], &batch), aliased);
+    encoder.submit_and_wait().unwrap();
+}
+
+#[test]
+fn strides_on_gpus() {
+    for device in ["wgpu", "cuda"].into_iter().filter_map(device) {
+        let (row, bytes) = (row(), row().bytes());
+        let memory = device.zeros(DType::U8, &[48 * bytes]).unwrap();
+        let strides = Strides::dense(2, 8, bytes);
+        let apart = device.zeros(DType::F16, &[48]).unwrap();
+        let beside = (&apart, Strides::dense(2, 8, 2));
+        let what = format!("read a pool of {:?}, only one without gaps", (strides, beside.1));
+        let want = Error::Unsupported { device: device.to_string(), what };
+        assert_eq!(PagePool::strided(row, [3, 2, 8], (&memory, strides), Some(beside)).map(|_| ()), Err(want));
+        let pool = PagePool::strided(row, [3, 2, 8], (&memory, Strides::dense(2, 8, 32)), Some(beside)).unwrap();
+        assert_eq!((pool.codes().shape(), pool.scales().unwrap().shape()), (&[3, 2, 8, 32][..], &[3, 2, 8, 1][..]));
+        // SAFETY: refused before it is looked at.
+        let borrowed = unsafe { Buffer::from_host_ptr(&device, 64 as *mut u8, DType::F32, &[2], Box::new(())) };
+        let what = "wrap memory of the host".to_owned();
+        assert_eq!(borrowed.map(|_| ()), Err(Error::Unsupported { device: device.to_string(), what }));
+    }
+}
+
+#[test]
+fn borrowed_memory() {
+    let device = Device::cpu();
+    let mut own = [0f32; 8];
+    let start = own.as_mut_ptr().cast::<u8>();
+    // SAFETY: within `own`, which nobody else touches below.
+    let borrow =
+        |at: *mut u8, shape: &[usize]| unsafe { Buffer::from_host_ptr(&device, at, DType::F32, shape, Box::new(())) };
+    let address = |got| mismatch("address of host memory", got, "not null and a multiple of 4");
+    assert_eq!(borrow(std::ptr::null_mut(), &[2]).map(|_| ()), Err(address(0)));
+    let odd = start.wrapping_add(2);
+    assert_eq!(borrow(odd, &[2]).map(|_| ()), Err(address(odd.addr())));
+    assert_eq!(borrow(start, &[usize::MAX, 2]).map(|_| ()), Err(overflow("buffer size", "isize")));
+
+    // Two views of one memory that know nothing of each other.
+    let (all, half) = (borrow(start, &[8]).unwrap(), borrow(start.wrapping_add(16), &[4]).unwrap());
+    assert!(all.overlaps(&half) && !all.shares_memory(&half) && !all.slice(0..4).unwrap().overlaps(&half));
+    let mut encoder = device.encoder().unwrap();
+    assert_eq!(copy(&mut encoder, &all.slice(1..5).unwrap(), &half), Err(Error::Aliased { what: "to" }));
+    all.slice(0..4).unwrap().write(&[1f32, 2.0, 3.0, 4.0]).unwrap();
+    copy(&mut encoder, &all.slice(0..4).unwrap(), &half).unwrap();
+    encoder.submit_and_wait().unwrap();
+    drop((all, half));
+    assert_eq!(own, [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0]);
+}
+
+#[test]
 fn batches() {
     let device = Device::cpu();
     let new = |page_size, spans: &[Span]| Batch::new(&device, page_size, spans).map(|_| ());
@@ -318,9 +434,14 @@ fn quantizing() {
     let scales = memory.slice(0..2).unwrap().reshape(&[1, 1, 2, 1]).unwrap();
     let codes = s.device.zeros(DType::U8, &[1, 1, 2, 4]).unwrap();
     let pool = PagePool::from_buffers(RowFormat::new(Codec::tq(2), 16).unwrap(), &codes, Some(&scales)).unwrap();
-    let x = memory.slice(16..32).unwrap().reshape(&[1, 1, 16]).unwrap();
+    let x = memory.slice(1..17).unwrap().reshape(&[1, 1, 16]).unwrap();
     let one = Batch::contiguous(&s.device, 2, 0, 1, 1).unwrap();
     s.fails(aliased, |e| quantize(e, &[(&x, &pool)], &one));
+    // Beside them it may lie.
+    let x = memory.slice(16..32).unwrap().reshape(&[1, 1, 16]).unwrap();
+    let mut encoder = s.device.encoder().unwrap();
+    quantize(&mut encoder, &[(&x, &pool)], &one).unwrap();
+    encoder.submit_and_wait().unwrap();
 }
 
 #[test]
@@ -363,7 +484,7 @@ fn dequantizing() {
     )
     .unwrap();
     let two = Batch::contiguous(&s.device, 2, 0, 2, 0).unwrap();
-    let inside = scales.slice(16..32).unwrap().reshape(&[1, 1, 16]).unwrap();
+    let inside = scales.slice(1..17).unwrap().reshape(&[1, 1, 16]).unwrap();
     s.fails(Error::Aliased { what: "out" }, |e| dequantize(e, &small, &two, 0, 0, domain, order, &inside));
     assert!(out.read::<f32>().unwrap().iter().all(|&x| x == 0.0));
 }
@@ -715,7 +836,7 @@ fn sinks() {
     attend(0, &q, &out, &s.zeros(&[6]), &params, shape("lse", &[6], "[6, 4]"));
     attend(0, &q, &q, &lse, &params, Error::Aliased { what: "out" });
     let whole = s.zeros(&[7, HEADS, D]);
-    let (view, inside) = (whole.slice(0..6).unwrap(), whole.slice(6..7).unwrap().reshape(&[256]).unwrap());
+    let (view, inside) = (whole.slice(0..6).unwrap(), whole.slice(5..6).unwrap().reshape(&[256]).unwrap());
     let inside = inside.slice(0..24).unwrap().reshape(&[6, HEADS]).unwrap();
     attend(0, &q, &view, &inside, &params, Error::Aliased { what: "lse" });
     let zero_window = AttentionParams { window: Some(0), ..params.clone() };

@@ -1,8 +1,10 @@
 //! Maintenance commands of the workspace: `cargo xtask <command>`.
 
+mod ci;
 mod codebooks;
 mod codec_files;
 mod layers;
+mod sizes;
 mod sources;
 mod stage;
 
@@ -12,33 +14,18 @@ use std::path::Path;
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace");
     let args: Vec<String> = std::env::args().skip(1).collect();
-    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["codebooks"] => {
-            let path = root.join("tqkv/src/format/scalar/native.rs");
-            std::fs::write(&path, codebooks::source())?;
-            println!("wrote {}", path.display());
-            Ok(())
-        }
-        ["codebooks", "--check"] => {
-            let path = root.join("tqkv/src/format/scalar/native.rs");
-            if std::fs::read_to_string(&path)? != codebooks::source() {
-                bail!("{} is not what `cargo xtask codebooks` writes", path.display());
-            }
-            println!("{} is up to date", path.display());
-            Ok(())
-        }
-        ["layers"] => {
-            println!("{}", layers::check(root)?);
-            Ok(())
-        }
-        ["codec-files"] => {
-            println!("{}", codec_files::check(root)?);
-            Ok(())
-        }
+    let said = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["ci", ref stages @ ..] => ci::run(root, stages)?,
+        ["codebooks"] => codebooks::write(root)?,
+        ["codebooks", "--check"] => codebooks::check(root)?,
+        ["codec-files"] => codec_files::check(root)?,
+        ["layers"] => layers::check(root)?,
+        ["sizes"] => sizes::check(root)?,
         ["stage", name] => {
-            println!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display());
-            Ok(())
+            format!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display())
         }
-        _ => bail!("commands: codebooks [--check], codec-files, layers, stage NAME"),
-    }
+        _ => bail!("commands: ci [STAGE ...], codebooks [--check], codec-files, layers, sizes, stage NAME"),
+    };
+    println!("{said}");
+    Ok(())
 }

@@ -258,7 +258,7 @@ mod tests {
         assert!(matches!(error(&made(&fewer, |_| ())), CalibrationError::UnexpectedTensor { layers: 1, .. }));
         let missing = error(&made(ABOUT_TWO, |t| drop(t.remove("layers.1.scale"))));
         assert_eq!(missing.to_string(), "tensor layers.1.scale is missing, expected 2 layers");
-        let mut change = |name: &str, value: (Dtype, Vec<usize>, Vec<u8>)| {
+        let change = |name: &str, value: (Dtype, Vec<usize>, Vec<u8>)| {
             error(&made(ABOUT_TWO, |t| drop(t.insert(name.into(), value)))).to_string()
         };
         let words = change("layers.0.shift", (Dtype::F16, vec![1, 4], vec![0; 8]));

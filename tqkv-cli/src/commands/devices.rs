@@ -13,12 +13,7 @@ impl Devices {
     pub fn run(self) -> Result<ExitCode> {
         for device in Device::list() {
             match device {
-                Ok(info) => {
-                    output::print(&format!("{}: {}\n", info.id, info.name))?;
-                    for (name, value) in info.details {
-                        output::print(&format!("    {name}: {value}\n"))?;
-                    }
-                }
+                Ok(info) => output::print(&format!("{info}\n"))?,
                 Err(error) => output::print(&format!("{error}\n"))?,
             }
         }

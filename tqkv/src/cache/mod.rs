@@ -12,6 +12,7 @@
 //! | `plan` | where the positions of a step are written, and what its queries read |
 //! | `append`, `attend`, `decode` | one layer's positions in and out |
 //! | `step` | all layers of a model step, as one thing |
+//! | `replay` | a step recorded once, for any number of tokens |
 //! | `usage` | how full a cache is |
 //! | `snapshot` | caches in files |
 //! | `prefix_store` | prefixes in an object store |
@@ -26,6 +27,7 @@ mod pages;
 mod plan;
 #[cfg(feature = "prefix-store")]
 mod prefix_store;
+mod replay;
 mod reserve;
 mod sequences;
 mod snapshot;
@@ -38,6 +40,7 @@ pub use config::{CacheConfig, Heads};
 pub use extent::{LayerKind, RECENT_SLACK, Recent, Sinks};
 #[cfg(feature = "prefix-store")]
 pub use prefix_store::{FoundPrefix, PrefixStore, Prompt, StoredPrefix};
+pub use replay::Replay;
 pub use snapshot::{
     ExtentGeometry, Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot,
 };

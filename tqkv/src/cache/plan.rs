@@ -35,6 +35,7 @@ pub(super) struct Read {
 }
 
 /// What hides positions of an extent from a query.
+#[derive(PartialEq)]
 enum Mask {
     /// What the caller says, and so many newest positions at most: the layer's window, or the newest that are stored apart.
     Window(Option<usize>),
@@ -44,6 +45,35 @@ enum Mask {
     NoWindow,
     /// Nothing: all of them come before it.
     Nothing,
+}
+
+impl Write {
+    fn is_like(&self, other: &Write) -> bool {
+        self.extent == other.extent && self.tokens == other.tokens
+    }
+}
+
+impl Run {
+    fn is_like(&self, other: &Run) -> bool {
+        let alike = |(a, b): (&Read, &Read)| a.extent == b.extent && a.mask == b.mask;
+        self.queries == other.queries && pairs(&self.reads, &other.reads).is_some_and(|mut reads| reads.all(alike))
+    }
+}
+
+fn pairs<'a, T>(a: &'a [T], b: &'a [T]) -> Option<impl Iterator<Item = (&'a T, &'a T)>> {
+    (a.len() == b.len()).then(|| a.iter().zip(b))
+}
+
+/// The batches of two lists of writes, pair by pair, if they differ in nothing else.
+pub(super) fn like_writes<'a>(a: &'a [Write], b: &'a [Write]) -> Option<Vec<(&'a Batch, &'a Batch)>> {
+    pairs(a, b)?.map(|(a, b)| a.is_like(b).then_some((&a.batch, &b.batch))).collect()
+}
+
+/// The batches of two lists of reads, pair by pair, if they differ in nothing else.
+pub(super) fn like_reads<'a>(a: &'a [Run], b: &'a [Run]) -> Option<Vec<(&'a Batch, &'a Batch)>> {
+    let alike = pairs(a, b)?.map(|(a, b)| a.is_like(b).then(|| a.reads.iter().zip(&b.reads)));
+    let runs: Vec<_> = alike.collect::<Option<_>>()?;
+    Some(runs.into_iter().flatten().map(|(a, b)| (&a.batch, &b.batch)).collect())
 }
 
 impl Read {
@@ -251,7 +281,7 @@ impl KvCache {
     /// left out, unless they are new.
     pub(super) fn batch(&mut self, group: usize, first: usize, spans: &[NewPositions]) -> Result<Batch> {
         let key = (group, first, spans.to_vec(), self.version);
-        if let Some((_, batch)) = self.batches.iter().find(|(last, _)| *last == key) {
+        if let Some((_, batch)) = self.batches.iter().find(|(last, batch)| *last == key && batch.is_current()) {
             return Ok(batch.clone());
         }
         let page_size = self.groups[group].page_size;
@@ -260,6 +290,8 @@ impl KvCache {
         for (id, ..) in spans {
             width = width.max(held(id)?.pages.len());
         }
+        // With room to grow, so that a captured step lasts.
+        width = width.next_power_of_two();
         // A table is a ring of `width` pages; where nothing was dropped it does not wrap.
         let mut table = vec![NO_PAGE; width * spans.len()];
         for ((id, ..), table) in spans.iter().zip(table.chunks_mut(width)) {

@@ -69,6 +69,8 @@ pub struct KvCache {
     pub(super) batches: VecDeque<(BatchKey, Batch)>,
     /// f32, where attention over several extents meets: outputs and log-sum-exps.
     pub(super) scratch: Vec<[Buffer; 2]>,
+    /// Tells caches apart.
+    pub(super) identity: Arc<()>,
 }
 
 pub(super) struct Layer {
@@ -177,6 +179,7 @@ impl KvCache {
             version: 0,
             batches: VecDeque::new(),
             scratch: vec![],
+            identity: Arc::default(),
         })
     }
 

@@ -41,20 +41,22 @@ use crate::ops::AttentionParams;
 /// ```
 #[must_use = "a step that is dropped appends nothing"]
 pub struct Step<'a> {
-    cache: &'a mut KvCache,
-    spans: Vec<NewPositions>,
-    changes: Vec<Change>,
-    shapes: Vec<Plans>,
+    pub(super) cache: &'a mut KvCache,
+    pub(super) spans: Vec<NewPositions>,
+    pub(super) changes: Vec<Change>,
+    pub(super) shapes: Vec<Plans>,
     /// By layer; of a shared one, whether its source is.
-    appended: Vec<bool>,
+    pub(super) appended: Vec<bool>,
+    /// Whether shared pages were copied apart from the layers' appends.
+    pub(super) copied: bool,
     committed: bool,
 }
 
 /// What the layers of one shape do in a step.
-struct Plans {
-    writes: Vec<Write>,
+pub(super) struct Plans {
+    pub writes: Vec<Write>,
     /// Without and with a causal mask, once they are asked for.
-    reads: [Option<Vec<Run>>; 2],
+    pub reads: [Option<Vec<Run>>; 2],
 }
 
 impl KvCache {
@@ -78,7 +80,7 @@ impl KvCache {
         match planned {
             Ok(shapes) => {
                 let appended = vec![false; self.layers.len()];
-                Ok(Step { cache: self, spans, changes, shapes, appended, committed: false })
+                Ok(Step { cache: self, spans, changes, shapes, appended, copied: false, committed: false })
             }
             Err(error) => {
                 self.undo(changes, false);
@@ -107,7 +109,8 @@ impl Step<'_> {
     /// then.
     pub fn append(&mut self, encoder: &mut CommandEncoder, layer: usize, k: &Buffer, v: &Buffer) -> Result<()> {
         let (extents, shape) = self.cache.own_layer(layer)?;
-        let copies = self.changes.iter().filter_map(Change::copy).flat_map(|(group, from, to)| {
+        let changes = if self.copied { &[] } else { &self.changes[..] };
+        let copies = changes.iter().filter_map(Change::copy).flat_map(|(group, from, to)| {
             extents.iter().filter(move |pools| pools.group == group).map(move |pools| (pools, from, to))
         });
         record(encoder, &extents, &self.shapes[shape].writes, k, v, copies)?;
@@ -190,7 +193,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn expect_complete(&self) -> Result<()> {
+    pub(super) fn expect_complete(&self) -> Result<()> {
         let Some(&(id, len, new)) = self.spans.iter().find(|span| span.2 > 0) else { return Ok(()) };
         let missing = (0..self.appended.len()).find(|&l| !self.appended[self.cache.layers[l].source]);
         // The layers that were appended hold the new length, if any were.

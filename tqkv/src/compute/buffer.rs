@@ -33,6 +33,18 @@ impl Buffer {
         self.offset
     }
 
+    /// Where its first element lies: among everything on its device if the device has addresses, else in its memory.
+    pub(crate) fn address(&self) -> usize {
+        self.storage.address().unwrap_or(0) + self.offset
+    }
+
+    /// The bytes from `offset` on as another type; the caller has checked that they are within.
+    pub(crate) fn retyped(&self, dtype: DType, shape: &[usize]) -> Self {
+        let view = Buffer { dtype, shape: shape.to_vec(), ..self.clone() };
+        assert!(view.bytes() <= self.bytes(), "{view:?} of {self:?}");
+        view
+    }
+
     /// The device that holds it.
     pub fn device(&self) -> &Device {
         &self.device
@@ -93,6 +105,18 @@ impl Buffer {
     /// Whether both are views of the same memory.
     pub fn shares_memory(&self, other: &Buffer) -> bool {
         Arc::ptr_eq(&self.storage, &other.storage)
+    }
+
+    /// Whether both are on one device and have a byte in common.
+    pub fn overlaps(&self, other: &Buffer) -> bool {
+        let (a, b) = (self.address(), other.address());
+        self.may_meet(other) && a.max(b) < (a + self.bytes()).min(b + other.bytes())
+    }
+
+    /// Whether both are in one space of addresses.
+    pub(crate) fn may_meet(&self, other: &Buffer) -> bool {
+        let has_address = |b: &Buffer| b.storage.address().is_some();
+        self.shares_memory(other) || (self.device == other.device && has_address(self) && has_address(other))
     }
 
     /// Copies the elements to the host, after all work submitted before.

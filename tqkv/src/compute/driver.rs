@@ -6,7 +6,12 @@ use std::any::Any;
 use std::time::{Duration, Instant};
 
 /// Memory of one allocation. Each backend knows its own.
-pub(crate) trait Storage: Any + Send + Sync {}
+pub(crate) trait Storage: Any + Send + Sync {
+    /// Where it starts, if two storages may hold the same bytes; else each is a place of its own.
+    fn address(&self) -> Option<usize> {
+        None
+    }
+}
 
 impl dyn Storage {
     /// The memory of the backend that asks, if it is that backend's.
@@ -25,8 +30,12 @@ pub(crate) trait Driver: Any + Send + Sync {
     /// Copies from the host, after all submitted work.
     fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()>;
     fn recorder(&self) -> Result<Box<dyn Recorder>>;
-    /// Whether kernels read a batch's spans and page tables from memory of their own, which is written when the batch is made.
-    fn reads_batches(&self) -> bool {
+    /// Whether kernels bind a whole storage, so that none that is written may be bound a second time.
+    fn binds_storages(&self) -> bool {
+        false
+    }
+    /// Whether operations take pools with [`Strides`](crate::ops::Strides) of the caller's.
+    fn takes_strides(&self) -> bool {
         false
     }
     /// Bytes kept for partial results.
@@ -43,12 +52,21 @@ pub(crate) trait Recorder: Send {
         0
     }
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>>;
+    /// What was recorded, to be submitted any number of times, on devices that have that; the recorder is empty then.
+    fn repeatable(&mut self) -> Result<Option<Box<dyn Repeatable>>> {
+        Ok(None)
+    }
     /// Submits, waits, and says how long it took: by the device's clock if it has one, else by the host's.
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {
         let started = Instant::now();
         self.submit()?.wait()?;
         Ok(started.elapsed())
     }
+}
+
+/// Work that can be submitted again and again.
+pub(crate) trait Repeatable: Send {
+    fn submit(&self) -> Result<Box<dyn Completion>>;
 }
 
 /// Submitted work.

@@ -1,6 +1,6 @@
 //! Recording and submission.
 
-use super::driver::{Completion, Recorder};
+use super::driver::{self, Completion, Recorder};
 use super::{Buffer, Device};
 use crate::error::{Error, Result};
 use std::any::Any;
@@ -56,6 +56,11 @@ impl CommandEncoder {
         Ok(Submission(self.recorder.submit()?))
     }
 
+    /// What was recorded, to be submitted any number of times, or the encoder if the device does not do that.
+    pub(crate) fn repeatable(mut self) -> Result<std::result::Result<Repeatable, CommandEncoder>> {
+        Ok(self.recorder.repeatable()?.map(Repeatable).ok_or(self))
+    }
+
     /// Submits and waits.
     ///
     /// # Errors
@@ -84,6 +89,16 @@ impl CommandEncoder {
     /// ```
     pub fn submit_and_time(self) -> Result<Duration> {
         self.recorder.submit_and_time()
+    }
+}
+
+/// Recorded work that can be submitted again and again.
+pub(crate) struct Repeatable(Box<dyn driver::Repeatable>);
+
+impl Repeatable {
+    /// As [`CommandEncoder::submit`].
+    pub fn submit(&self) -> Result<Submission> {
+        Ok(Submission(self.0.submit()?))
     }
 }
 

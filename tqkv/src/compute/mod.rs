@@ -10,6 +10,7 @@ mod registry;
 pub use crate::format::{DType, Element};
 pub use buffer::Buffer;
 pub use device::Device;
+pub(crate) use encoder::Repeatable;
 pub use encoder::{CommandEncoder, Submission};
 pub use info::{DeviceInfo, DeviceKind};
 pub use registry::{CpuKernel, KernelRegistry, KernelSource};

@@ -129,9 +129,14 @@ impl RowFormat {
         self.scaling().dtype()
     }
 
+    /// Bytes of the scales of a row.
+    pub fn scale_bytes(&self) -> usize {
+        self.scales_per_row() * self.scale_dtype().size()
+    }
+
     /// All bytes of a row: codes and scales.
     pub fn bytes(&self) -> usize {
-        self.row_bytes() + self.scales_per_row() * self.scale_dtype().size()
+        self.row_bytes() + self.scale_bytes()
     }
 
     /// Levels and boundaries; `None` for dense floats.

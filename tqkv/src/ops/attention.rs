@@ -24,6 +24,32 @@ use crate::problem::{AttentionParams, Batch, Domain, PagePool};
 /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Mismatch`] (heads, pools or pages that do not go
 /// together), [`Error::Page`], [`Error::Parameter`] for a scale that is not finite or a softcap that is not positive,
 /// [`Error::Zero`] for a window of 0, [`Error::Channels`], [`Error::Aliased`].
+///
+/// ```
+/// use tqkv::format::RowFormat;
+/// use tqkv::ops::{AttentionParams, Batch, PagePool, Span, attention, quantize};
+/// use tqkv::{Codec, DType, Device};
+///
+/// let device = Device::cpu();
+/// // Keys in 5 bits, values in 4; 2 KV heads of head_dim 64, pages of 16 positions.
+/// let keys = PagePool::new(&device, RowFormat::new(Codec::tq(5), 64)?, 2, 16, 1)?;
+/// let values = PagePool::new(&device, RowFormat::new(Codec::tq(4), 64)?, 2, 16, 1)?;
+/// // A sequence of 3 positions, all new, in page 0.
+/// let batch = Batch::new(&device, 16, &[Span { first: 0, len: 3, new: 3, pages: &[0] }])?;
+/// let k = device.upload(&[0.5f32; 3 * 2 * 64], &[3, 2, 64])?;
+/// let v = device.upload(&[2f32; 3 * 2 * 64], &[3, 2, 64])?;
+/// let q = device.upload(&[1f32; 3 * 8 * 64], &[3, 8, 64])?; // 4 query heads a KV head
+/// let out = device.zeros(DType::F32, &[3, 8, 64])?;
+/// let mut encoder = device.encoder()?;
+/// quantize(&mut encoder, &[(&k, &keys), (&v, &values)], &batch)?;
+/// attention(&mut encoder, &q, &keys, &values, &batch, &AttentionParams::for_head_dim(64), &out, None)?;
+/// encoder.submit_and_wait()?;
+/// // All values are one vector, so their mean is too, to the precision of 4 bits.
+/// let out = out.read::<f32>()?;
+/// let error: f32 = out.iter().map(|x| (x - 2.0).powi(2)).sum();
+/// assert!((error / out.len() as f32).sqrt() < 0.2 * 2.0);
+/// # Ok::<(), tqkv::Error>(())
+/// ```
 #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
 pub fn attention(
     encoder: &mut CommandEncoder,

@@ -23,8 +23,7 @@ pub fn copy(encoder: &mut CommandEncoder, from: &Buffer, to: &Buffer) -> Result<
             return Err(Error::Mismatch { what, got: n, expected: "a multiple of 4".to_owned() });
         }
     }
-    let (low, high) = (from.offset().min(to.offset()), from.offset().max(to.offset()));
-    if from.shares_memory(to) && low + from.bytes() > high {
+    if from.overlaps(to) {
         return Err(Error::Aliased { what: "to" });
     }
     if from.is_empty() {

@@ -12,6 +12,23 @@ use crate::problem::op::{Merge, Op};
 ///
 /// # Errors
 /// [`Error::Zero`] without parts, [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`], [`Error::Aliased`].
+///
+/// ```
+/// use tqkv::{DType, Device, ops::merge};
+///
+/// let device = Device::cpu();
+/// // One token, one head, head_dim 2: the second part has three times the first one's weight.
+/// let (a, a_lse) = (device.upload(&[1f32, 0.0], &[1, 1, 2])?, device.upload(&[0f32], &[1, 1])?);
+/// let (b, b_lse) = (device.upload(&[0f32, 1.0], &[1, 1, 2])?, device.upload(&[3f32.ln()], &[1, 1])?);
+/// let (out, lse) = (device.zeros(DType::F32, &[1, 1, 2])?, device.zeros(DType::F32, &[1, 1])?);
+/// let mut encoder = device.encoder()?;
+/// merge(&mut encoder, &[(&a, &a_lse), (&b, &b_lse)], &out, Some(&lse))?;
+/// encoder.submit_and_wait()?;
+/// let near = |got: f32, want: f32| (got - want).abs() < 1e-6;
+/// assert!(out.read::<f32>()?.iter().zip([0.25, 0.75]).all(|(&got, want)| near(got, want)));
+/// assert!(near(lse.read::<f32>()?[0], 4f32.ln()));
+/// # Ok::<(), tqkv::Error>(())
+/// ```
 pub fn merge(
     encoder: &mut CommandEncoder,
     parts: &[(&Buffer, &Buffer)],

@@ -12,7 +12,7 @@ mod quantize;
 mod rotate;
 
 pub use crate::problem::{
-    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span,
+    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span, Strides,
 };
 pub use attention::attention;
 pub use copy::copy;

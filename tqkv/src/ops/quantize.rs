@@ -49,10 +49,12 @@ pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PageP
         batch.expect_within(pool)?;
         for buffer in pool.buffers() {
             expect_apart("pool", buffer, parts.iter().map(|(x, _)| *x))?;
-            expect_apart("pool", buffer, parts[..i].iter().flat_map(|(_, p)| p.buffers()))?;
+        }
+        if parts[..i].iter().any(|(_, other)| pool.overlaps(other)) {
+            return Err(Error::Aliased { what: "pool" });
         }
     }
-    expect_own_pages(batch)
+    batch.expect_writes_apart()
 }
 
 /// Records what [`check_quantize`] has checked.
@@ -66,21 +68,4 @@ pub(crate) fn record_quantize(
     }
     let parts = parts.iter().map(|(x, pool)| ((*x).clone(), (*pool).clone())).collect();
     Op::Quantize(Quantize { parts, batch: batch.clone() }).record(encoder)
-}
-
-/// No page may be written from two places: two sequences, or two entries of one table.
-fn expect_own_pages(batch: &Batch) -> Result<()> {
-    let (page_size, width) = (batch.page_size(), batch.width());
-    let mut written = std::collections::HashMap::new();
-    for (i, span) in batch.spans().iter().enumerate().filter(|(_, span)| span.new > 0) {
-        let (len, new) = (span.len as usize, span.new as usize);
-        for logical in (len - new) / page_size..len.div_ceil(page_size) {
-            let (page, _) = batch.locate(i, logical * page_size);
-            let entry = (i, logical % width);
-            if *written.entry(page).or_insert(entry) != entry {
-                return Err(Error::Aliased { what: "a page that is written from two places" });
-            }
-        }
-    }
-    Ok(())
 }

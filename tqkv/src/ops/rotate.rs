@@ -4,7 +4,7 @@ use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
 use crate::format::RowFormat;
 use crate::problem::Direction;
-use crate::problem::checks::{expect_float, expect_shape};
+use crate::problem::checks::{expect_apart, expect_float, expect_shape};
 use crate::problem::op::{Op, Rotate};
 
 /// Rotates vectors as `row`'s codec does before it stores them, or undoes that: y = T·S·x forward, x = S·T·y inverse,
@@ -48,9 +48,9 @@ pub fn rotate(
         return Err(Error::shape("x", x.shape(), format!("[..., {x_dim}]")));
     };
     expect_shape("out", out, &[rows, &[out_dim]].concat())?;
-    let same_view = x.offset() == out.offset() && x.dtype() == out.dtype() && x_dim == out_dim;
-    if x.shares_memory(out) && !same_view {
-        return Err(Error::Aliased { what: "out" });
+    let same_view = x.address() == out.address() && x.dtype() == out.dtype() && x_dim == out_dim;
+    if !same_view {
+        expect_apart("out", out, [x])?;
     }
     if x.is_empty() {
         return Ok(());

@@ -4,7 +4,9 @@ use super::PagePool;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use std::any::Any;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// An entry of a page table that stands for no page.
 pub const NO_PAGE: u32 = u32::MAX;
@@ -29,7 +31,27 @@ pub struct Span<'a> {
     pub pages: &'a [u32],
 }
 
-/// Some sequences, validated and on the device: the plan that every layer of a model step shares. Cheap to clone.
+/// Some sequences, validated: what every layer of a model step shares. Cheap to clone.
+///
+/// Devices whose kernels read it from memory get it there with the first operation that is recorded with it, and again with
+/// [`update`](Batch::update).
+///
+/// ```
+/// use tqkv::ops::{Batch, NO_PAGE, Span};
+///
+/// // Pages of 16 positions. The first sequence reads a prompt of 20; the second holds 40 and decodes one more, and its first page
+/// // is given up, as a window of 24 has left it.
+/// let spans = [
+///     Span { first: 0, len: 20, new: 20, pages: &[3, 0] },
+///     Span { first: 17, len: 41, new: 1, pages: &[NO_PAGE, 5, 1] },
+/// ];
+/// let batch = Batch::new(&tqkv::Device::cpu(), 16, &spans)?;
+/// assert_eq!((batch.sequences(), batch.tokens()), (2, 21));
+/// // Position 17 would lie in a page that is not there.
+/// let missing = [Span { first: 17, len: 41, new: 1, pages: &[2, NO_PAGE, 1] }];
+/// assert!(matches!(Batch::new(&tqkv::Device::cpu(), 16, &missing), Err(tqkv::Error::Page { .. })));
+/// # Ok::<(), tqkv::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Batch(Arc<Inner>);
 
@@ -42,9 +64,24 @@ struct Inner {
     tokens: usize,
     /// One past the largest page.
     pages: usize,
+    /// Whether every new position is in a page that nothing else of the batch writes.
+    writes_apart: bool,
     device: Device,
-    /// Spans and page tables in the device's memory, where its kernels read them there.
-    on_device: Option<[Buffer; 2]>,
+    /// What the device's memory held when this was made of it.
+    generation: u64,
+    kept: Arc<Kept>,
+}
+
+/// What operations that were recorded with a batch read, now or later: the same for all its updates.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Spans, then page tables, u32, once kernels have asked for them.
+    on_device: Mutex<Option<Buffer>>,
+    generation: AtomicU64,
+    /// The pages of the smallest pool that it was used with.
+    pool_pages: Mutex<Option<usize>>,
+    /// Whether it was used to write.
+    written: AtomicBool,
     plans: Plans,
 }
 
@@ -60,7 +97,7 @@ pub(crate) struct SpanInfo {
 }
 
 impl Batch {
-    /// Checks the sequences and puts them on the device.
+    /// Checks the sequences.
     ///
     /// # Errors
     /// [`Error::Zero`] for a page_size of 0 or an empty batch; [`Error::TooLarge`] if more positions are new than held,
@@ -74,70 +111,61 @@ impl Batch {
         let width =
             spans.iter().map(|s| s.pages.len()).max().ok_or(Error::Zero { what: "sequences of a batch" })?.max(1);
         let mut table = vec![NO_PAGE; checked_product("page table", &[spans.len(), width])?];
+        to_u32("slots of a sequence", checked_product("slots of a sequence", &[width, page_size])?)?;
         let (mut infos, mut tokens, mut pages) = (Vec::with_capacity(spans.len()), 0usize, 0);
+        let mut written = Vec::with_capacity(spans.len());
         for (i, span) in spans.iter().enumerate() {
-            let slots = checked_product("slots of a sequence", &[span.pages.len(), page_size])?;
-            to_u32("slots of a sequence", checked_product("slots of a sequence", &[width, page_size])?)?;
-            let Some(held) = span.len.checked_sub(span.first) else {
-                let (got, expected) = (span.first, span.len);
-                return Err(Error::TooLarge { what: "first position of a sequence", got, expected });
-            };
-            if span.new > held {
-                return Err(Error::TooLarge { what: "new positions of a sequence", got: span.new, expected: held });
-            }
-            // A shorter table than the batch's widest would wrap elsewhere, so it must not wrap at all.
-            let wraps = span.pages.len() == width;
-            if held > slots || (span.len > slots && !wraps) {
-                let first = if wraps { span.first } else { 0 };
-                return Err(Error::Positions {
-                    start: span.first,
-                    end: span.len,
-                    first,
-                    len: first.saturating_add(slots),
-                });
-            }
-            if span.len > MOST_POSITIONS {
-                let (got, expected) = (span.len, MOST_POSITIONS);
-                return Err(Error::TooLarge { what: "length of a sequence", got, expected });
-            }
-            infos.push(SpanInfo {
-                first: span.first as u32,
-                len: span.len as u32,
-                start: to_u32("tokens of a batch", tokens)?,
-                new: span.new as u32,
-            });
+            let info = span.check(page_size, width, tokens)?;
+            infos.push(info);
             tokens =
                 tokens.checked_add(span.new).ok_or(Error::SizeOverflow { what: "tokens of a batch", limit: "u32" })?;
             to_u32("tokens of a batch", tokens)?;
             table[i * width..i * width + span.pages.len()].copy_from_slice(span.pages);
-            // Positions are held only from first to len; with none there is no page to look at.
-            let held_pages = if held > 0 { span.first / page_size..span.len.div_ceil(page_size) } else { 0..0 };
-            for page in held_pages {
-                let page = span.pages[page % span.pages.len()];
+            let first_written = (span.len - span.new) / page_size;
+            for logical in info.pages(page_size) {
+                let page = span.pages[logical % span.pages.len()];
                 if page == NO_PAGE {
                     return Err(Error::Page { got: NO_PAGE as usize, pages: NO_PAGE as usize });
                 }
                 pages = pages.max(page as usize + 1);
+                if span.new > 0 && logical >= first_written {
+                    written.push((page, i, logical % width));
+                }
             }
         }
-        let on_device = match device.driver().reads_batches() {
-            true => Some([
-                device.upload(bytemuck::cast_slice::<_, u32>(&infos), &[infos.len(), 4])?,
-                device.upload(&table, &[infos.len(), width])?,
-            ]),
-            false => None,
-        };
-        Ok(Batch(Arc::new(Inner {
-            page_size,
-            width,
-            spans: infos,
-            table,
-            tokens,
-            pages,
-            device: device.clone(),
-            on_device,
-            plans: Plans::default(),
-        })))
+        // Neighbours then are of one page, and of one entry if they are of one place.
+        written.sort_unstable();
+        let writes_apart = written.windows(2).all(|w| w[0].0 != w[1].0 || w[0] == w[1]);
+        let (device, kept) = (device.clone(), Arc::default());
+        let inner =
+            Inner { page_size, width, spans: infos, table, tokens, pages, writes_apart, device, generation: 0, kept };
+        Ok(Batch(Arc::new(inner)))
+    }
+
+    /// Other lengths and pages for as many sequences, with as many new positions each. Page tables may be as long as the longest
+    /// was when the batch was made: give it [`NO_PAGE`]s where pages are to come.
+    ///
+    /// On a device that reads batches from memory (CUDA), whatever was recorded with this batch runs on the new content from now
+    /// on: a captured graph, say, goes on with the next token. The kernels stay those that suited the lengths at the recording;
+    /// they are right for any. Clones made before can be used in no further operation. On the other devices what was recorded
+    /// keeps the content that it was recorded with, so submit it before.
+    ///
+    /// # Errors
+    /// Those of [`Batch::new`]; [`Error::Mismatch`] for other numbers of sequences or of new positions, or longer tables;
+    /// [`Error::Page`] and [`Error::Aliased`] for pages that a recorded operation could not take; [`Error::OutdatedBatch`] of a
+    /// clone that was left behind; [`Error::Unsupported`] while the device's stream is captured in a graph. Nothing has changed then.
+    pub fn update(&mut self, spans: &[Span]) -> Result<()> {
+        let new = Batch::new(self.device(), self.page_size(), spans)?;
+        self.expect_current()?;
+        self.expect_like(&new)?;
+        let generation = self.take_over(&new)?;
+        let old = &*self.0;
+        let (table, width, kept) = (new.table_of(old.width), old.width, old.kept.clone());
+        let Inner { page_size, tokens, pages, writes_apart, .. } = *new.0;
+        let (spans, device) = (new.0.spans.clone(), old.device.clone());
+        let inner = Inner { page_size, width, spans, table, tokens, pages, writes_apart, device, generation, kept };
+        self.0 = Arc::new(inner);
+        Ok(())
     }
 
     /// One sequence in a contiguous cache: positions `first..len` of which the last `new` are new. Past `capacity`
@@ -178,21 +206,103 @@ impl Batch {
         &self.0.device
     }
 
-    /// Spans on the device, u32 [sequences, 4], for drivers that read batches.
+    /// Spans [sequences, 4] and page tables [sequences, width] in the device's memory, one behind the other, u32. What is no page there is
+    /// page 0: whatever a kernel reads, it lies in the pool.
     #[allow(dead_code)] // Not every backend does.
-    pub(crate) fn device_spans(&self) -> &Buffer {
-        &self.on_device()[0]
+    pub(crate) fn on_device(&self) -> Result<Buffer> {
+        let mut on_device = lock(&self.0.kept.on_device);
+        if let Some(buffer) = &*on_device {
+            return Ok(buffer.clone());
+        }
+        let words = self.words(self.width());
+        Ok(on_device.insert(self.device().upload(&words, &[words.len()])?).clone())
     }
 
-    /// Page tables on the device, u32 [sequences, width], for drivers that read batches.
-    #[allow(dead_code)] // Not every backend does.
-    pub(crate) fn device_table(&self) -> &Buffer {
-        &self.on_device()[1]
+    /// What `on_device` holds, with tables of this width.
+    fn words(&self, width: usize) -> Vec<u32> {
+        let spans = bytemuck::cast_slice::<_, u32>(&self.0.spans).iter().copied();
+        let table = self.table_of(width);
+        spans.chain(table.into_iter().map(|page| if page == NO_PAGE { 0 } else { page })).collect()
     }
 
-    #[allow(dead_code)]
-    fn on_device(&self) -> &[Buffer; 2] {
-        self.0.on_device.as_ref().unwrap_or_else(|| unreachable!("its driver does not read batches"))
+    /// Page tables of another width, of which no held position needs more.
+    fn table_of(&self, width: usize) -> Vec<u32> {
+        let Inner { page_size, table, spans, width: own, .. } = &*self.0;
+        if width == *own {
+            return table.clone();
+        }
+        let mut wide = vec![NO_PAGE; spans.len() * width];
+        for (i, span) in spans.iter().enumerate() {
+            for logical in span.pages(*page_size) {
+                wide[i * width + logical % width] = table[i * own + logical % own];
+            }
+        }
+        wide
+    }
+
+    /// Fails unless what was recorded with this batch can go on with the other's content.
+    pub(crate) fn expect_like(&self, new: &Batch) -> Result<()> {
+        let (old, new) = (&*self.0, &*new.0);
+        let mismatch = |what, got, expected: usize| Err(Error::Mismatch { what, got, expected: expected.to_string() });
+        if new.spans.len() != old.spans.len() {
+            return mismatch("sequences of the batch", new.spans.len(), old.spans.len());
+        }
+        if let Some((new, old)) = new.spans.iter().zip(&old.spans).find(|(new, old)| new.new != old.new) {
+            return mismatch("new positions of a sequence", new.new as usize, old.new as usize);
+        }
+        if new.width > old.width {
+            let expected = format!("at most {}", old.width);
+            return Err(Error::Mismatch { what: "pages of a sequence's table", got: new.width, expected });
+        }
+        if let Some(pages) = lock(&old.kept.pool_pages).filter(|&pages| new.pages > pages) {
+            return Err(Error::Page { got: new.pages - 1, pages });
+        }
+        if old.kept.written.load(Relaxed) && !new.writes_apart {
+            return Err(WRITTEN_TWICE);
+        }
+        Ok(())
+    }
+
+    /// Whether recording with the other's content would choose the same kernels.
+    pub(crate) fn suits(&self, new: &Batch) -> bool {
+        lock(&self.0.kept.plans.0).iter().all(|plan| plan.suits(new))
+    }
+
+    /// Puts another batch's content where what was recorded with this one reads it, and returns the generation. The other is like this one.
+    pub(crate) fn take_over(&self, new: &Batch) -> Result<u64> {
+        let kept = &self.0.kept;
+        if let Some(buffer) = &*lock(&kept.on_device) {
+            buffer.write(&new.words(self.width()))?;
+        }
+        let mut plans = lock(&kept.plans.0);
+        let mut kept_plans = Vec::with_capacity(plans.len());
+        for plan in plans.drain(..) {
+            if plan.follow(new)? {
+                kept_plans.push(plan);
+            }
+        }
+        *plans = kept_plans;
+        Ok(kept.generation.fetch_add(1, Relaxed) + 1)
+    }
+
+    /// Whether it is the last of its updates.
+    pub(crate) fn is_current(&self) -> bool {
+        self.0.kept.generation.load(Relaxed) == self.0.generation
+    }
+
+    /// Whether both are one.
+    pub(crate) fn is_same(&self, other: &Batch) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    fn expect_current(&self) -> Result<()> {
+        if self.is_current() { Ok(()) } else { Err(Error::OutdatedBatch) }
+    }
+
+    /// Fails if a page would be written from two places: two sequences, or two entries of one table.
+    pub(crate) fn expect_writes_apart(&self) -> Result<()> {
+        self.0.kept.written.store(true, Relaxed);
+        if self.0.writes_apart { Ok(()) } else { Err(WRITTEN_TWICE) }
     }
 
     /// Page tables, [sequences, width].
@@ -204,7 +314,7 @@ impl Batch {
     /// What backends have worked out for this batch.
     #[allow(dead_code)] // Not every backend plans.
     pub(crate) fn plans(&self) -> &Plans {
-        &self.0.plans
+        &self.0.kept.plans
     }
 
     /// Page and row of a held position.
@@ -223,25 +333,75 @@ impl Batch {
         if self.0.pages > pool.pages() {
             return Err(Error::Page { got: self.0.pages - 1, pages: pool.pages() });
         }
+        self.expect_current()?;
+        let mut pages = lock(&self.0.kept.pool_pages);
+        *pages = Some(pages.map_or(pool.pages(), |pages| pages.min(pool.pages())));
         Ok(())
+    }
+}
+
+const WRITTEN_TWICE: Error = Error::Aliased { what: "a page that is written from two places" };
+
+impl Span<'_> {
+    /// Checks a sequence of a batch with tables of `width` pages, whose new tokens start at `start`.
+    fn check(&self, page_size: usize, width: usize, start: usize) -> Result<SpanInfo> {
+        let slots = checked_product("slots of a sequence", &[self.pages.len(), page_size])?;
+        let Some(held) = self.len.checked_sub(self.first) else {
+            let (got, expected) = (self.first, self.len);
+            return Err(Error::TooLarge { what: "first position of a sequence", got, expected });
+        };
+        if self.new > held {
+            return Err(Error::TooLarge { what: "new positions of a sequence", got: self.new, expected: held });
+        }
+        // A shorter table than the batch's widest would wrap elsewhere, so it must not wrap at all.
+        let wraps = self.pages.len() == width;
+        if held > slots || (self.len > slots && !wraps) {
+            let first = if wraps { self.first } else { 0 };
+            let (start, end) = (self.first, self.len);
+            return Err(Error::Positions { start, end, first, len: first.saturating_add(slots) });
+        }
+        if self.len > MOST_POSITIONS {
+            let (got, expected) = (self.len, MOST_POSITIONS);
+            return Err(Error::TooLarge { what: "length of a sequence", got, expected });
+        }
+        let start = to_u32("tokens of a batch", start)?;
+        Ok(SpanInfo { first: self.first as u32, len: self.len as u32, start, new: self.new as u32 })
+    }
+}
+
+impl SpanInfo {
+    /// The pages of held positions, counted from position 0.
+    fn pages(&self, page_size: usize) -> Range<usize> {
+        let (first, len) = (self.first as usize, self.len as usize);
+        // With no position there is no page to look at.
+        if first < len { first / page_size..len.div_ceil(page_size) } else { 0..0 }
+    }
+}
+
+/// What a backend has worked out for a batch.
+pub(crate) trait Plan: Any + Send + Sync {
+    /// Whether the same kernels would be chosen for another batch.
+    fn suits(&self, _: &Batch) -> bool {
+        true
+    }
+
+    /// Makes it anew for another batch, where those who use it find it; false if it does not last that long.
+    fn follow(&self, _: &Batch) -> Result<bool> {
+        Ok(false)
     }
 }
 
 /// What a backend has worked out for a batch, kept as long as the batch is.
 #[derive(Default)]
-pub(crate) struct Plans(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
+pub(crate) struct Plans(Mutex<Vec<Arc<dyn Plan>>>);
 
 #[allow(dead_code)] // Not every backend plans.
 impl Plans {
     /// The plan of this type that fits, or a new one.
-    pub fn get<T: Send + Sync + 'static>(
-        &self,
-        fits: impl Fn(&T) -> bool,
-        make: impl FnOnce() -> Result<T>,
-    ) -> Result<Arc<T>> {
-        let mut plans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = plans.iter().filter_map(|p| p.clone().downcast::<T>().ok()).find(|p| fits(p));
-        if let Some(plan) = found {
+    pub fn get<T: Plan>(&self, fits: impl Fn(&T) -> bool, make: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
+        let mut plans = lock(&self.0);
+        let own = |plan: &Arc<dyn Plan>| (plan.clone() as Arc<dyn Any + Send + Sync>).downcast::<T>().ok();
+        if let Some(plan) = plans.iter().filter_map(own).find(|plan| fits(plan)) {
             return Ok(plan);
         }
         let plan = Arc::new(make()?);
@@ -254,4 +414,8 @@ impl std::fmt::Debug for Plans {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Plans")
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -25,14 +25,19 @@ pub(crate) fn expect_shape(what: &'static str, buffer: &Buffer, shape: &[usize])
     Ok(())
 }
 
-/// Fails if `written` shares memory with one of `others`.
+/// Fails if `written` overlaps one of `others`, or where kernels bind whole memories, if it is in one memory with them.
 pub(crate) fn expect_apart<'a>(
     what: &'static str,
     written: &Buffer,
     others: impl IntoIterator<Item = &'a Buffer>,
 ) -> Result<()> {
-    if others.into_iter().any(|o| o.shares_memory(written)) {
+    if others.into_iter().any(|o| o.overlaps(written) || bound_twice(o, written)) {
         return Err(Error::Aliased { what });
     }
     Ok(())
+}
+
+/// Whether kernels would have to bind one memory twice.
+pub(crate) fn bound_twice(a: &Buffer, b: &Buffer) -> bool {
+    a.device().driver().binds_storages() && a.shares_memory(b)
 }

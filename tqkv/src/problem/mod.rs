@@ -6,8 +6,10 @@ pub(crate) mod checks;
 pub(crate) mod op;
 mod params;
 mod pool;
+mod strides;
 mod visible;
 
+pub(crate) use batch::Plan;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
@@ -15,4 +17,5 @@ pub use channels::ChannelMap;
 pub use params::{AttentionParams, Direction, Domain, Positions, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;
+pub use strides::Strides;
 pub(crate) use visible::Visible;

@@ -1,6 +1,8 @@
 //! What the test suites share: devices, seeded data, poisoned and guarded buffers.
 #![allow(dead_code)] // Each suite uses its part.
 
+pub mod pools;
+
 use half::{bf16, f16};
 use std::io::Write;
 use std::sync::Mutex;

@@ -38,7 +38,7 @@ impl Bandwidth {
 }
 
 fn of_processor(meter: &Meter) -> Result<Bandwidth> {
-    let threads = meter.threads()?;
+    let threads = meter.device.info().threads.unwrap_or(1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let source = vec![1u64; BYTES / 8];
     let mut target = vec![2u64; BYTES / 8];

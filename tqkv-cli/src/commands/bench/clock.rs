@@ -1,6 +1,5 @@
 //! Whether a GPU's clock stays up: with pauses between submissions a driver may lower it, and everything takes several times as long.
 
-use super::is_gpu;
 use anyhow::Result;
 use std::cell::Cell;
 use tqkv::compute::{DeviceKind, KernelSource};
@@ -25,7 +24,8 @@ pub struct Clock {
 impl Clock {
     /// Of devices that may lower it: through CUDA they do not, as a process that uses it holds a context.
     pub fn new(device: &Device) -> Result<Option<Self>> {
-        if device.info().kind != DeviceKind::Wgpu || !is_gpu(device) {
+        let info = device.info();
+        if info.kind != DeviceKind::Wgpu || !info.is_gpu {
             return Ok(None);
         }
         device.kernels().register("steps", KernelSource::Wgsl(STEPS.to_owned()));

@@ -2,7 +2,6 @@
 
 use super::bandwidth::Bandwidth;
 use super::clock::Clock;
-use super::is_gpu;
 use crate::output;
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -121,13 +120,6 @@ impl Meter {
         Ok(meter)
     }
 
-    /// How many threads a CPU device has.
-    pub fn threads(&self) -> Result<usize> {
-        let info = self.device.info();
-        let threads = info.details.iter().find(|(name, _)| *name == "threads");
-        Ok(threads.map_or(Ok(1), |(_, n)| n.parse())?)
-    }
-
     /// Times what `record` records, again and again, with the number of the run.
     pub fn time(&self, record: impl Fn(usize, &mut CommandEncoder) -> tqkv::Result<()>) -> Result<Timing> {
         let several = |first: usize, n: usize| -> Result<f64> {
@@ -153,7 +145,7 @@ impl Meter {
         let mut bursts = Vec::with_capacity(BURSTS);
         // A driver that runs on the processor does not cool down, and takes its time.
         let (bursts_wanted, sustained) =
-            if is_gpu(&self.device) { (BURSTS, SUSTAINED) } else { (RUNS, Duration::ZERO) };
+            if self.device.info().is_gpu { (BURSTS, SUSTAINED) } else { (RUNS, Duration::ZERO) };
         for burst in 0..bursts_wanted {
             std::thread::sleep(PAUSE);
             bursts.push(several(burst * n, n)? / n as f64);
@@ -204,7 +196,7 @@ impl Meter {
             shape,
             codec,
             device: info.id,
-            threads: (info.kind == DeviceKind::Cpu).then(|| self.threads()).transpose()?,
+            threads: info.threads,
             ms: timing.seconds * 1e3,
             ms_sustained: timing.sustained.map(|s| s * 1e3),
             clock_share: timing.clock,

@@ -83,7 +83,7 @@ impl Bench {
             (name, None) => Device::open(name)?,
             (name, Some(_)) => anyhow::bail!("--threads is for the cpu, got --device {name}"),
         };
-        let gpu = is_gpu(&device);
+        let gpu = device.info().is_gpu;
         let positions = self.positions.unwrap_or(if gpu { 32_768 } else { 4096 });
         ensure!(positions > 0, "--positions is 0, expected at least 1");
         let given = !self.shape.is_empty();
@@ -118,12 +118,6 @@ impl Bench {
         }
         Ok(ExitCode::SUCCESS)
     }
-}
-
-/// Whether it is one in fact: wgpu also finds drivers that run on the processor.
-fn is_gpu(device: &Device) -> bool {
-    let info = device.info();
-    info.kind != DeviceKind::Cpu && !info.details.contains(&("type", "Cpu".to_owned()))
 }
 
 fn step_shapes(gpu: bool) -> Vec<Shape> {

@@ -219,13 +219,14 @@ impl Meter {
 
     pub fn attention(&self, codec: CodecPair, shape: &Shape) -> Result<()> {
         let (_, x) = self.vectors(1, &[FILL, shape.kv_heads, shape.head_dim], DType::F32)?;
+        // Before the caches, which take long to fill: it fails if there are too many heads.
+        let q_shape = [shape.batch, shape.heads, shape.head_dim];
+        let (q, q_buffer) = self.vectors(3, &q_shape, self.query_dtype())?;
         // A cache of one sequence can be one page, as long as it.
         let contiguous = self.kind() == DeviceKind::Cpu && shape.batch == 1;
         let page_size = if contiguous { shape.context.1 } else { PAGE_SIZE };
         let caches = Caches::new(self, shape, codec, page_size, &x)?;
         let batches = caches.batches(&self.device, shape, 1)?;
-        let q_shape = [shape.batch, shape.heads, shape.head_dim];
-        let (q, q_buffer) = self.vectors(3, &q_shape, self.query_dtype())?;
         let out = self.device.zeros(self.query_dtype(), &q_shape)?;
         let params = AttentionParams::for_head_dim(shape.head_dim);
         let run = |i: usize, encoder: &mut _| {
@@ -266,7 +267,7 @@ impl Meter {
 
     /// The same over dense f32 with candle's matrix products, as its models do it, on all of the processor's threads.
     pub fn candle_prefill(&self) -> Result<()> {
-        if self.threads()? != std::thread::available_parallelism()?.get() {
+        if self.device.info().threads != Some(std::thread::available_parallelism()?.get()) {
             return Ok(());
         }
         let shape = prefill_shape();

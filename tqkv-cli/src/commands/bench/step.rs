@@ -6,7 +6,7 @@ use super::operations::FILL;
 use super::shape::Shape;
 use anyhow::Result;
 use std::time::Instant;
-use tqkv::cache::Side;
+use tqkv::cache::{Replay, Side, Step};
 use tqkv::format::CodecPair;
 use tqkv::ops::{AttentionParams, Domain, RowOrder};
 use tqkv::{Buffer, CacheConfig, CommandEncoder, DType, KvCache, SequenceId, reference};
@@ -19,11 +19,16 @@ const WARM: usize = 5;
 struct Model<'a> {
     meter: &'a Meter,
     shape: &'a Shape,
-    layers: usize,
     cache: KvCache,
-    sequences: Vec<SequenceId>,
+    /// The new tokens.
+    tokens: Vec<(SequenceId, usize)>,
     /// Lengths before the step.
     lens: Vec<usize>,
+    layers: Layers,
+}
+
+/// A step's buffers, the same for every token.
+struct Layers {
     k: Buffer,
     v: Buffer,
     q: (Vec<f32>, Buffer),
@@ -32,50 +37,56 @@ struct Model<'a> {
     params: AttentionParams,
 }
 
+impl Layers {
+    fn record(&self, step: &mut Step, encoder: &mut CommandEncoder) -> tqkv::Result<()> {
+        let Layers { k, v, q, out, params } = self;
+        let mut layers = out.iter().enumerate();
+        layers.try_for_each(|(layer, out)| step.append_and_attend(encoder, layer, k, v, &q.1, out, None, params))
+    }
+}
+
+/// The median, in milliseconds, of what `step` takes, which says so in seconds.
+fn median(mut step: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut times = (0..WARM + STEPS).map(|_| step()).collect::<Result<Vec<_>>>()?.split_off(WARM);
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2] * 1e3)
+}
+
 impl Meter {
-    /// `append` and `attend` of every layer in one encoder, one new token a sequence.
+    /// `append` and `attend` of every layer as one step, one new token a sequence.
     pub fn step(&self, codec: CodecPair, shape: &Shape, layers: usize) -> Result<()> {
         let mut model = Model::new(self, codec, shape, layers)?;
-        let (mut wall, mut record, mut device) = (vec![], vec![], vec![]);
-        for step in 0..WARM + STEPS {
+        let mut recording = vec![];
+        let ms_wall = median(|| {
             let started = Instant::now();
-            let encoder = model.record()?;
-            let recorded = started.elapsed();
-            encoder.submit_and_wait()?;
-            let waited = started.elapsed();
-            if step >= WARM {
-                wall.push(waited.as_secs_f64());
-                record.push(recorded.as_secs_f64());
-            }
+            let Model { cache, layers, tokens, .. } = &mut model;
+            let (mut step, mut encoder) = (cache.step(tokens)?, self.device.encoder()?);
+            layers.record(&mut step, &mut encoder)?;
+            recording.push(started.elapsed().as_secs_f64());
+            step.submit(encoder)?.wait()?;
+            let waited = started.elapsed().as_secs_f64();
             model.roll_back()?;
-        }
+            Ok(waited)
+        })?;
+        let mut recording = recording.into_iter();
+        let ms_record = median(|| Ok(recording.next().unwrap_or(0.0)))?;
         // Apart from the others: a device may time a graph, or between timestamps, and neither is what an engine submits.
-        for step in 0..WARM + STEPS {
-            let time = model.record()?.submit_and_time()?;
-            if step >= WARM {
-                device.push(time.as_secs_f64());
-            }
+        let ms_device = median(|| {
+            let Model { cache, layers, tokens, .. } = &mut model;
+            let (mut step, mut encoder) = (cache.step(tokens)?, self.device.encoder()?);
+            layers.record(&mut step, &mut encoder)?;
+            step.commit()?;
+            let time = encoder.submit_and_time()?;
             model.roll_back()?;
-        }
-        model.record()?.submit_and_wait()?;
-        let error = model.error()?;
-        let median = |mut times: Vec<f64>| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
-        let (wall, record, device) = (median(wall), median(record), median(device));
-        let times = StepTimes {
-            layers,
-            ms_wall: wall * 1e3,
-            ms_record: record * 1e3,
-            ms_device: device * 1e3,
-            ms_replay: None,
-        };
+            Ok(time.as_secs_f64())
+        })?;
+        let (ms_replay, error) = model.replay()?;
+        let times = StepTimes { layers, ms_wall, ms_record, ms_device, ms_replay };
         let measurement = Measurement {
             op: "step",
             shape: shape.to_string(),
             codec: codec.to_string(),
-            timing: Timing { seconds: wall, sustained: None, clock: None },
+            timing: Timing { seconds: ms_wall / 1e3, sustained: None, clock: None },
             bytes: model.bytes(codec)?,
             limit: Limit::Read,
             error,
@@ -101,8 +112,9 @@ impl<'a> Model<'a> {
         let zeros = || meter.device.zeros(meter.query_dtype(), &[shape.batch, shape.heads, shape.head_dim]);
         let out = (0..layers).map(|_| zeros()).collect::<tqkv::Result<_>>()?;
         let params = AttentionParams::for_head_dim(shape.head_dim);
-        let mut model = Model { meter, shape, layers, cache, sequences: vec![], lens, k, v, q, out, params };
-        model.sequences = (0..shape.batch).map(|_| model.cache.add_sequence()).collect();
+        let layers = Layers { k, v, q, out, params };
+        let mut model = Model { meter, shape, cache, tokens: vec![], lens, layers };
+        model.tokens = (0..shape.batch).map(|_| (model.cache.add_sequence(), 1)).collect();
         model.fill()?;
         Ok(model)
     }
@@ -113,11 +125,11 @@ impl<'a> Model<'a> {
         let (_, x) =
             self.meter.vectors(1, &[FILL, self.shape.kv_heads, self.shape.head_dim], self.meter.query_dtype())?;
         let mut at = 0;
-        for (i, &sequence) in self.sequences.iter().enumerate() {
+        for (i, &(sequence, _)) in self.tokens.iter().enumerate() {
             for start in (0..self.lens[i]).step_by(tokens) {
                 let n = tokens.min(self.lens[i] - start);
                 let mut encoder = self.meter.device.encoder()?;
-                for layer in 0..self.layers {
+                for layer in 0..self.layers.out.len() {
                     let mut part = || {
                         at = (at + 977) % tokens;
                         x.slice(at..at + n)
@@ -131,18 +143,25 @@ impl<'a> Model<'a> {
         Ok(())
     }
 
-    fn record(&mut self) -> tqkv::Result<CommandEncoder> {
-        let mut encoder = self.meter.device.encoder()?;
-        let new: Vec<_> = self.sequences.iter().map(|&s| (s, 1)).collect();
-        for layer in 0..self.layers {
-            self.cache.append(&mut encoder, layer, &new, &self.k, &self.v)?;
-            self.cache.attend(&mut encoder, layer, &new, &self.q.1, &self.out[layer], None, &self.params)?;
-        }
-        Ok(encoder)
+    /// A step that is recorded once and replayed, where the device does that; and how far the last one's outputs are off.
+    fn replay(&mut self) -> Result<(Option<f64>, f64)> {
+        let Model { cache, layers, tokens, lens, .. } = self;
+        let mut replay = Replay::new(|step, encoder| layers.record(step, encoder));
+        let ms = median(|| {
+            let started = Instant::now();
+            replay.run(cache, tokens)?.wait()?;
+            let waited = started.elapsed().as_secs_f64();
+            roll_back(cache, tokens, lens)?;
+            Ok(waited)
+        })?;
+        let ms = replay.is_recorded().then_some(ms);
+        replay.run(cache, tokens)?.wait()?;
+        drop(replay);
+        Ok((ms, self.error()?))
     }
 
     fn roll_back(&mut self) -> tqkv::Result<()> {
-        self.sequences.iter().zip(&self.lens).try_for_each(|(&s, &len)| self.cache.truncate(s, len))
+        roll_back(&mut self.cache, &self.tokens, &self.lens)
     }
 
     /// What must be read and written: the caches, and a token's vectors.
@@ -150,15 +169,16 @@ impl<'a> Model<'a> {
         let row = |codec| Ok::<_, tqkv::Error>(tqkv::format::RowFormat::new(codec, self.shape.head_dim)?.bytes());
         let position = self.shape.kv_heads * (row(codec.key)? + row(codec.value)?);
         let cached: usize = self.shape.lens().iter().map(|len| len * position).sum();
-        Ok(self.layers * (cached + self.k.bytes() + self.v.bytes() + 2 * self.q.1.bytes()))
+        Ok(self.layers.out.len()
+            * (cached + self.layers.k.bytes() + self.layers.v.bytes() + 2 * self.layers.q.1.bytes()))
     }
 
     /// How far the outputs of the first and the last layer are off, in the first and the last sequence, for two heads each.
     fn error(&mut self) -> Result<f64> {
         let (heads, d) = (self.shape.heads, self.shape.head_dim);
         let mut errors = vec![];
-        for layer in [0, self.layers - 1] {
-            let out = floats(&self.out[layer])?;
+        for layer in [0, self.layers.out.len() - 1] {
+            let out = floats(&self.layers.out[layer])?;
             for (i, head) in [(0, 0), (self.shape.batch - 1, heads - 1)] {
                 let kv_head = head / (heads / self.shape.kv_heads);
                 let (k, v) = (self.rows(layer, Side::Key, i)?, self.rows(layer, Side::Value, i)?);
@@ -169,8 +189,8 @@ impl<'a> Model<'a> {
                 let (k, v) = (of_head(&k), of_head(&v));
                 let at = (i * heads + head) * d;
                 let query = reference::Query {
-                    q: &self.q.0[at..at + d],
-                    scale: f64::from(self.params.scale),
+                    q: &self.layers.q.0[at..at + d],
+                    scale: f64::from(self.layers.params.scale),
                     softcap: None,
                     sink: None,
                 };
@@ -186,9 +206,13 @@ impl<'a> Model<'a> {
         let n = self.lens[i] + 1;
         let out = self.meter.device.zeros(DType::F32, &[self.shape.kv_heads, n, self.shape.head_dim])?;
         let mut encoder = self.meter.device.encoder()?;
-        let (sequence, domain, order) = (self.sequences[i], Domain::Original, RowOrder::HeadMajor);
+        let (sequence, domain, order) = (self.tokens[i].0, Domain::Original, RowOrder::HeadMajor);
         self.cache.dequantize(&mut encoder, layer, side, sequence, 0..n, domain, order, &out)?;
         encoder.submit_and_wait()?;
         Ok(out.read()?)
     }
+}
+
+fn roll_back(cache: &mut KvCache, tokens: &[(SequenceId, usize)], lens: &[usize]) -> tqkv::Result<()> {
+    tokens.iter().zip(lens).try_for_each(|(token, &len)| cache.truncate(token.0, len))
 }

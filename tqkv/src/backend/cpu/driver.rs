@@ -1,7 +1,8 @@
 //! The device: memory, and operations that run at submission, in order, each spread over threads.
 
 use super::isa::Isa;
-use super::memory::{Memory, memory_of};
+use super::memory::{Memory, view_mut_of, view_of};
+use super::threads::Threads;
 use super::{attention, ops};
 use crate::compute::driver::{Completion, Driver, Recorder, Storage};
 use crate::compute::{DeviceInfo, DeviceKind, KernelSource};
@@ -11,66 +12,62 @@ use std::any::Any;
 use std::sync::Arc;
 
 pub(crate) struct Cpu {
-    /// Threads of its own; rayon's global ones if `None`.
-    threads: Option<Arc<rayon::ThreadPool>>,
+    threads: Arc<Threads>,
     /// Or why none can be used: then every allocation and every recording fails.
     isa: Result<Isa>,
 }
 
 impl Cpu {
     pub fn new() -> Self {
-        Cpu { threads: None, isa: Isa::choose() }
+        Cpu { threads: Arc::new(Threads::global()), isa: Isa::choose() }
     }
 
     pub fn with_threads(threads: usize) -> Result<Self> {
         Cpu::with_isa(Isa::choose()?, threads)
     }
 
+    /// Fails if no kernels can be used.
+    pub(super) fn expect_usable(&self) -> Result<()> {
+        self.isa.clone().map(|_| ())
+    }
+
     pub(super) fn with_isa(isa: Isa, threads: usize) -> Result<Self> {
         if threads == 0 {
             return Err(Error::Zero { what: "threads" });
         }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .map_err(|e| Error::DeviceUnavailable { device: "cpu".to_owned(), reason: e.to_string() })?;
-        Ok(Cpu { threads: Some(Arc::new(pool)), isa: Ok(isa) })
+        Ok(Cpu { threads: Arc::new(Threads::new(threads)?), isa: Ok(isa) })
     }
 }
 
 impl Driver for Cpu {
     fn info(&self) -> DeviceInfo {
-        let threads = self.threads.as_ref().map_or_else(rayon::current_num_threads, |t| t.current_num_threads());
-        DeviceInfo {
-            kind: DeviceKind::Cpu,
-            id: "cpu".to_owned(),
-            name: format!("{} processor", std::env::consts::ARCH),
-            details: vec![
-                ("threads", threads.to_string()),
-                ("kernels", self.isa.as_ref().map_or_else(ToString::to_string, |isa| isa.name().to_owned())),
-            ],
-        }
+        let kernels = self.isa.as_ref().map_or_else(ToString::to_string, |isa| isa.name().to_owned());
+        let name = format!("{} processor", std::env::consts::ARCH);
+        let info = DeviceInfo::new(DeviceKind::Cpu, "cpu".to_owned(), name, vec![("kernels", kernels)]);
+        DeviceInfo { threads: Some(self.threads.count()), ..info }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
-        self.isa.clone()?;
+        self.expect_usable()?;
         Ok(Box::new(Memory::zeroed(bytes)?))
     }
 
     fn read(&self, storage: &dyn Storage, offset: usize, out: &mut [u8]) -> Result<()> {
-        let bytes = memory_of(storage)?.read()?;
-        out.copy_from_slice(&bytes[offset..offset + out.len()]);
+        out.copy_from_slice(view_of(storage, offset..offset + out.len())?.bytes());
         Ok(())
     }
 
     fn write(&self, storage: &dyn Storage, offset: usize, data: &[u8]) -> Result<()> {
-        let mut bytes = memory_of(storage)?.write()?;
-        bytes[offset..offset + data.len()].copy_from_slice(data);
+        view_mut_of(storage, offset..offset + data.len())?.bytes().copy_from_slice(data);
         Ok(())
     }
 
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
         Ok(Box::new(CpuRecorder { threads: self.threads.clone(), isa: self.isa.clone()?, ops: Vec::new() }))
+    }
+
+    fn takes_strides(&self) -> bool {
+        true
     }
 
     fn workspace_bytes(&self) -> usize {
@@ -79,7 +76,7 @@ impl Driver for Cpu {
 }
 
 struct CpuRecorder {
-    threads: Option<Arc<rayon::ThreadPool>>,
+    threads: Arc<Threads>,
     isa: Isa,
     ops: Vec<Op>,
 }
@@ -104,11 +101,7 @@ impl Recorder for CpuRecorder {
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {
         let ops = &self.ops;
-        let run = || ops.iter().try_for_each(|op| run(op, self.isa));
-        match &self.threads {
-            Some(threads) => threads.install(run)?,
-            None => run()?,
-        }
+        self.threads.run(|| ops.iter().try_for_each(|op| run(op, self.isa)))?;
         Ok(Box::new(Done))
     }
 }

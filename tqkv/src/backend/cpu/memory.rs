@@ -1,40 +1,128 @@
-//! Host memory whose borrows are checked at run time: a conflict between threads is an error, never a data race and
-//! never a dead lock.
+//! Host memory, its own or borrowed, whose uses are checked at run time: a conflict between threads is an error, never a data race
+//! and never a dead lock.
 
 use crate::compute::Buffer;
 use crate::compute::driver::Storage;
 use crate::error::{Error, Result};
-use crate::problem::PagePool;
-use atomic_refcell::{AtomicRef, AtomicRefCell, AtomicRefMut};
+use std::any::Any;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A cache line, the alignment of every allocation.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub [u8; 64]);
 
-/// Ends with a line of padding, so that kernels may read whole vectors up to 64 bytes past what they need.
-pub(crate) struct Memory(AtomicRefCell<Vec<Line>>);
+/// How far kernels may read past a row, as they read whole vectors.
+pub(super) const OVERREAD: usize = size_of::<Line>();
 
-impl Storage for Memory {}
+/// Bytes on the host.
+pub(crate) struct Memory {
+    start: *mut u8,
+    len: usize,
+    /// How many bytes past the end may be read: `OVERREAD` of its own memory, none of borrowed memory.
+    padding: usize,
+    /// Which bytes are in use now.
+    uses: Mutex<Vec<Use>>,
+    /// Keeps the bytes alive.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: bytes are reached only through `hold`, which keeps a writer from everyone else.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Storage for Memory {
+    fn address(&self) -> Option<usize> {
+        Some(self.start.addr())
+    }
+}
+
+struct Use {
+    range: Range<usize>,
+    writes: bool,
+}
 
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
-        let lines = bytes.div_ceil(size_of::<Line>()) + 1;
+        let lines = bytes.div_ceil(OVERREAD) + 1;
         let error = || Error::OutOfMemory { device: "cpu".to_owned(), requested: bytes };
-        // `try_zeroed_slice_box` asks for zeroed pages, which cost nothing until touched.
-        let lines = bytemuck::allocation::try_zeroed_slice_box(lines).map_err(|()| error())?;
-        Ok(Memory(AtomicRefCell::new(Vec::from(lines))))
+        // `try_zeroed_slice_box` asks for zeroed pages, which cost nothing until touched. A vector does not say that nobody else
+        // points to what it owns, as a box would.
+        let lines = bytemuck::allocation::try_zeroed_slice_box::<Line>(lines).map_err(|()| error())?;
+        let mut lines = Vec::from(lines);
+        let start = lines.as_mut_ptr().cast();
+        Ok(Memory { start, len: bytes, padding: OVERREAD, uses: Mutex::default(), _owner: Box::new(lines) })
     }
 
-    pub fn read(&self) -> Result<AtomicRef<'_, [u8]>> {
-        let lines = self.0.try_borrow().map_err(|_| Error::BufferBusy)?;
-        Ok(AtomicRef::map(lines, |l| bytemuck::cast_slice(l)))
+    /// Someone else's memory.
+    ///
+    /// # Safety
+    /// `bytes` from `start` on must be initialised and readable, and writable if an operation writes there, as long as `owner` lives;
+    /// nobody else may write there, nor read what is written, while an operation uses it.
+    pub unsafe fn borrowed(start: *mut u8, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
+        Memory { start, len: bytes, padding: 0, uses: Mutex::default(), _owner: owner }
     }
 
-    pub fn write(&self) -> Result<AtomicRefMut<'_, [u8]>> {
-        let lines = self.0.try_borrow_mut().map_err(|_| Error::BufferBusy)?;
-        Ok(AtomicRefMut::map(lines, |l| bytemuck::cast_slice_mut(l)))
+    /// Takes part of it into use, until the result is dropped.
+    ///
+    /// # Errors
+    /// [`Error::BufferBusy`] if it is in use already and one of both writes.
+    pub fn hold(&self, range: Range<usize>, writes: bool) -> Result<Hold<'_>> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} bytes", self.len);
+        let mut uses = self.lock();
+        let meets = |u: &Use| u.range.start.max(range.start) < u.range.end.min(range.end);
+        if uses.iter().any(|u| (u.writes || writes) && meets(u)) {
+            return Err(Error::BufferBusy);
+        }
+        uses.push(Use { range: range.clone(), writes });
+        Ok(Hold { memory: self, range, writes })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Use>> {
+        self.uses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes in use.
+pub(super) struct Hold<'a> {
+    memory: &'a Memory,
+    range: Range<usize>,
+    writes: bool,
+}
+
+impl Hold<'_> {
+    /// Where they start.
+    pub fn start(&self) -> *mut u8 {
+        // SAFETY: within the memory, as `hold` has asserted.
+        unsafe { self.memory.start.add(self.range.start) }
+    }
+
+    /// Where a buffer starts whose bytes are among them.
+    pub fn start_of(&self, buffer: &Buffer) -> *mut u8 {
+        let range = range(buffer);
+        assert!(self.range.start <= range.start && range.end <= self.range.end, "{range:?} of {:?}", self.range);
+        // SAFETY: within the memory, by the assertion.
+        unsafe { self.memory.start.add(range.start) }
+    }
+
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// How many bytes may be read from their start on.
+    pub fn readable(&self) -> usize {
+        self.memory.len + self.memory.padding - self.range.start
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let mut uses = self.memory.lock();
+        if let Some(i) = uses.iter().position(|u| u.range == self.range && u.writes == self.writes) {
+            uses.swap_remove(i);
+        }
     }
 }
 
@@ -44,112 +132,50 @@ pub(super) fn memory_of(storage: &dyn Storage) -> Result<&Memory> {
     storage.downcast().ok_or_else(other)
 }
 
-fn range(buffer: &Buffer) -> Range<usize> {
+/// Where a buffer's bytes are in its memory.
+pub(super) fn range(buffer: &Buffer) -> Range<usize> {
     buffer.offset()..buffer.offset() + buffer.bytes()
 }
 
-/// A buffer's bytes, held for reading.
-pub(super) struct View<'a>(AtomicRef<'a, [u8]>, Range<usize>);
+/// Takes a buffer's bytes into use.
+pub(super) fn hold(buffer: &Buffer, writes: bool) -> Result<Hold<'_>> {
+    memory_of(buffer.storage())?.hold(range(buffer), writes)
+}
+
+/// Bytes held for reading.
+pub(super) struct View<'a>(Hold<'a>);
 
 impl View<'_> {
     pub fn bytes(&self) -> &[u8] {
-        &self.0[self.1.clone()]
+        // SAFETY: within the memory, and nobody writes there as long as it is held.
+        unsafe { std::slice::from_raw_parts(self.0.start(), self.0.len()) }
     }
 }
 
 pub(super) fn view(buffer: &Buffer) -> Result<View<'_>> {
-    Ok(View(memory_of(buffer.storage())?.read()?, range(buffer)))
+    Ok(View(hold(buffer, false)?))
 }
 
-/// A buffer's bytes, held for writing.
-pub(super) struct ViewMut<'a>(AtomicRefMut<'a, [u8]>, Range<usize>);
+/// Bytes held for writing.
+pub(super) struct ViewMut<'a>(Hold<'a>);
 
 impl ViewMut<'_> {
     pub fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0[self.1.clone()]
+        // SAFETY: within the memory, and nobody else is there as long as it is held.
+        unsafe { std::slice::from_raw_parts_mut(self.0.start(), self.0.len()) }
     }
 }
 
 pub(super) fn view_mut(buffer: &Buffer) -> Result<ViewMut<'_>> {
-    Ok(ViewMut(memory_of(buffer.storage())?.write()?, range(buffer)))
+    Ok(ViewMut(hold(buffer, true)?))
 }
 
-/// Rows of a pool's codes or scales, for reading. Without scales every row is empty.
-pub(super) struct RowView<'a> {
-    view: Option<View<'a>>,
-    row: usize,
+/// What lies at some bytes of a storage, held for reading.
+pub(super) fn view_of(storage: &dyn Storage, range: Range<usize>) -> Result<View<'_>> {
+    Ok(View(memory_of(storage)?.hold(range, false)?))
 }
 
-impl<'a> RowView<'a> {
-    pub fn codes(pool: &'a PagePool) -> Result<Self> {
-        Ok(RowView { view: Some(view(pool.codes())?), row: pool.row().row_bytes() })
-    }
-
-    pub fn scales(pool: &'a PagePool) -> Result<Self> {
-        let view = pool.scales().map(view).transpose()?;
-        Ok(RowView { view, row: pool.row().scales_per_row() * pool.row().scale_dtype().size() })
-    }
-
-    /// `count` rows from `index` on.
-    pub fn rows(&self, index: usize, count: usize) -> &[u8] {
-        match &self.view {
-            Some(view) => &view.bytes()[index * self.row..][..count * self.row],
-            None => &[],
-        }
-    }
-
-    /// Where these rows are: a pointer that is readable for 64 bytes past them.
-    pub fn padded(&self, index: usize, count: usize) -> *const u8 {
-        let Some(View(all, range)) = &self.view else { return std::ptr::NonNull::dangling().as_ptr() };
-        let start = range.start + index * self.row;
-        assert!(start + count * self.row <= range.end, "rows {index} to {} of a pool", index + count);
-        // From the whole allocation, whose last line is padding.
-        all[start..].as_ptr()
-    }
-}
-
-/// Rows of a pool's codes or scales, for writing from several threads.
-pub(super) struct RowViewMut<'a> {
-    bytes: *mut u8,
-    len: usize,
-    row: usize,
-    /// Keeps everyone else out while rows are handed out.
-    _hold: Option<ViewMut<'a>>,
-}
-
-// SAFETY: the pointer is used only through `row_mut`, whose callers keep threads on different rows.
-unsafe impl Sync for RowViewMut<'_> {}
-
-impl<'a> RowViewMut<'a> {
-    pub fn codes(pool: &'a PagePool) -> Result<Self> {
-        Ok(Self::new(Some(view_mut(pool.codes())?), pool.row().row_bytes()))
-    }
-
-    pub fn scales(pool: &'a PagePool) -> Result<Self> {
-        let view = pool.scales().map(view_mut).transpose()?;
-        Ok(Self::new(view, pool.row().scales_per_row() * pool.row().scale_dtype().size()))
-    }
-
-    /// Rows of any buffer.
-    pub fn buffer(buffer: &'a Buffer, row: usize) -> Result<Self> {
-        Ok(Self::new(Some(view_mut(buffer)?), row))
-    }
-
-    fn new(mut view: Option<ViewMut<'a>>, row: usize) -> Self {
-        let (bytes, len) = match &mut view {
-            Some(view) => (view.bytes().as_mut_ptr(), view.bytes().len()),
-            None => (std::ptr::NonNull::dangling().as_ptr(), 0),
-        };
-        let row = if view.is_some() { row } else { 0 };
-        RowViewMut { bytes, len, row, _hold: view }
-    }
-
-    /// # Safety
-    /// No two rows of one index may be alive at once.
-    #[allow(clippy::mut_from_ref)] // Different rows do not overlap.
-    pub unsafe fn row_mut(&self, index: usize) -> &mut [u8] {
-        assert!((index + 1) * self.row <= self.len, "row {index} of a pool of {} bytes", self.len);
-        // SAFETY: within the allocation by the assertion; exclusive by `_hold` and the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.bytes.add(index * self.row), self.row) }
-    }
+/// What lies at some bytes of a storage, held for writing.
+pub(super) fn view_mut_of(storage: &dyn Storage, range: Range<usize>) -> Result<ViewMut<'_>> {
+    Ok(ViewMut(memory_of(storage)?.hold(range, true)?))
 }

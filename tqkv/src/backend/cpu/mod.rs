@@ -7,10 +7,13 @@ mod channels;
 mod codec;
 mod driver;
 mod float;
+mod interop;
 mod isa;
 mod memory;
 mod ops;
+mod rows;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 pub(crate) use driver::Cpu;

@@ -3,7 +3,7 @@
 use super::channels::Channels;
 use super::codec::RowCoder;
 use super::isa::Isa;
-use super::memory::memory_of;
+use super::rows::{PoolView, PoolViewMut};
 use super::{float, memory};
 use crate::compute::{DType, KernelSource};
 use crate::error::Result;
@@ -21,7 +21,7 @@ pub(super) fn rotate(op: &Rotate, isa: Isa) -> Result<()> {
     let (head_dim, d) = (op.row.head_dim(), op.row.row_dim());
     // What is not rotated yet, or no longer, has head_dim elements.
     let (x_dim, out_dim) = if op.direction == Direction::Forward { (head_dim, d) } else { (d, head_dim) };
-    let in_place = op.x.shares_memory(&op.out);
+    let in_place = op.x.overlaps(&op.out);
     let x = if in_place { None } else { Some(memory::view(&op.x)?) };
     let mut out = memory::view_mut(&op.out)?;
     let (from, to) = (op.x.dtype(), op.out.dtype());
@@ -66,8 +66,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
     for (x, pool) in &op.parts {
         let coder = RowCoder::new(pool.row(), isa);
         let input = memory::view(x)?;
-        let codes = memory::RowViewMut::codes(pool)?;
-        let scales = memory::RowViewMut::scales(pool)?;
+        let rows = PoolViewMut::new(pool)?;
         let (head_dim, d) = (pool.row().head_dim(), pool.row().row_dim());
         let (kv_heads, dtype) = (pool.kv_heads(), x.dtype());
         let channels = Channels::of(pool)?;
@@ -83,7 +82,6 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                 let position = (span.len - span.new) as usize + token - span.start as usize;
                 let (page, slot) = op.batch.locate(s, position);
                 for head in 0..kv_heads {
-                    let index = (page * kv_heads + head) * pool.page_size() + slot;
                     let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
                     float::load(dtype, x, &mut v[..head_dim]);
                     v[head_dim..].fill(0.0);
@@ -92,7 +90,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                     }
                     // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
                     // one task only.
-                    let (codes, scales) = unsafe { (codes.row_mut(index), scales.row_mut(index)) };
+                    let (codes, scales) = unsafe { rows.row_mut(page, head, slot) };
                     coder.encode(v, codes, scales);
                 }
             },
@@ -104,8 +102,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
 pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
     let coder = RowCoder::new(op.pool.row(), isa);
     let channels = Channels::of(&op.pool)?.filter(|_| op.domain == Domain::Original);
-    let codes = memory::RowView::codes(&op.pool)?;
-    let scales = memory::RowView::scales(&op.pool)?;
+    let rows = PoolView::new(&op.pool)?;
     let mut out = memory::view_mut(&op.out)?;
     let (kv_heads, n, to) = (op.pool.kv_heads(), op.positions.len(), op.out.dtype());
     let (d, per_row) = (op.pool.row().row_dim(), op.pool.row().scales_per_row());
@@ -118,7 +115,7 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
     let row_at = |r: usize| {
         let (head, i) = head_at(r);
         let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
-        (page * kv_heads + head) * op.pool.page_size() + slot
+        rows.at(page, head, slot)
     };
     // Rows from `start` on, in f32.
     let fill = |start: usize, v: &mut [f32], factors: &mut [f32]| {
@@ -126,15 +123,16 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
         while i < v.len() / d {
             // As many rows as lie one after the other.
             let first = row_at(start + i);
-            let n = (1..v.len() / d - i).take_while(|&j| row_at(start + i + j) == first + j).count() + 1;
+            let n = (1..v.len() / d - i).take_while(|&j| rows.follows(first, row_at(start + i + j), j)).count() + 1;
+            let run = rows.run(first, n);
             if per_row > 0 {
-                coder.factors(scales.rows(first, n), &mut factors[i * per_row..][..n * per_row]);
+                coder.factors(run.scales, &mut factors[i * per_row..][..run.rows * per_row]);
             }
-            runs[held] = (codes.padded(first, n), n);
-            (held, i) = (held + 1, i + n);
+            runs[held] = (run.codes, run.rows);
+            (held, i) = (held + 1, i + run.rows);
         }
         let factors = (per_row > 0).then_some(&factors[..i * per_row]);
-        // SAFETY: `padded` gives pointers that are readable for 64 bytes past the rows.
+        // SAFETY: `run` gives pointers that are readable for 64 bytes past the rows.
         unsafe { coder.decode(&runs[..held], factors, v) };
         if op.domain == Domain::Original {
             coder.rotate(Direction::Inverse, v);
@@ -163,12 +161,7 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
 }
 
 pub(super) fn copy(op: &Copy) -> Result<()> {
-    let (from, to) = (op.from.offset(), op.to.offset());
-    if op.from.shares_memory(&op.to) {
-        memory_of(op.to.storage())?.write()?.copy_within(from..from + op.from.bytes(), to);
-    } else {
-        memory::view_mut(&op.to)?.bytes().copy_from_slice(memory::view(&op.from)?.bytes());
-    }
+    memory::view_mut(&op.to)?.bytes().copy_from_slice(memory::view(&op.from)?.bytes());
     Ok(())
 }
 

@@ -445,6 +445,9 @@ pub(super) struct Graph {
     run: sys::CUgraphExec,
 }
 
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Graph {}
+
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.context.enter().is_err() {

@@ -118,6 +118,43 @@ fn a_step_is_captured_in_a_graph_on_the_callers_stream() {
     unsafe { result::stream::destroy(stream) }.unwrap();
 }
 
+#[test]
+fn a_graph_of_the_caller_goes_on_with_an_updated_batch() {
+    let Some(_context) = gpu() else { return };
+    let own = Device::open("cuda").unwrap();
+    let mut anew = Step::new(&own).unwrap();
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    // SAFETY: the stream is of the primary context, which `own` has entered, and is destroyed last.
+    let device = unsafe { Device::cuda_on_stream(0, stream.cast()) }.unwrap();
+    let mut step = Step::new(&device).unwrap();
+    step.submit().unwrap();
+    // SAFETY: the calls go by the driver's documentation; what the graph uses lives until it is destroyed.
+    unsafe {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        result::stream::begin_capture(stream, mode).unwrap();
+        step.submit().unwrap();
+        let graph = result::stream::end_capture(stream).unwrap();
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let run = result::graph::instantiate(graph, flags).unwrap();
+        for (i, lens) in [[101, 100], [128, 90], [65, 1], [3, 128]].into_iter().enumerate() {
+            let pages = [[0u32, 3], [2, 1]];
+            let spans = [0, 1].map(|i| Span { first: 0, len: lens[i], new: 1, pages: &pages[i] });
+            anew.batch = Batch::new(&own, 64, &spans).unwrap();
+            step.batch.update(&spans).unwrap();
+            let x: Vec<_> = numbers(2 * 2 * 128).iter().map(|x| x * i as f32).collect();
+            [&anew, &step].into_iter().for_each(|step| step.x.write(&x).unwrap());
+            anew.submit().unwrap();
+            result::graph::launch(run, stream).unwrap();
+            assert_eq!(step.result().unwrap(), anew.result().unwrap(), "{lens:?}");
+        }
+        result::graph::exec_destroy(run).unwrap();
+        result::graph::destroy(graph).unwrap();
+    }
+    drop((step, device));
+    // SAFETY: nothing uses it any more.
+    unsafe { result::stream::destroy(stream) }.unwrap();
+}
+
 /// A graph would copy from the host's memory at each launch, when nothing of it is left.
 #[test]
 fn what_a_graph_cannot_repeat_is_refused() {
@@ -144,6 +181,8 @@ fn what_a_graph_cannot_repeat_is_refused() {
         refused(dequantize(&mut encoder, &step.key, &step.batch, 0, list, domain, order, &decoded));
         refused(step.x.write(&numbers(2 * 2 * 128)));
         refused(device.zeros(DType::U8, &[16]).map(drop));
+        let pages = [0u32, 3];
+        refused(step.batch.clone().update(&[0, 1].map(|_| Span { first: 0, len: 101, new: 1, pages: &pages })));
         // All else goes on.
         step.submit().unwrap();
         let graph = result::stream::end_capture(stream).unwrap();

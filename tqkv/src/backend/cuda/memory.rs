@@ -3,12 +3,19 @@
 use super::driver::Stream;
 use crate::compute::Buffer;
 use crate::error::{Error, Result};
+use crate::problem::{Batch, SpanInfo};
 use cudarc::driver::{result, sys};
 use std::sync::Arc;
 
 /// Where a buffer starts on the GPU.
 pub(crate) fn address(buffer: &Buffer) -> u64 {
     buffer.storage().downcast::<Memory>().map_or(0, |memory| memory.address + buffer.offset() as u64)
+}
+
+/// Where a batch's spans and its page tables start on the GPU.
+pub(super) fn batch_addresses(batch: &Batch) -> Result<[u64; 2]> {
+    let spans = address(&batch.on_device()?);
+    Ok([spans, spans + (batch.sequences() * size_of::<SpanInfo>()) as u64])
 }
 
 /// Memory on a GPU.
@@ -20,7 +27,11 @@ pub(crate) struct Memory {
     owned: bool,
 }
 
-impl crate::compute::driver::Storage for Memory {}
+impl crate::compute::driver::Storage for Memory {
+    fn address(&self) -> Option<usize> {
+        Some(self.address as usize)
+    }
+}
 
 impl Memory {
     /// # Safety

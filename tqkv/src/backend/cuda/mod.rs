@@ -22,11 +22,11 @@ mod workspace;
 
 pub(crate) use memory::{Memory, address};
 
-use crate::compute::driver::{Completion, Driver, Recorder, Storage};
+use crate::compute::driver::{Completion, Driver, Recorder, Repeatable, Storage};
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
 use crate::problem::op::Op;
-use driver::{Context, Mark, Stream, lock};
+use driver::{Context, Graph, Mark, Stream, lock};
 use gpu::{Gpu, Recording, Work};
 use std::any::Any;
 use std::ffi::c_void;
@@ -79,19 +79,15 @@ impl Driver for Cuda {
         let limits = &context.limits;
         let version = |(major, minor): (i32, i32)| format!("{major}.{minor}");
         let nvrtc = nvrtc::load().map_or_else(|e| e, |n| version(n.version));
-        DeviceInfo {
-            kind: DeviceKind::Cuda,
-            id: context.id.clone(),
-            name: limits.name.clone(),
-            details: vec![
-                ("compute capability", version(limits.capability)),
-                ("multiprocessors", limits.multiprocessors.to_string()),
-                ("memory", format!("{:.1} GiB", limits.memory as f64 / (1u64 << 30) as f64)),
-                ("shared memory a block", format!("{} KiB", limits.shared_memory >> 10)),
-                ("driver", format!("CUDA {}", version((limits.driver / 1000, limits.driver % 1000 / 10)))),
-                ("NVRTC", nvrtc),
-            ],
-        }
+        let details = vec![
+            ("compute capability", version(limits.capability)),
+            ("multiprocessors", limits.multiprocessors.to_string()),
+            ("shared memory a block", format!("{} KiB", limits.shared_memory >> 10)),
+            ("driver", format!("CUDA {}", version((limits.driver / 1000, limits.driver % 1000 / 10)))),
+            ("NVRTC", nvrtc),
+        ];
+        let info = DeviceInfo::new(DeviceKind::Cuda, context.id.clone(), limits.name.clone(), details);
+        DeviceInfo { memory_bytes: Some(limits.memory as u64), ..info }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Storage>> {
@@ -110,10 +106,6 @@ impl Driver for Cuda {
 
     fn recorder(&self) -> Result<Box<dyn Recorder>> {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
-    }
-
-    fn reads_batches(&self) -> bool {
-        true
     }
 
     fn workspace_bytes(&self) -> usize {
@@ -164,6 +156,12 @@ impl Recorder for CudaRecorder {
         Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }
 
+    fn repeatable(&mut self) -> Result<Option<Box<dyn Repeatable>>> {
+        let graph = self.gpu.stream.graph(|aside| self.enqueue(aside))?;
+        let (ops, memory) = (std::mem::take(&mut self.ops), std::mem::take(&mut self.recording).memory);
+        Ok(Some(Box::new(Captured { gpu: self.gpu.clone(), graph, _ops: ops, _memory: memory })))
+    }
+
     fn submit_and_time(self: Box<Self>) -> Result<Duration> {
         let stream = &self.gpu.stream;
         let graph = stream.graph(|aside| self.enqueue(aside))?;
@@ -182,6 +180,21 @@ impl CudaRecorder {
             Work::Launch(launch) => stream.launch(launch),
             Work::Copy { from, to, bytes } => stream.copy(*from, *to, *bytes),
         })
+    }
+}
+
+/// Recorded work as a graph, with what it reads and writes.
+struct Captured {
+    gpu: Arc<Gpu>,
+    graph: Graph,
+    _ops: Vec<Op>,
+    _memory: Vec<Arc<Memory>>,
+}
+
+impl Repeatable for Captured {
+    fn submit(&self) -> Result<Box<dyn Completion>> {
+        self.gpu.stream.launch_graph(&self.graph)?;
+        Ok(Box::new(Submitted(self.gpu.stream.mark()?)))
     }
 }
 

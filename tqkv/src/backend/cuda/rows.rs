@@ -4,7 +4,7 @@ use super::codec::row_values;
 use super::driver::{Launch, ParamBytes};
 use super::gpu::{Gpu, Recording, Work, alignment};
 use super::kernel::{KernelKey, KernelText, kernel_struct, type_number};
-use super::memory::address;
+use super::memory::{address, batch_addresses};
 use super::nvrtc::Source;
 use super::tables::{Grid, Side, Tables, Turn};
 use crate::compute::{Buffer, KernelSource};
@@ -250,10 +250,11 @@ fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)], to: &mu
     let all = gpu.blocks(need_a + need_b, held(&shapes[0]).min(held(&shapes[1]))) as usize;
     let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
     let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
+    let [spans, table] = batch_addresses(&op.batch)?;
     let params = QuantizeParams {
         side,
-        spans: address(op.batch.device_spans()),
-        table: address(op.batch.device_table()),
+        spans,
+        table,
         sequences: op.batch.sequences() as u32,
         page_size: op.batch.page_size() as u32,
         width: op.batch.width() as u32,
@@ -319,7 +320,7 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize, to: &mut Recording) -> Resu
     let rows = to_u32("vectors", count * pool.kv_heads())?;
     let params = DequantizeParams {
         side: Side::new(pool, &tables, tables.levels, op.domain == Domain::Original),
-        table: address(op.batch.device_table()) + 4 * (op.sequence * width) as u64,
+        table: batch_addresses(&op.batch)?[1] + 4 * (op.sequence * width) as u64,
         positions: list.as_ref().map_or(0, |l| l.address),
         out: address(&op.out),
         start,

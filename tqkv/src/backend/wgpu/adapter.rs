@@ -62,11 +62,22 @@ pub(crate) fn open(index: Option<usize>) -> Result<Wgpu> {
     wrap(device, queue, info)
 }
 
-/// A GPU that is no software rasteriser, if there is one that works.
-pub(crate) fn best() -> Option<Wgpu> {
+/// The best GPU that opens, `None` if there is none. Software rasterisers do not count.
+///
+/// # Errors
+/// That of the best GPU, if there are GPUs and none opens.
+pub(crate) fn best() -> Result<Option<Wgpu>> {
     let adapters = adapters();
-    let index = (0..adapters.len()).filter(|&i| rank(&adapters[i]) < 4).min_by_key(|&i| rank(&adapters[i]))?;
-    open(Some(index)).ok()
+    let mut gpus: Vec<usize> = (0..adapters.len()).filter(|&i| rank(&adapters[i]) < 4).collect();
+    gpus.sort_by_key(|&i| rank(&adapters[i]));
+    let mut failure = None;
+    for gpu in gpus {
+        match open(Some(gpu)) {
+            Ok(gpu) => return Ok(Some(gpu)),
+            Err(reason) => failure = failure.or(Some(reason)),
+        }
+    }
+    failure.map_or(Ok(None), Err)
 }
 
 /// What `Device::list` shows.
@@ -134,19 +145,18 @@ pub(super) fn info(
     features: wgpu::Features,
 ) -> DeviceInfo {
     let yes = |f| if features.contains(f) { "yes" } else { "no" }.to_owned();
+    let details = vec![
+        ("api", format!("{:?}", info.backend)),
+        ("type", format!("{:?}", info.device_type)),
+        ("driver", format!("{} {}", info.driver, info.driver_info)),
+        ("subgroups", format!("{} to {}", info.subgroup_min_size, info.subgroup_max_size)),
+        ("f16", yes(wgpu::Features::SHADER_F16)),
+        ("workgroup memory", format!("{} KiB", limits.max_compute_workgroup_storage_size >> 10)),
+    ];
     DeviceInfo {
-        kind: DeviceKind::Wgpu,
-        id: format!("wgpu:{index}"),
-        name: info.name.clone(),
-        details: vec![
-            ("api", format!("{:?}", info.backend)),
-            ("type", format!("{:?}", info.device_type)),
-            ("driver", format!("{} {}", info.driver, info.driver_info)),
-            ("subgroups", format!("{} to {}", info.subgroup_min_size, info.subgroup_max_size)),
-            ("f16", yes(wgpu::Features::SHADER_F16)),
-            ("largest binding", limits.max_storage_buffer_binding_size.to_string()),
-            ("largest buffer", limits.max_buffer_size.to_string()),
-            ("workgroup memory", limits.max_compute_workgroup_storage_size.to_string()),
-        ],
+        is_gpu: info.device_type != wgpu::DeviceType::Cpu,
+        largest_buffer_bytes: Some(limits.max_buffer_size),
+        largest_binding_bytes: Some(limits.max_storage_buffer_binding_size),
+        ..DeviceInfo::new(DeviceKind::Wgpu, format!("wgpu:{index}"), info.name.clone(), details)
     }
 }

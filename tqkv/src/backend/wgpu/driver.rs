@@ -53,6 +53,10 @@ impl Driver for Wgpu {
         Ok(Box::new(WgpuRecorder(Commands::new(&self.0))))
     }
 
+    fn binds_storages(&self) -> bool {
+        true
+    }
+
     fn workspace_bytes(&self) -> usize {
         self.0.scratch_bytes()
     }

@@ -124,7 +124,7 @@ impl Geometry {
                 }
                 groups[group].layers.push(index);
                 for row in rows {
-                    let scales = row.scales_per_row() * row.scale_dtype().size();
+                    let scales = row.scale_bytes();
                     let bytes = [row.row_bytes(), scales].into_iter().filter(|&n| n > 0);
                     groups[group].layout.units.extend(bytes.map(|n| (layer.kv_heads, n)));
                 }

@@ -7,7 +7,8 @@ use crate::backend::cpu::channels::Channels;
 use crate::backend::cpu::codec::RowCoder;
 use crate::backend::cpu::float;
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::memory::{self, RowView, RowViewMut, View};
+use crate::backend::cpu::memory::{self, View};
+use crate::backend::cpu::rows::{PoolView, RowViewMut};
 use crate::error::Result;
 use crate::problem::op::Attention;
 use crate::problem::{Direction, Domain, PagePool, Visible};
@@ -31,26 +32,17 @@ struct Unit {
 
 /// K or V, held for reading.
 struct Cached<'a> {
-    pool: &'a PagePool,
     coder: RowCoder,
-    codes: RowView<'a>,
-    scales: RowView<'a>,
+    rows: PoolView<'a>,
 }
 
 impl<'a> Cached<'a> {
     fn new(pool: &'a PagePool, isa: Isa) -> Result<Self> {
-        let (codes, scales) = (RowView::codes(pool)?, RowView::scales(pool)?);
-        Ok(Cached { pool, coder: RowCoder::new(pool.row(), isa), codes, scales })
+        Ok(Cached { coder: RowCoder::new(pool.row(), isa), rows: PoolView::new(pool)? })
     }
 
     fn head(&self, head: usize) -> HeadRows<'_> {
-        HeadRows {
-            tables: &self.coder,
-            codes: &self.codes,
-            scales: &self.scales,
-            page_rows: self.pool.kv_heads() * self.pool.page_size(),
-            first_row: head * self.pool.page_size(),
-        }
+        HeadRows { tables: &self.coder, rows: &self.rows, head }
     }
 }
 
@@ -93,8 +85,8 @@ pub(in crate::backend::cpu) fn attention(op: &Attention, isa: Isa) -> Result<()>
         value: Cached::new(&op.value, isa)?,
         channels: Channels::of(&op.key)?,
         sink_logits: op.params.sink_logits.as_ref().map(memory::view).transpose()?,
-        out: RowViewMut::buffer(&op.out, given * op.out.dtype().size())?,
-        lse: op.lse.as_ref().map(|l| RowViewMut::buffer(l, 4)).transpose()?,
+        out: RowViewMut::new(&op.out, given * op.out.dtype().size())?,
+        lse: op.lse.as_ref().map(|l| RowViewMut::new(l, 4)).transpose()?,
         group: op.heads / op.key.kv_heads(),
         given,
         d: row.row_dim(),

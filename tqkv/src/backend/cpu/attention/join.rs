@@ -1,6 +1,7 @@
 //! Parts of attention into one.
 
 use super::task::Partial;
+use crate::backend::cpu::rows::RowViewMut;
 use crate::backend::cpu::{float, memory};
 use crate::error::Result;
 use crate::problem::op::Merge;
@@ -31,8 +32,8 @@ pub(super) fn join(parts: &[Partial], r: usize, sink: Option<f64>, out: &mut [f3
 pub(in crate::backend::cpu) fn merge(op: &Merge) -> Result<()> {
     let d = op.out.shape()[2];
     let parts = op.parts.iter().map(|(o, l)| Ok((memory::view(o)?, memory::view(l)?))).collect::<Result<Vec<_>>>()?;
-    let out = memory::RowViewMut::buffer(&op.out, d * op.out.dtype().size())?;
-    let lse = op.lse.as_ref().map(|l| memory::RowViewMut::buffer(l, 4)).transpose()?;
+    let out = RowViewMut::new(&op.out, d * op.out.dtype().size())?;
+    let lse = op.lse.as_ref().map(|l| RowViewMut::new(l, 4)).transpose()?;
     (0..op.out.len() / d).into_par_iter().with_min_len(16).for_each(|r| {
         let lse_of = |i: usize| bytemuck::cast_slice::<_, f32>(parts[i].1.bytes())[r] as f64;
         let max = (0..parts.len()).map(lse_of).fold(f64::NEG_INFINITY, f64::max);

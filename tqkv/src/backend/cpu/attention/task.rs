@@ -1,18 +1,14 @@
 //! A piece of work, and what comes of it.
 
 use crate::backend::cpu::codec::RowTables;
-use crate::backend::cpu::memory::RowView;
+use crate::backend::cpu::rows::{PoolView, Run};
 use crate::problem::Batch;
 
 /// K or V of one KV head of the sequence.
 pub(super) struct HeadRows<'a> {
     pub tables: &'a RowTables,
-    pub codes: &'a RowView<'a>,
-    pub scales: &'a RowView<'a>,
-    /// Rows of a page: KV heads times positions.
-    pub page_rows: usize,
-    /// Rows of a page before those of this head.
-    pub first_row: usize,
+    pub rows: &'a PoolView<'a>,
+    pub head: usize,
 }
 
 /// Attention of `seen.len()` rows over positions `start..end`.
@@ -42,23 +38,25 @@ impl Task<'_> {
         self.key.tables.d
     }
 
-    /// Positions `from..to` counted from `start`, page by page, as rows of one page lie one after the other: the first
-    /// position, how many, and the first one's row.
-    pub fn pages(
-        &self,
-        side: &HeadRows,
+    /// Positions `from..to` counted from `start`, by runs of rows that lie one after the other, as those of a page mostly do: the
+    /// first position, and the run.
+    #[inline(always)]
+    pub fn runs<'a>(
+        &'a self,
+        side: &'a HeadRows,
         start: usize,
         (from, to): (usize, usize),
-    ) -> impl Iterator<Item = (usize, usize, usize)> {
+    ) -> impl Iterator<Item = (usize, Run<'a>)> {
         let mut i = from;
         std::iter::from_fn(move || {
             if i == to {
                 return None;
             }
             let (page, slot) = self.batch.locate(self.sequence, start + i);
-            let n = (self.batch.page_size() - slot).min(to - i);
-            i += n;
-            Some((i - n, n, page * side.page_rows + side.first_row + slot))
+            let most = side.rows.in_a_row((self.batch.page_size() - slot).min(to - i));
+            let run = side.rows.run(side.rows.at(page, side.head, slot), most);
+            i += run.rows;
+            Some((i - run.rows, run))
         })
     }
 

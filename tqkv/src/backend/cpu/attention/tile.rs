@@ -4,6 +4,7 @@ use super::task::{HeadRows, Task};
 use crate::backend::cpu::codec::Way;
 use crate::backend::cpu::isa::Simd;
 use crate::backend::cpu::memory::Line;
+use crate::backend::cpu::rows::Run;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
 pub(super) const MAX_TILE: usize = 256;
@@ -53,8 +54,8 @@ impl Tile {
                 factors[..count].fill(1.0);
                 continue;
             }
-            for (i, n, first) in task.pages(side, start, (0, count)) {
-                side.tables.factors(side.scales.rows(first, n), &mut factors[i..i + n]);
+            for (i, run) in task.runs(side, start, (0, count)) {
+                side.tables.factors(run.scales, &mut factors[i..i + run.rows]);
             }
         }
         for (wide, &narrow) in self.key_factors.iter_mut().zip(&keys[..count]) {
@@ -66,9 +67,8 @@ impl Tile {
     #[inline(always)]
     pub fn look_ahead(&mut self, task: &Task, side: &HeadRows, start: usize, end: usize) {
         let bytes = side.tables.row_bytes;
-        for (i, n, first) in task.pages(side, start, (0, end - start)) {
-            let codes = side.codes.padded(first, n);
-            (0..n).for_each(|j| self.ahead[i + j] = codes.wrapping_add(j * bytes));
+        for (i, run) in task.runs(side, start, (0, end - start)) {
+            (0..run.rows).for_each(|j| self.ahead[i + j] = run.codes.wrapping_add(j * bytes));
         }
     }
 }
@@ -99,8 +99,7 @@ pub(super) fn find<S: Simd>(
 ) {
     let (tables, d) = (side.tables, side.tables.d);
     let prepared = way.prepared_bytes(d) / 4;
-    for (i, n, first) in task.pages(side, start, (from, to)) {
-        let codes = side.codes.padded(first, n);
+    for (i, Run { rows: n, codes, scales }) in task.runs(side, start, (from, to)) {
         if prepared == 0 {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * tables.row_bytes));
             continue;
@@ -110,10 +109,10 @@ pub(super) fn find<S: Simd>(
         let mut wide = [0f32; MAX_TILE * 4];
         let factors = (tables.scales_per_row > 1).then(|| &mut wide[..n * tables.scales_per_row]);
         let factors = factors.map(|factors| {
-            tables.factors(side.scales.rows(first, n), factors);
+            tables.factors(scales, factors);
             &*factors
         });
-        // SAFETY: `padded` gives a pointer that is readable for 64 bytes past the rows.
+        // SAFETY: a run is at a pointer that is readable for 64 bytes past the rows.
         unsafe { way.prepare(isa, tables, codes, factors, room) };
         // After what is written through `room`, which would end what these may read.
         (0..n).for_each(|j| rows[i + j] = room[j * prepared..].as_ptr().cast());
@@ -138,10 +137,9 @@ pub(super) fn ask<S: Simd>(isa: S, rows: &[*const u8], bytes: usize) {
 #[inline(always)]
 pub(super) fn prefetch<S: Simd>(isa: S, task: &Task, side: &HeadRows, start: usize, count: usize) {
     let bytes = side.tables.row_bytes;
-    for (_, n, first) in task.pages(side, start, (0, count)) {
-        let codes = side.codes.padded(first, n);
-        for line in (0..n * bytes).step_by(64) {
-            isa.prefetch(codes.wrapping_add(line));
+    for (_, run) in task.runs(side, start, (0, count)) {
+        for line in (0..run.rows * bytes).step_by(64) {
+            isa.prefetch(run.codes.wrapping_add(line));
         }
     }
 }

@@ -1,34 +1,8 @@
 //! Codes one after the other, bit by bit.
 
 use super::interface::Read;
-use super::levels;
 use super::tables::RowTables;
 use crate::backend::cpu::isa::Simd;
-
-/// Decodes consecutive rows.
-///
-/// # Safety
-/// `codes` must be readable for 64 bytes past the rows that `out` holds.
-#[inline(always)]
-pub(super) unsafe fn decode<S: Simd>(
-    isa: S,
-    tables: &RowTables,
-    codes: *const u8,
-    factors: Option<&[f32]>,
-    out: &mut [f32],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match tables.row.bits() {
-            2 => levels::decode::<S, 2, false>(isa, tables, codes, factors, out),
-            4 => levels::decode::<S, 4, false>(isa, tables, codes, factors, out),
-            5 => levels::decode::<S, 5, false>(isa, tables, codes, factors, out),
-            6 => levels::decode::<S, 6, false>(isa, tables, codes, factors, out),
-            7 => levels::decode::<S, 7, false>(isa, tables, codes, factors, out),
-            _ => levels::decode::<S, 8, false>(isa, tables, codes, factors, out),
-        }
-    }
-}
 
 /// Eight codes of `bits` bits each at a time: neighbours together, then pairs, then fours.
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Vectors into codes and scales: to the last bit what `format::exact` says.
 
 use super::tables::RowTables;
-use super::{bytes, pack, rotate};
+use super::{levels, pack, rotate};
 use crate::backend::cpu::isa::Simd;
 use crate::format::{MAX_HEAD_DIM, Scaling, ZERO_NORM};
 use crate::problem::Direction;
@@ -36,7 +36,7 @@ pub(super) fn encode<S: Simd>(isa: S, tables: &RowTables, v: &mut [f32], codes: 
             let norm = sum_of_squares(isa, v, block).sqrt();
             assign(isa, tables, v, root, norm, &mut code);
             // SAFETY: D codes and 64 bytes more.
-            unsafe { bytes::decode(isa, tables, code.as_ptr(), None, v) };
+            unsafe { levels::decode::<S, true>(isa, tables, code.as_ptr(), None, v) };
             let scale = norm / sum_of_squares(isa, v, block).sqrt();
             let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
             scales.copy_from_slice(&scale.to_le_bytes());

@@ -3,12 +3,39 @@
 use super::tables::RowTables;
 use crate::backend::cpu::isa::Simd;
 
-/// Decodes consecutive rows of codes of BITS bits, packed densely or one a byte: levels, times their factors if given.
+/// Decodes consecutive rows of codes, one a byte or packed densely: levels, times their factors if given.
 ///
 /// # Safety
 /// `codes` must be readable for 64 bytes past the rows that `out` holds.
 #[inline(always)]
-pub(super) unsafe fn decode<S: Simd, const BITS: usize, const BYTE: bool>(
+pub(super) unsafe fn decode<S: Simd, const BYTE: bool>(
+    isa: S,
+    tables: &RowTables,
+    codes: *const u8,
+    factors: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match tables.row.bits() {
+            2 => decode_bits::<S, 2, BYTE>(isa, tables, codes, factors, out),
+            3 if BYTE => decode_bits::<S, 3, BYTE>(isa, tables, codes, factors, out),
+            4 => decode_bits::<S, 4, BYTE>(isa, tables, codes, factors, out),
+            5 => decode_bits::<S, 5, BYTE>(isa, tables, codes, factors, out),
+            6 => decode_bits::<S, 6, BYTE>(isa, tables, codes, factors, out),
+            7 => decode_bits::<S, 7, BYTE>(isa, tables, codes, factors, out),
+            8 => decode_bits::<S, 8, BYTE>(isa, tables, codes, factors, out),
+            bits => unreachable!("no codec has rows of {bits} bits that are packed so"),
+        }
+    }
+}
+
+/// Rows whose codes have BITS bits.
+///
+/// # Safety
+/// As [`decode`].
+#[inline(always)]
+unsafe fn decode_bits<S: Simd, const BITS: usize, const BYTE: bool>(
     isa: S,
     tables: &RowTables,
     mut codes: *const u8,

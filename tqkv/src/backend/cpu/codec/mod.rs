@@ -1,7 +1,6 @@
 //! Codecs: how rows are rotated, encoded, decoded, and read by attention. Each packing is a file, and this is the one place that
 //! tells them apart.
 
-mod bytes;
 mod coder;
 mod dense;
 mod encode;
@@ -30,9 +29,9 @@ unsafe fn decode<S: Simd>(isa: S, tables: &RowTables, codes: *const u8, factors:
         match tables.row.packing() {
             Packing::Float(DType::F32) => float::decode::<S, 4>(isa, codes, out),
             Packing::Float(_) => float::decode::<S, 2>(isa, codes, out),
-            Packing::Byte => bytes::decode(isa, tables, codes, factors, out),
+            Packing::Byte => levels::decode::<S, true>(isa, tables, codes, factors, out),
             Packing::Planes => planes::decode(isa, tables, codes, factors, out),
-            Packing::Dense => dense::decode(isa, tables, codes, factors, out),
+            Packing::Dense => levels::decode::<S, false>(isa, tables, codes, factors, out),
         }
     }
 }
@@ -41,7 +40,7 @@ unsafe fn decode<S: Simd>(isa: S, tables: &RowTables, codes: *const u8, factors:
 #[inline(always)]
 fn pack(row: &RowFormat, codes: &[u8], out: &mut [u8]) {
     match row.packing() {
-        Packing::Byte => bytes::pack(codes, out),
+        Packing::Byte => out.copy_from_slice(codes),
         Packing::Planes => planes::pack(codes, out),
         Packing::Dense => dense::pack(codes, row.bits(), out),
         Packing::Float(_) => unreachable!("floats have no codes"),

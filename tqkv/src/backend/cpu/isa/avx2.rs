@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes. Levels of up to three bits are looked up in a register, those of four to seven bits
 //! byte by byte in several, those of eight in memory.
 
-use super::table::LevelTable;
+use super::table::{LevelTable, code_bytes, code_shifts};
 use super::token::{INTEGERS, Job, Simd, computes, token, touches};
 use std::arch::x86_64::*;
 
@@ -11,29 +11,6 @@ token!(
     ["avx2", "fma", "f16c"],
     is_x86_feature_detected
 );
-
-/// The bytes that lanes find their codes in, for `_mm256_shuffle_epi8`; 0x80 gives zero.
-const fn bytes<const BITS: usize>() -> [u8; 32] {
-    let (mut out, mut i) = ([0x80u8; 32], 0);
-    while i < 8 {
-        out[4 * i] = (i * BITS / 8) as u8;
-        if i * BITS % 8 + BITS > 8 {
-            out[4 * i + 1] = (i * BITS / 8) as u8 + 1;
-        }
-        i += 1;
-    }
-    out
-}
-
-/// Where in those bytes they start.
-const fn shifts<const BITS: usize>() -> [u32; 8] {
-    let (mut out, mut i) = ([0; 8], 0);
-    while i < 8 {
-        out[i] = (i * BITS % 8) as u32;
-        i += 1;
-    }
-    out
-}
 
 /// The bytes of 32 nibbles, each as the lower half of 16 bits, so that interleaving bytes within 128-bit lanes gives four
 /// vectors in order.
@@ -270,8 +247,8 @@ impl Simd for Avx2 {
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.cast()))
             } else {
                 let row = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.cast()));
-                let bytes = _mm256_loadu_si256(const { &bytes::<BITS>() }.as_ptr().cast());
-                let shifts = _mm256_loadu_si256(const { &shifts::<BITS>() }.as_ptr().cast());
+                let bytes = _mm256_loadu_si256(const { &code_bytes::<BITS, 32>() }.as_ptr().cast());
+                let shifts = _mm256_loadu_si256(const { &code_shifts::<BITS, 8>() }.as_ptr().cast());
                 _mm256_srlv_epi32(_mm256_shuffle_epi8(row, bytes), shifts)
             };
             if BITS <= 3 {

@@ -1,6 +1,6 @@
 //! AVX-512 with VBMI: sixteen lanes. A code of up to four bits becomes its level in one permutation.
 
-use super::table::LevelTable;
+use super::table::{LevelTable, code_bytes, code_shifts};
 use super::token::{INTEGERS, Job, Simd, computes, token, touches};
 use std::arch::x86_64::*;
 
@@ -10,29 +10,6 @@ token!(
     ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "fma"],
     is_x86_feature_detected
 );
-
-/// The bytes of a row's next 16 that lanes find their codes in, for the in-lane byte shuffle; 0x80 gives zero.
-const fn bytes<const BITS: usize>() -> [u8; 64] {
-    let (mut out, mut i) = ([0x80u8; 64], 0);
-    while i < 16 {
-        out[4 * i] = (i * BITS / 8) as u8;
-        if i * BITS % 8 + BITS > 8 {
-            out[4 * i + 1] = (i * BITS / 8) as u8 + 1;
-        }
-        i += 1;
-    }
-    out
-}
-
-/// Where in those bytes they start.
-const fn shifts<const BITS: usize>() -> [u32; 16] {
-    let (mut out, mut i) = ([0; 16], 0);
-    while i < 16 {
-        out[i] = (i * BITS % 8) as u32;
-        i += 1;
-    }
-    out
-}
 
 /// The element whose code must stand at each place so that interleaving bytes within 128-bit lanes, as `by_bytes` does it,
 /// gives four vectors in order.
@@ -223,8 +200,8 @@ impl Simd for Avx512 {
                 _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()))
             } else {
                 let row = _mm512_broadcast_i32x4(_mm_loadu_si128(codes.cast()));
-                let bytes = _mm512_loadu_si512(const { &bytes::<BITS>() }.as_ptr().cast());
-                let shifts = _mm512_loadu_si512(const { &shifts::<BITS>() }.as_ptr().cast());
+                let bytes = _mm512_loadu_si512(const { &code_bytes::<BITS, 64>() }.as_ptr().cast());
+                let shifts = _mm512_loadu_si512(const { &code_shifts::<BITS, 16>() }.as_ptr().cast());
                 _mm512_srlv_epi32(_mm512_shuffle_epi8(row, bytes), shifts)
             };
             match BITS {

@@ -21,3 +21,28 @@ impl LevelTable {
         LevelTable { levels, bytes }
     }
 }
+
+/// The bytes in which lanes find their codes of BITS bits, four a lane, for byte shuffles; 0x80 gives zero.
+#[cfg(target_arch = "x86_64")]
+pub(super) const fn code_bytes<const BITS: usize, const BYTES: usize>() -> [u8; BYTES] {
+    let (mut out, mut i) = ([0x80u8; BYTES], 0);
+    while i < BYTES / 4 {
+        out[4 * i] = (i * BITS / 8) as u8;
+        if i * BITS % 8 + BITS > 8 {
+            out[4 * i + 1] = (i * BITS / 8) as u8 + 1;
+        }
+        i += 1;
+    }
+    out
+}
+
+/// Where in those bytes they start.
+#[cfg(target_arch = "x86_64")]
+pub(super) const fn code_shifts<const BITS: usize, const LANES: usize>() -> [u32; LANES] {
+    let (mut out, mut i) = ([0; LANES], 0);
+    while i < LANES {
+        out[i] = (i * BITS % 8) as u32;
+        i += 1;
+    }
+    out
+}

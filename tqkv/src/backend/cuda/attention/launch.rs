@@ -1,11 +1,12 @@
 //! The tensor-core kernel: its parameters and its launch.
 
 use super::params::Params;
-use super::plan::{self, Plan, Problem};
+use super::plan::{self, Item, Problem};
+use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
-use crate::backend::cuda::memory::{Memory, address};
+use crate::backend::cuda::memory::{Memory, address, batch_addresses};
 use crate::backend::cuda::tables::{Side, scale_unit};
 use crate::error::{Result, to_u32};
 use crate::format::{RowFormat, Scaling};
@@ -16,20 +17,39 @@ use std::sync::Arc;
 /// A plan on the device, kept with its batch.
 struct DevicePlan {
     problem: Problem,
-    plan: Plan,
+    /// What the kernel was chosen for: see `Shape::short`.
+    short: bool,
+    /// Room for those of any lengths.
     items: Arc<Memory>,
 }
 
 impl DevicePlan {
-    fn get(gpu: &Gpu, batch: &Batch, problem: Problem) -> Result<Arc<DevicePlan>> {
+    fn get(gpu: &Gpu, batch: &Batch, problem: Problem, short: bool) -> Result<Arc<DevicePlan>> {
         batch.plans().get(
-            |p: &DevicePlan| p.problem == problem,
+            |p: &DevicePlan| p.problem == problem && p.short == short,
             || {
-                let plan = plan::plan(&problem, batch.spans());
-                let items = Arc::new(gpu.stream.upload(bytemuck::cast_slice(&plan.items))?);
-                Ok(DevicePlan { problem, plan, items })
+                let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
+                let plan = DevicePlan { problem, short, items: Arc::new(gpu.stream.alloc(bytes)?) };
+                plan.write(batch)?;
+                Ok(plan)
             },
         )
+    }
+
+    fn write(&self, batch: &Batch) -> Result<()> {
+        let items = plan::plan(&self.problem, batch.spans());
+        debug_assert!(items.len() <= self.problem.most_items(batch.spans()));
+        self.items.write(0, bytemuck::cast_slice(&items))
+    }
+}
+
+impl crate::problem::Plan for DevicePlan {
+    fn suits(&self, batch: &Batch) -> bool {
+        self.short == is_short(batch, self.problem.kv_heads, self.problem.blocks)
+    }
+
+    fn follow(&self, batch: &Batch) -> Result<bool> {
+        self.write(batch).map(|()| true)
     }
 }
 
@@ -55,15 +75,15 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         blocks: gpu.multiprocessors(),
         visible: Visible { causal: op.params.causal, window: op.params.window },
     };
-    let planned = DevicePlan::get(gpu, &op.batch, problem)?;
-    let parts = planned.plan.parts.max(1);
+    let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short)?;
+    let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;
     let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
     let original = op.params.domain == Domain::Original;
     let params = Params {
         key: Side::new(&op.key, &k_tables, k_tables.tensor_levels, original),
         value: Side::new(&op.value, &v_tables, v_tables.tensor_levels, original),
-        page_table: address(op.batch.device_table()),
+        page_table: batch_addresses(&op.batch)?[1],
         items: planned.items.address,
         q: address(&op.q),
         out: address(&op.out),

@@ -4,13 +4,14 @@ use crate::backend::cuda::codec::row_values;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct, type_number};
-use crate::backend::cuda::memory::address;
+use crate::backend::cuda::memory::{address, batch_addresses};
 use crate::backend::cuda::rows::code_alignment;
 use crate::backend::cuda::tables::{Side, Turn};
 use crate::error::{Result, to_u32};
 use crate::format::{DType, RowFormat};
-use crate::problem::Domain;
 use crate::problem::op::Attention;
+use crate::problem::{Batch, Domain, Plan};
+use std::sync::Arc;
 
 static PLAIN: KernelText = KernelText {
     name: "plain",
@@ -108,6 +109,35 @@ pub(in crate::backend::cuda) fn plain_key(
     ])
 }
 
+/// How many blocks share the positions of a tile of query rows: as many as run at once, of 128 positions at least.
+struct Splits {
+    most: usize,
+    splits: usize,
+}
+
+impl Splits {
+    fn get(batch: &Batch, most: usize) -> Result<Arc<Self>> {
+        let splits = Splits::of(batch, most);
+        batch.plans().get(|s: &Splits| (s.most, s.splits) == (most, splits), || Ok(Splits { most, splits }))
+    }
+
+    fn of(batch: &Batch, most: usize) -> usize {
+        let longest = batch.spans().iter().map(|s| (s.len - s.first) as usize).max().unwrap_or(0);
+        most.min(longest.div_ceil(128)).max(1)
+    }
+}
+
+impl Plan for Splits {
+    fn suits(&self, batch: &Batch) -> bool {
+        Splits::of(batch, self.most) == self.splits
+    }
+
+    // What was recorded keeps its own, which is right for any lengths.
+    fn follow(&self, _: &Batch) -> Result<bool> {
+        Ok(true)
+    }
+}
+
 pub(super) fn plain(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {
     let sides = [op.key.row(), op.value.row()];
     let [k_tables, v_tables] = [gpu.tables(sides[0])?, gpu.tables(sides[1])?];
@@ -115,14 +145,13 @@ pub(super) fn plain(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()>
     let query_rows = || op.batch.spans().iter().map(|s| s.new as usize * (op.heads / kv_heads));
     let rows = plain_rows(d, query_rows().max().unwrap_or(1));
     let tiles = kv_heads * query_rows().map(|n| n.div_ceil(rows)).sum::<usize>();
-    // As many blocks as run at once, of 128 positions at least.
-    let longest = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).max().unwrap_or(0);
-    let held = held(d, rows) * gpu.multiprocessors();
-    let splits = (held / tiles.max(1)).min(longest.div_ceil(128)).max(1);
+    let most = (held(d, rows) * gpu.multiprocessors() / tiles.max(1)).max(1);
+    let Splits { splits, .. } = *Splits::get(&op.batch, most)?;
     let parts = tiles * rows * splits;
     let sums = parts * sides[1].row_dim() * 4;
     let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * 16, tiles * 4)?;
     let original = op.params.domain == Domain::Original;
+    let [spans, table] = batch_addresses(&op.batch)?;
     let params = Params {
         key: Side::new(&op.key, &k_tables, k_tables.levels, original),
         value: Side::new(&op.value, &v_tables, v_tables.levels, original),
@@ -130,8 +159,8 @@ pub(super) fn plain(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()>
         out: address(&op.out),
         lse: op.lse.as_ref().map_or(0, address),
         sink_logits: op.params.sink_logits.as_ref().map_or(0, address),
-        spans: address(op.batch.device_spans()),
-        table: address(op.batch.device_table()),
+        spans,
+        table,
         partial: partial.address,
         partial_ml: partial.address + sums as u64,
         counters: counters.address,

@@ -45,14 +45,6 @@ kernel_struct! {
     }
 }
 
-#[derive(Debug)]
-pub(super) struct Plan {
-    /// The first item of every block, then the others.
-    pub items: Vec<Item>,
-    /// Slots of the workspace.
-    pub parts: usize,
-}
-
 impl Problem {
     /// What starting and summing an item costs, in tiles, and what joining it to others of the same output costs: 512 positions.
     fn overhead(&self) -> usize {
@@ -64,11 +56,16 @@ impl Problem {
         tiles.next_multiple_of(self.warps) + self.overhead() * (1 + split as usize)
     }
 
-    /// The most that a block has to do.
-    fn most(&self, groups: &[Group], work: &[Vec<Piece>]) -> usize {
-        let counts = counts(groups, work);
-        let cost = |&(g, from, to): &Piece| self.cost(to - from, counts[g] > 1);
-        work.iter().map(|block| block.iter().map(cost).sum()).max().unwrap_or(0)
+    /// The most items of a plan for as many new positions a sequence, whatever their lengths: the blocks' first, a group each, and one
+    /// more wherever a block ends within a group.
+    pub fn most_items(&self, spans: &[SpanInfo]) -> usize {
+        let tiles: usize = spans.iter().map(|s| (s.new as usize * self.group).div_ceil(self.rows)).sum();
+        2 * self.blocks + self.kv_heads * tiles
+    }
+
+    /// The most parts of a plan: blocks have one each if groups are cut evenly, and two where each ends within one.
+    pub fn most_parts(&self) -> usize {
+        2 * self.blocks
     }
 }
 
@@ -119,17 +116,35 @@ fn groups(problem: &Problem, spans: &[SpanInfo]) -> Vec<Group> {
     groups
 }
 
-/// How many pieces each group has become.
-fn counts(groups: &[Group], work: &[Vec<Piece>]) -> Vec<u32> {
-    let mut counts = vec![0; groups.len()];
-    work.iter().flatten().for_each(|&(g, ..)| counts[g] += 1);
-    counts
+/// Pieces by block.
+type Work = Vec<Vec<Piece>>;
+
+/// Into how many equal pieces each group is cut, where there is a block for each piece and the largest costs least.
+fn even_pieces(problem: &Problem, groups: &[Group]) -> Vec<usize> {
+    let longest = groups.iter().map(Group::tiles).max().unwrap_or(0);
+    let total: usize = groups.iter().map(Group::tiles).sum();
+    let mut chunks: Vec<usize> =
+        (1..=problem.blocks).map(|s| longest.div_ceil(s)).chain([total.div_ceil(problem.blocks)]).collect();
+    chunks.sort_unstable();
+    chunks.dedup();
+    let pieces = |group: &Group, chunk: usize| group.tiles().div_ceil(chunk.max(1)).max(1);
+    let cost = |&chunk: &usize| {
+        let of = |group| {
+            let n = pieces(group, chunk);
+            problem.cost(group.tiles().div_ceil(n), n > 1)
+        };
+        groups.iter().map(of).max()
+    };
+    let too_many = |&chunk: &usize| groups.iter().map(|g| pieces(g, chunk)).sum::<usize>() > problem.blocks;
+    let few_enough = &chunks[chunks.partition_point(too_many)..];
+    let chunk = few_enough.iter().copied().min_by_key(cost).unwrap_or(longest);
+    groups.iter().map(|g| pieces(g, chunk)).collect()
 }
 
-/// Every group in `pieces` equal pieces, each on the block that has least to do.
-fn whole_pieces(problem: &Problem, groups: &[Group], pieces: &[usize]) -> Vec<Vec<Piece>> {
+/// Every group in so many equal pieces, the longest first, each on the block that has least to do; and the most that one has.
+fn spread(problem: &Problem, groups: &[Group], pieces: &[usize]) -> (Work, usize) {
     let mut load: BinaryHeap<_> = (0..problem.blocks).map(|b| Reverse((0, b))).collect();
-    let mut out = vec![Vec::new(); problem.blocks];
+    let (mut work, mut most) = (vec![Vec::new(); problem.blocks], 0);
     let mut order: Vec<usize> = (0..groups.len()).collect();
     order.sort_by_key(|&g| Reverse(groups[g].tiles().div_ceil(pieces[g])));
     for g in order {
@@ -137,27 +152,30 @@ fn whole_pieces(problem: &Problem, groups: &[Group], pieces: &[usize]) -> Vec<Ve
         for i in 0..n {
             let (from, to) = (groups[g].begin + tiles * i / n, groups[g].begin + tiles * (i + 1) / n);
             if let Some(Reverse((busy, block))) = load.pop() {
-                out[block].push((g, from, to));
-                load.push(Reverse((busy + problem.cost(to - from, n > 1), block)));
+                work[block].push((g, from, to));
+                let busy = busy + problem.cost(to - from, n > 1);
+                most = most.max(busy);
+                load.push(Reverse((busy, block)));
             }
         }
     }
-    out
+    (work, most)
 }
 
-/// One block after the other up to a quota, groups being cut wherever it ends.
-fn fill(groups: &[Group], quota: usize, overhead: usize) -> Vec<Vec<Piece>> {
-    let (mut out, mut current, mut room) = (Vec::new(), Vec::new(), quota);
+/// One block after the other up to a quota, groups being cut wherever it ends: says block and piece, and returns how many blocks.
+fn fill(groups: &[Group], quota: usize, overhead: usize, mut piece: impl FnMut(usize, Piece)) -> usize {
+    let (mut block, mut room, mut begun) = (0, quota, false);
     for (g, group) in groups.iter().enumerate() {
         let mut at = group.begin;
         loop {
             let left = group.end - at;
-            if !current.is_empty() && room < overhead + overhead.min(left) {
-                out.push(std::mem::take(&mut current));
+            if begun && room < overhead + overhead.min(left) {
+                block += 1;
                 room = quota;
             }
             let take = left.min(room.saturating_sub(overhead).max(1));
-            current.push((g, at, at + take));
+            piece(block, (g, at, at + take));
+            begun = true;
             room = room.saturating_sub(take + overhead);
             at += take;
             if at >= group.end {
@@ -165,57 +183,68 @@ fn fill(groups: &[Group], quota: usize, overhead: usize) -> Vec<Vec<Piece>> {
             }
         }
     }
-    out.push(current);
-    out
+    block + 1
 }
 
-pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Plan {
-    let groups = groups(problem, spans);
-    let blocks = problem.blocks;
-    let overhead = problem.overhead();
+/// Groups cut at the least quota that the blocks suffice for; and the most that a block has to do.
+fn quotas(problem: &Problem, groups: &[Group]) -> (Work, usize) {
+    let (blocks, overhead) = (problem.blocks, problem.overhead());
     let total: usize = groups.iter().map(Group::tiles).sum();
-    let longest = groups.iter().map(Group::tiles).max().unwrap_or(0);
-
-    // Equal pieces waste nothing where they come out even; cutting at quotas always comes out even but cuts more.
-    let mut plans = vec![];
-    if groups.len() <= 4 * blocks {
-        let mut chunks: Vec<usize> =
-            (1..=blocks).map(|s| longest.div_ceil(s)).chain([total.div_ceil(blocks)]).collect();
-        chunks.sort_unstable();
-        chunks.dedup();
-        for chunk in chunks {
-            let pieces: Vec<_> = groups.iter().map(|g| g.tiles().div_ceil(chunk.max(1)).max(1)).collect();
-            if pieces.iter().sum::<usize>() <= blocks.max(groups.len()) {
-                plans.push(whole_pieces(problem, &groups, &pieces));
-            }
-        }
+    let enough = |quota| fill(groups, quota, overhead, |_, _| ()) <= blocks;
+    // No quota is below the mean, and few are far above it.
+    let mut low = ((total + overhead * groups.len()) / blocks).max(overhead + 1);
+    let mut high = low + 4 * overhead;
+    if !enough(high) {
+        (low, high) = (high, total + overhead * (groups.len() + 1));
     }
-    let (mut low, mut high) = (overhead + 1, total + overhead * (groups.len() + 1));
     while low < high {
         let middle = (low + high) / 2;
-        if fill(&groups, middle, overhead).len() <= blocks {
+        if enough(middle) {
             high = middle;
         } else {
             low = middle + 1;
         }
     }
-    let mut even = fill(&groups, low, overhead);
-    even.resize(blocks.max(even.len()), Vec::new());
-    plans.push(even);
-    let work = plans.iter().min_by_key(|work| problem.most(&groups, work)).expect("one at least");
-    number(&groups, work)
+    let mut work = vec![Vec::new(); blocks];
+    let mut counts = vec![0; groups.len()];
+    fill(groups, low, overhead, |block, piece| {
+        work[block].push(piece);
+        counts[piece.0] += 1;
+    });
+    let cost = |&(g, from, to): &Piece| problem.cost(to - from, counts[g] > 1);
+    let most = work.iter().map(|block| block.iter().map(cost).sum()).max().unwrap_or(0);
+    (work, most)
+}
+
+/// The first item of every block, then the others.
+pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Vec<Item> {
+    let groups = groups(problem, spans);
+    // Equal pieces waste nothing where they come out even; cutting at quotas always comes out even but cuts more.
+    let pieces = match groups.len() {
+        n if n <= problem.blocks => Some(even_pieces(problem, &groups)),
+        n if n <= 4 * problem.blocks => Some(vec![1; n]),
+        _ => None,
+    };
+    let (cut, cut_most) = quotas(problem, &groups);
+    let work = match pieces.map(|pieces| spread(problem, &groups, &pieces)) {
+        Some((even, most)) if most <= cut_most => even,
+        _ => cut,
+    };
+    number(&groups, &work)
 }
 
 /// Items in the order that blocks find them, with their slots in the workspace.
-fn number(groups: &[Group], work: &[Vec<Piece>]) -> Plan {
-    let counts = counts(groups, work);
+fn number(groups: &[Group], work: &Work) -> Vec<Item> {
+    let mut counts = vec![0; groups.len()];
+    work.iter().flatten().for_each(|&(g, ..)| counts[g] += 1);
     let (mut firsts, mut parts) = (Vec::with_capacity(groups.len()), 0);
     for &n in &counts {
         firsts.push(parts);
         parts += if n > 1 { n } else { 0 };
     }
     let mut used = vec![0u32; groups.len()];
-    let mut items = vec![Item::default(); work.len()];
+    let mut items = Vec::with_capacity(work.len() + groups.len());
+    items.resize(work.len(), Item::default());
     for (block, mine) in work.iter().enumerate() {
         let mut at = block;
         for (i, &(g, begin, end)) in mine.iter().enumerate() {
@@ -236,7 +265,7 @@ fn number(groups: &[Group], work: &[Vec<Piece>]) -> Plan {
             used[g] += 1;
         }
     }
-    Plan { items, parts: parts as usize }
+    items
 }
 
 #[cfg(test)]
@@ -255,14 +284,14 @@ mod tests {
     }
 
     /// Items by walking the blocks' chains.
-    fn walk(plan: &Plan, blocks: usize) -> Vec<Vec<Item>> {
+    fn walk(items: &[Item], blocks: usize) -> Vec<Vec<Item>> {
         (0..blocks)
             .map(|b| {
                 let mut mine = vec![];
                 let mut at = b;
-                while plan.items[at].rows > 0 {
-                    mine.push(plan.items[at]);
-                    at = plan.items[at].next as usize;
+                while items[at].rows > 0 {
+                    mine.push(items[at]);
+                    at = items[at].next as usize;
                     if at == 0 {
                         break;
                     }
@@ -290,6 +319,7 @@ mod tests {
                         let visible = Visible { causal, window };
                         let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, visible };
                         let plan = plan(&problem, &spans);
+                        assert!(plan.len() <= problem.most_items(&spans), "{problem:?} {lens:?}");
                         let work = walk(&plan, 132);
                         for wanted in groups(&problem, &spans) {
                             let mut found: Vec<_> = work
@@ -311,7 +341,7 @@ mod tests {
                             parts.sort_unstable();
                             assert!(parts.iter().enumerate().all(|(i, &p)| i == p as usize), "{name}");
                             let end = found[0].part_first as usize + found.len();
-                            assert!(found.len() == 1 || end <= plan.parts, "{name}");
+                            assert!(found.len() == 1 || end <= problem.most_parts(), "{name}");
                         }
                     }
                 }

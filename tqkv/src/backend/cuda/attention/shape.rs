@@ -3,7 +3,7 @@
 use crate::backend::cuda::memory::address;
 use crate::format::{DType, RowFormat};
 use crate::problem::op::Attention;
-use crate::problem::{Domain, PagePool};
+use crate::problem::{Batch, Domain, PagePool};
 
 #[derive(Clone, Copy, Debug)]
 pub(in crate::backend::cuda) struct Shape {
@@ -22,6 +22,12 @@ pub(in crate::backend::cuda) struct Shape {
     pub short: bool,
 }
 
+/// Less than two tiles of 64 positions for each of eight warps.
+pub(super) fn is_short(batch: &Batch, kv_heads: usize, multiprocessors: usize) -> bool {
+    let positions: usize = batch.spans().iter().map(|s| (s.len - s.first) as usize).sum();
+    positions * kv_heads < 2 * 64 * 8 * multiprocessors
+}
+
 impl Shape {
     /// Whether the eight columns of the tensor cores can be four pairs.
     pub fn narrow(&self) -> bool {
@@ -36,9 +42,7 @@ impl Shape {
             return None;
         }
         let at = |unit: u64| buffers().all(|b| address(b).is_multiple_of(unit));
-        // Less than two tiles of 64 positions for each of eight warps.
-        let positions: usize = op.batch.spans().iter().map(|s| (s.len - s.first) as usize).sum();
-        let short = positions * op.key.kv_heads() < 2 * 64 * 8 * multiprocessors;
+        let short = is_short(&op.batch, op.key.kv_heads(), multiprocessors);
         at(2).then(|| Shape {
             key: *op.key.row(),
             value: *op.value.row(),

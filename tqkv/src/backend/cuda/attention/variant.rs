@@ -12,6 +12,7 @@ pub(in crate::backend::cuda) struct Variant {
     pub tiles_n: usize,
     pub tile: usize,
     pub warps: usize,
+    pub short: bool,
 }
 
 static ATTENTION: KernelText = KernelText {
@@ -105,6 +106,6 @@ impl Variant {
             page_size as u32,
             shared_bytes as u32,
         ]);
-        Variant { key, tiles_n, tile, warps }
+        Variant { key, tiles_n, tile, warps, short: shape.short }
     }
 }

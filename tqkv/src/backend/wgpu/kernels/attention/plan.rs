@@ -55,6 +55,8 @@ impl Plan {
     }
 }
 
+impl crate::problem::Plan for Plan {}
+
 impl Task {
     /// Positions that its queries see together, and those before them.
     pub fn seen(&self) -> usize {

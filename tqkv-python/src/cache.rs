@@ -1,0 +1,495 @@
+//! The cache of a model, and its steps.
+
+use crate::array::Arg;
+use crate::error::{OrRaise, raise};
+use crate::ops::{Asked, Device, Outputs, codec_pair, decoded, domain, order, positions, run};
+use ouroboros::self_referencing;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tqkv::cache::{LayerKind, Side, Sinks, Step};
+use tqkv::ops::{Domain, RowOrder};
+use tqkv::{CacheConfig, Error, KvCache, SequenceId};
+
+/// The compressed K and V of all layers.
+#[pyclass(frozen, module = "tqkv", name = "KvCache")]
+pub struct PyKvCache {
+    device: tqkv::Device,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Away while a step is open.
+    cache: Option<Box<KvCache>>,
+    /// Sequences by the numbers that Python knows them by, which outlive [`grow`](PyKvCache::grow).
+    sequences: BTreeMap<u64, SequenceId>,
+    next: u64,
+}
+
+impl State {
+    fn cache(&mut self) -> PyResult<&mut KvCache> {
+        let open = || PyRuntimeError::new_err("a step of this cache is open: commit it or leave its block first");
+        self.cache.as_deref_mut().ok_or_else(open)
+    }
+
+    fn id(&self, number: u64) -> PyResult<SequenceId> {
+        self.sequences.get(&number).copied().ok_or_else(|| raise(Error::UnknownSequence { got: number }))
+    }
+
+    fn name(&mut self, id: SequenceId) -> u64 {
+        self.next += 1;
+        self.sequences.insert(self.next - 1, id);
+        self.next - 1
+    }
+
+    /// Sequences with how many tokens, of a dict or of pairs.
+    fn tokens(&self, object: &Bound<'_, PyAny>) -> PyResult<Vec<(SequenceId, usize)>> {
+        let pairs: Vec<(u64, usize)> = match object.cast::<PyDict>() {
+            Ok(dict) => dict.items().extract()?,
+            Err(_) => object.extract()?,
+        };
+        pairs.into_iter().map(|(number, n)| Ok((self.id(number)?, n))).collect()
+    }
+}
+
+impl PyKvCache {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Settings by layer, of a dict.
+fn by_layer<'py, T>(
+    dict: Option<&Bound<'py, PyDict>>,
+    value: impl Fn(&Bound<'py, PyAny>) -> PyResult<T>,
+) -> PyResult<Vec<(usize, T)>> {
+    let items = dict.into_iter().flat_map(|d| d.iter());
+    items.map(|(layer, x)| Ok((layer.extract()?, value(&x)?))).collect()
+}
+
+fn side(name: &str) -> PyResult<Side> {
+    match name {
+        "key" => Ok(Side::Key),
+        "value" => Ok(Side::Value),
+        _ => Err(PyValueError::new_err(format!("side is {name:?}: expected 'key' or 'value'"))),
+    }
+}
+
+#[pymethods]
+impl PyKvCache {
+    #[new]
+    #[pyo3(signature = (device, layers, kv_heads, head_dim, codec = None, *, page_size = 64, capacity = 4096,
+        window_capacity = None, windows = None, shared = None, codec_at = None, sinks = None))]
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn new(
+        py: Python<'_>,
+        device: &Device,
+        layers: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        codec: Option<&Bound<'_, PyAny>>,
+        page_size: usize,
+        capacity: usize,
+        window_capacity: Option<usize>,
+        windows: Option<&Bound<'_, PyDict>>,
+        shared: Option<&Bound<'_, PyDict>>,
+        codec_at: Option<&Bound<'_, PyDict>>,
+        sinks: Option<(usize, Bound<'_, PyAny>)>,
+    ) -> PyResult<Self> {
+        let mut config = CacheConfig::new(layers, kv_heads, head_dim).page_size(page_size).capacity(capacity);
+        if let Some(codec) = codec {
+            config = config.codec(codec_pair(codec)?);
+        }
+        if let Some(positions) = window_capacity {
+            config = config.window_capacity(positions);
+        }
+        for (layer, window) in by_layer(windows, |w| w.extract())? {
+            config = config.kind_at(layer, LayerKind::Window(window));
+        }
+        for (layer, source) in by_layer(shared, |s| s.extract())? {
+            config = config.kind_at(layer, LayerKind::Shared(source));
+        }
+        for (layer, codec) in by_layer(codec_at, codec_pair)? {
+            config = config.codec_at(layer, codec);
+        }
+        if let Some((positions, codec)) = sinks {
+            config = config.sinks(Sinks { positions, codec: codec_pair(&codec)? });
+        }
+        let cache = py.detach(|| KvCache::new(&device.0, config)).or_raise()?;
+        let state = State { cache: Some(Box::new(cache)), sequences: BTreeMap::new(), next: 0 };
+        Ok(PyKvCache { device: device.0.clone(), state: Mutex::new(state) })
+    }
+
+    #[getter]
+    fn device(&self) -> Device {
+        Device(self.device.clone())
+    }
+
+    #[getter]
+    fn sequences(&self) -> Vec<u64> {
+        self.lock().sequences.keys().copied().collect()
+    }
+
+    fn add_sequence(&self) -> PyResult<u64> {
+        let mut state = self.lock();
+        let id = state.cache()?.add_sequence();
+        Ok(state.name(id))
+    }
+
+    fn fork(&self, sequence: u64) -> PyResult<u64> {
+        let mut state = self.lock();
+        let id = state.id(sequence)?;
+        let twin = state.cache()?.fork(id).or_raise()?;
+        Ok(state.name(twin))
+    }
+
+    fn truncate(&self, sequence: u64, len: usize) -> PyResult<()> {
+        let mut state = self.lock();
+        let id = state.id(sequence)?;
+        state.cache()?.truncate(id, len).or_raise()
+    }
+
+    fn free(&self, sequence: u64) -> PyResult<()> {
+        let mut state = self.lock();
+        let id = state.id(sequence)?;
+        state.cache()?.free_sequence(id).or_raise()?;
+        state.sequences.remove(&sequence);
+        Ok(())
+    }
+
+    fn len(&self, sequence: u64) -> PyResult<usize> {
+        let mut state = self.lock();
+        let id = state.id(sequence)?;
+        state.cache()?.len(id).or_raise()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> PyResult<usize> {
+        Ok(self.lock().cache()?.bytes())
+    }
+
+    #[getter]
+    fn free_pages(&self) -> PyResult<usize> {
+        Ok(self.lock().cache()?.free_pages())
+    }
+
+    fn usage(&self) -> PyResult<BTreeMap<&'static str, f64>> {
+        let usage = self.lock().cache()?.usage();
+        let bytes = [("capacity", usage.capacity), ("used", usage.used), ("free", usage.free)];
+        let bytes = bytes.into_iter().map(|(name, n)| (name, n as f64));
+        Ok(bytes.chain([("fragmentation", usage.fragmentation)]).collect())
+    }
+
+    fn append(
+        &self,
+        py: Python<'_>,
+        layer: usize,
+        tokens: &Bound<'_, PyAny>,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (k, v) = (Arg::input("k", k, &self.device)?, Arg::input("v", v, &self.device)?);
+        let mut state = self.lock();
+        let tokens = state.tokens(tokens)?;
+        let cache = state.cache()?;
+        run(py, &self.device, &[], |e| cache.append(e, layer, &tokens, &k.buffer, &v.buffer))
+    }
+
+    #[pyo3(signature = (layer, queries, q, *, scale = None, causal = true, window = None, softcap = None,
+        sink_logits = None, domain = "original".to_owned(), out = None, lse = false))]
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn attend<'py>(
+        &self,
+        py: Python<'py>,
+        layer: usize,
+        queries: &Bound<'py, PyAny>,
+        q: Bound<'py, PyAny>,
+        scale: Option<f32>,
+        causal: bool,
+        window: Option<usize>,
+        softcap: Option<f32>,
+        sink_logits: Option<Bound<'py, PyAny>>,
+        domain: String,
+        out: Option<Bound<'py, PyAny>>,
+        lse: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let asked = Asked { scale, causal, window, softcap, sink_logits, domain };
+        let arg = Arg::input("q", &q, &self.device)?;
+        let outputs = Outputs::new(&q, arg.buffer.shape(), out, lse, &self.device)?;
+        {
+            let mut state = self.lock();
+            let queries = state.tokens(queries)?;
+            let cache = state.cache()?;
+            let (params, _sinks) = asked.params(&self.device, cache.config().layer_heads(layer).head_dim)?;
+            run(py, &self.device, &outputs.args(), |e| {
+                let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
+                cache.attend(e, layer, &queries, &arg.buffer, &outputs.out_arg.buffer, lse, &params)
+            })?;
+        }
+        outputs.into_python(py)
+    }
+
+    #[pyo3(signature = (layer, side, sequence, positions = None, *, domain = "original", order = "token", out = None))]
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn dequantize<'py>(
+        &self,
+        py: Python<'py>,
+        layer: usize,
+        side: &str,
+        sequence: u64,
+        positions: Option<&Bound<'py, PyAny>>,
+        domain: &str,
+        order: &str,
+        out: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let mut state = self.lock();
+        let id = state.id(sequence)?;
+        let cache = state.cache()?;
+        let (domain, order, side) = (self::domain(domain)?, self::order(order)?, self::side(side)?);
+        let held = 0..if positions.is_none() { cache.len(id).or_raise()? } else { 0 };
+        let positions = self::positions(positions, held)?;
+        let pool = cache.pool(layer, side).or_raise()?;
+        let dim = if domain == Domain::Original { pool.row().head_dim() } else { pool.row().row_dim() };
+        let (n, heads) = (positions.len(), pool.kv_heads());
+        let shape = if order == RowOrder::TokenMajor { [n, heads, dim] } else { [heads, n, dim] };
+        let out = decoded(py, out, &shape)?;
+        let arg = Arg::output("out", &out, &self.device)?;
+        run(py, &self.device, &[&arg], |e| {
+            cache.dequantize(e, layer, side, id, positions, domain, order, &arg.buffer)
+        })?;
+        Ok(out)
+    }
+
+    /// Whether the pages for so many new tokens are there.
+    fn fits(&self, tokens: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let mut state = self.lock();
+        let tokens = state.tokens(tokens)?;
+        match state.cache()?.step(&tokens) {
+            Ok(_) => Ok(true),
+            Err(Error::OutOfPages { .. }) => Ok(false),
+            Err(error) => Err(raise(error)),
+        }
+    }
+
+    fn step(slf: Bound<'_, Self>, tokens: &Bound<'_, PyAny>) -> PyResult<PyStep> {
+        let mut state = slf.get().lock();
+        let tokens = state.tokens(tokens)?;
+        state.cache()?;
+        let Some(cache) = state.cache.take() else { unreachable!("it was there") };
+        match OpenStep::try_new_or_recover(cache, |cache| cache.step(&tokens).map(Some)) {
+            Ok(open) => Ok(PyStep { cache: slf.clone().unbind(), open: Mutex::new(Some(open)) }),
+            Err((error, heads)) => {
+                state.cache = Some(heads.cache);
+                Err(raise(error))
+            }
+        }
+    }
+
+    #[pyo3(signature = (path, sequences = None, fingerprint = None))]
+    fn save(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        sequences: Option<Vec<u64>>,
+        fingerprint: Option<&[u8]>,
+    ) -> PyResult<Vec<u64>> {
+        let mut state = self.lock();
+        let (names, ids) = state.saved(sequences)?;
+        let cache = state.cache()?;
+        py.detach(|| cache.save(&ids, path, fingerprint.unwrap_or(b""))).or_raise()?;
+        Ok(names)
+    }
+
+    #[pyo3(signature = (path, fingerprint = None))]
+    fn load(&self, py: Python<'_>, path: PathBuf, fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
+        let mut state = self.lock();
+        let cache = state.cache()?;
+        let ids = py.detach(|| cache.load(path, fingerprint.unwrap_or(b""))).or_raise()?;
+        Ok(ids.into_iter().map(|id| state.name(id)).collect())
+    }
+
+    #[pyo3(signature = (sequences = None, fingerprint = None))]
+    fn dumps<'py>(
+        &self,
+        py: Python<'py>,
+        sequences: Option<Vec<u64>>,
+        fingerprint: Option<&[u8]>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let mut state = self.lock();
+        let (_, ids) = state.saved(sequences)?;
+        let cache = state.cache()?;
+        let bytes = py.detach(|| snapshot(cache, &ids, fingerprint.unwrap_or(b""))).or_raise()?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    #[pyo3(signature = (bytes, fingerprint = None))]
+    fn loads(&self, py: Python<'_>, bytes: &[u8], fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
+        let mut state = self.lock();
+        let cache = state.cache()?;
+        let ids = py.detach(|| cache.read_snapshot(bytes, fingerprint.unwrap_or(b""))).or_raise()?;
+        Ok(ids.into_iter().map(|id| state.name(id)).collect())
+    }
+
+    #[pyo3(signature = (capacity, window_capacity = None))]
+    fn grow(&self, py: Python<'_>, capacity: usize, window_capacity: Option<usize>) -> PyResult<()> {
+        let mut state = self.lock();
+        let (names, ids) = state.saved(None)?;
+        let cache = state.cache()?;
+        let mut config = cache.config().clone().capacity(capacity);
+        if let Some(positions) = window_capacity {
+            config = config.window_capacity(positions);
+        }
+        let device = &self.device;
+        let moved = py.detach(|| {
+            let mut larger = Box::new(KvCache::new(device, config)?);
+            let bytes = snapshot(cache, &ids, b"")?;
+            let ids = larger.read_snapshot(&bytes[..], b"")?;
+            Ok((larger, ids))
+        });
+        let (larger, ids) = moved.or_raise()?;
+        state.cache = Some(larger);
+        state.sequences = names.into_iter().zip(ids).collect();
+        Ok(())
+    }
+
+    fn __len__(&self) -> usize {
+        self.lock().sequences.len()
+    }
+}
+
+impl State {
+    /// Sequences to save, all if none are named.
+    fn saved(&self, names: Option<Vec<u64>>) -> PyResult<(Vec<u64>, Vec<SequenceId>)> {
+        let names = names.unwrap_or_else(|| self.sequences.keys().copied().collect());
+        let ids = names.iter().map(|&n| self.id(n)).collect::<PyResult<_>>()?;
+        Ok((names, ids))
+    }
+}
+
+fn snapshot(cache: &KvCache, ids: &[SequenceId], fingerprint: &[u8]) -> tqkv::Result<Vec<u8>> {
+    let whole = ids.iter().map(|&id| Ok((id, cache.len(id)?))).collect::<tqkv::Result<Vec<_>>>()?;
+    let mut bytes = vec![];
+    cache.write_snapshot(&whole, &mut bytes, fingerprint)?;
+    Ok(bytes)
+}
+
+/// A cache that is lent to a step.
+#[self_referencing]
+struct OpenStep {
+    cache: Box<KvCache>,
+    #[borrows(mut cache)]
+    #[not_covariant]
+    step: Option<Step<'this>>,
+}
+
+/// New tokens of some sequences on their way through the layers.
+#[pyclass(frozen, module = "tqkv", name = "Step")]
+pub struct PyStep {
+    cache: Py<PyKvCache>,
+    open: Mutex<Option<OpenStep>>,
+}
+
+impl PyStep {
+    fn with<T>(&self, f: impl FnOnce(&mut Step) -> PyResult<T>) -> PyResult<T> {
+        let over = || PyRuntimeError::new_err("this step is over");
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = open.as_mut().ok_or_else(over)?;
+        open.with_step_mut(|step| f(step.as_mut().ok_or_else(over)?))
+    }
+
+    /// Gives the cache back; what was not committed is undone.
+    fn close(&self, commit: bool) -> PyResult<()> {
+        let Some(mut open) = self.open.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Err(PyRuntimeError::new_err("this step is over"));
+        };
+        let committed = open.with_step_mut(|step| match step.take() {
+            Some(step) if commit => step.commit(),
+            _ => Ok(()),
+        });
+        self.cache.get().lock().cache = Some(open.into_heads().cache);
+        committed.or_raise()
+    }
+}
+
+impl Drop for PyStep {
+    fn drop(&mut self) {
+        let _ = self.close(false);
+    }
+}
+
+#[pymethods]
+impl PyStep {
+    #[getter]
+    fn tokens(&self) -> PyResult<usize> {
+        self.with(|step| Ok(step.tokens()))
+    }
+
+    fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.with(|step| {
+            let device = step.device().clone();
+            let (k, v) = (Arg::input("k", k, &device)?, Arg::input("v", v, &device)?);
+            run(py, &device, &[], |e| step.append(e, layer, &k.buffer, &v.buffer))
+        })
+    }
+
+    #[pyo3(signature = (layer, q, *, scale = None, causal = true, window = None, softcap = None, sink_logits = None,
+        domain = "original".to_owned(), out = None, lse = false))]
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn attend<'py>(
+        &self,
+        py: Python<'py>,
+        layer: usize,
+        q: Bound<'py, PyAny>,
+        scale: Option<f32>,
+        causal: bool,
+        window: Option<usize>,
+        softcap: Option<f32>,
+        sink_logits: Option<Bound<'py, PyAny>>,
+        domain: String,
+        out: Option<Bound<'py, PyAny>>,
+        lse: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let asked = Asked { scale, causal, window, softcap, sink_logits, domain };
+        self.with(|step| {
+            let device = step.device().clone();
+            let arg = Arg::input("q", &q, &device)?;
+            let head_dim = arg.buffer.shape().last().copied().unwrap_or(1);
+            let (params, _sinks) = asked.params(&device, head_dim)?;
+            let outputs = Outputs::new(&q, arg.buffer.shape(), out, lse, &device)?;
+            run(py, &device, &outputs.args(), |e| {
+                let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
+                step.attend(e, layer, &arg.buffer, &outputs.out_arg.buffer, lse, &params)
+            })?;
+            outputs.into_python(py)
+        })
+    }
+
+    fn commit(&self) -> PyResult<()> {
+        self.close(true)
+    }
+
+    fn abandon(&self) -> PyResult<()> {
+        self.close(false)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (kind, _value, _traceback))]
+    fn __exit__(
+        &self,
+        kind: &Bound<'_, PyAny>,
+        _value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        // Over already if its block has committed or abandoned it.
+        if self.open.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            self.close(kind.is_none())?;
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,28 @@
+//! tqkv for Python: `tqkv._native`, whose names `python/tqkv/__init__.py` gives on. Shapes, units and errors are documented in
+//! `python/tqkv/_native.pyi`, once for both.
+
+#![allow(missing_docs)] // Nobody links against a Python module.
+
+mod array;
+mod cache;
+mod error;
+mod ops;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    error::add(m)?;
+    m.add_class::<ops::Device>()?;
+    m.add_class::<ops::PyCodec>()?;
+    m.add_class::<ops::PagePool>()?;
+    m.add_class::<ops::Batch>()?;
+    m.add_class::<cache::PyKvCache>()?;
+    m.add_class::<cache::PyStep>()?;
+    m.add_function(wrap_pyfunction!(ops::quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::attend, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::dequantize, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::merge, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::rotate, m)?)
+}
