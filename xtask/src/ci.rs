@@ -1,6 +1,6 @@
 //! What CI runs after it has installed its tools: a list of stages, one after the other, each with its time.
 
-use crate::{codebooks, codec_files, layers, sizes};
+use crate::{codebooks, codec_files, layers, python, sizes};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,6 +25,10 @@ const STAGES: &[Stage] = &[
     Stage { name: "sources", run: sources },
     Stage { name: "features", run: features },
     Stage { name: "tests", run: tests },
+    Stage {
+        name: "python",
+        run: |root| python::test(root, &["numpy", "transformers"], false).map(|said| println!("{said}")),
+    },
     Stage { name: "sanitizer", run: sanitizer },
     Stage { name: "docs", run: |root| cargo(root, "doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")]) },
     Stage { name: "macos", run: macos },
