@@ -40,7 +40,7 @@ pub struct Calibrate {
 }
 
 /// Tokens at the end of each text that bits are looked for with, and that are not calibrated with, at most.
-const HELD_OUT: usize = 512;
+const HELD_OUT: usize = 1024;
 
 /// Something that was tried for the budget.
 #[derive(Serialize)]
@@ -71,10 +71,9 @@ impl Calibrate {
         let Some(mut calibration) = measure(&language, &pieces(&texts, length, language.start()), origin)? else {
             bail!("interrupted: {} is not written", self.out.display())
         };
-        if let (Some(windows), Some(budget)) = (held_out, self.budget) {
-            let context = self.context.unwrap_or(length);
-            let search =
-                Search { model: &language.model, calibration: &calibration, windows: &windows, budget, context };
+        if let (Some([windows, probes]), Some(budget)) = (&held_out, self.budget) {
+            let (model, context) = (&language.model, self.context.unwrap_or(length));
+            let search = Search { model, calibration: &calibration, windows, probes, budget, context };
             let Some(tried) = run_search(&search)? else { bail!("interrupted: {} is not written", self.out.display()) };
             self.print_tried(&tried, context)?;
             let best = tried.into_iter().next().context("nothing keeps to the budget")?;
@@ -119,17 +118,23 @@ fn pieces(texts: &[Encoded], length: usize, start: Option<u32>) -> Vec<Vec<u32>>
     pieces.map(|tokens| start.iter().chain(tokens).copied().collect()).collect()
 }
 
-/// Takes the end of each text away, and makes windows of all of them.
-fn hold_out(texts: &mut [Encoded], start: Option<u32>) -> Result<Windows> {
+/// Takes the end of each text away, and makes windows of all of them, and of a quarter of each.
+fn hold_out(texts: &mut [Encoded], start: Option<u32>) -> Result<[Windows; 2]> {
     let shortest = texts.iter().map(|text| text.tokens.len()).min().unwrap_or(0);
     let length = HELD_OUT.min(shortest / 4);
-    let mut held_out = Encoded { tokens: vec![], spans: vec![] };
+    let parts = [length, length / 4];
+    let mut held_out = parts.map(|_| Encoded { tokens: vec![], spans: vec![] });
     for text in &mut *texts {
         let rest = text.tokens.len() - length;
-        held_out.tokens.extend(text.tokens.drain(rest..));
-        held_out.spans.extend(text.spans.drain(rest..));
+        for (part, held_out) in parts.into_iter().zip(&mut held_out) {
+            held_out.tokens.extend(&text.tokens[rest..rest + part]);
+            held_out.spans.extend_from_slice(&text.spans[rest..rest + part]);
+        }
+        text.tokens.truncate(rest);
+        text.spans.truncate(rest);
     }
-    Ok(Windows::new(&held_out, texts.len(), length, start)?)
+    let [whole, part] = &held_out;
+    Ok([Windows::new(whole, texts.len(), length, start)?, Windows::new(part, texts.len(), length / 4, start)?])
 }
 
 fn go_on() -> ControlFlow<()> {
