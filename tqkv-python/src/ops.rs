@@ -33,14 +33,10 @@ impl Device {
         }))
     }
 
-    #[cfg(feature = "cuda")]
     #[staticmethod]
     #[pyo3(signature = (ordinal = 0, stream = 0))]
     fn cuda_on_stream(py: Python<'_>, ordinal: usize, stream: usize) -> PyResult<Self> {
-        // SAFETY: a stream of torch's, which lives as long as the process; the stubs say so.
-        py.detach(|| unsafe { tqkv::Device::cuda_on_stream(ordinal, stream as *mut std::ffi::c_void) })
-            .or_raise()
-            .map(Device)
+        py.detach(|| on_stream(ordinal, stream)).or_raise().map(Device)
     }
 
     #[staticmethod]
@@ -88,6 +84,18 @@ impl Device {
     fn __eq__(&self, other: &Self) -> bool {
         self.0 == other.0
     }
+}
+
+#[cfg(feature = "cuda")]
+fn on_stream(ordinal: usize, stream: usize) -> tqkv::Result<tqkv::Device> {
+    // SAFETY: the stub asks for a stream that outlives the device.
+    unsafe { tqkv::Device::cuda_on_stream(ordinal, stream as *mut std::ffi::c_void) }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_stream(ordinal: usize, _stream: usize) -> tqkv::Result<tqkv::Device> {
+    let (device, reason) = (format!("cuda:{ordinal}"), "this build has no such backend".to_owned());
+    Err(tqkv::Error::DeviceUnavailable { device, reason })
 }
 
 /// The codecs of keys and of values.

@@ -4,7 +4,7 @@ mod support;
 
 use std::cell::Cell;
 use support::*;
-use tqkv::cache::{LayerKind, Replay, Side, Sinks, Step};
+use tqkv::cache::{LayerKind, Recent, Replay, Side, Sinks, Step};
 use tqkv::format::RowFormat;
 use tqkv::ops::*;
 use tqkv::{Buffer, CacheConfig, Codec, CodecPair, CommandEncoder, DType, Device, Error, KvCache, SequenceId};
@@ -15,12 +15,13 @@ const D: usize = 64;
 const PAGE: usize = 16;
 const LAYERS: usize = 4;
 
-/// A full layer, a windowed one, one that shares, one with sinks.
+/// A full layer that keeps its newest positions apart, a windowed one, one that shares with the first, one with sinks.
 fn cache(device: &Device, pages: usize) -> KvCache {
     let config = CacheConfig::new(LAYERS, KV_HEADS, D)
         .codec_at(1, "k3v5".parse().unwrap())
         .kind_at(1, LayerKind::Window(20))
         .kind_at(2, LayerKind::Shared(0))
+        .recent_at(0, Recent { positions: 10, codec: "k8v8".parse().unwrap() })
         .kind_at(3, LayerKind::Window(20))
         .sinks_at(3, Sinks { positions: 4, codec: CodecPair::both(Codec::F16) })
         .page_size(PAGE)

@@ -1,6 +1,6 @@
 //! What CI runs after it has installed its tools: a list of stages, one after the other, each with its time.
 
-use crate::{codebooks, codec_files, layers};
+use crate::{codebooks, codec_files, layers, python, sizes};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,6 +26,10 @@ const STAGES: &[Stage] = &[
     Stage { name: "features", run: features },
     Stage { name: "tests", run: tests },
     Stage { name: "models", run: models },
+    Stage {
+        name: "python",
+        run: |root| python::test(root, &["numpy", "transformers"], false).map(|said| println!("{said}")),
+    },
     Stage { name: "sanitizer", run: sanitizer },
     Stage { name: "docs", run: |root| cargo(root, "doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")]) },
     Stage { name: "macos", run: macos },
@@ -61,6 +65,7 @@ fn sources(root: &Path) -> Result<()> {
     println!("{}", codebooks::check(root)?);
     println!("{}", layers::check(root)?);
     println!("{}", codec_files::check(root)?);
+    println!("{}", sizes::check(root)?);
     Ok(())
 }
 

@@ -4,6 +4,7 @@ mod ci;
 mod codebooks;
 mod codec_files;
 mod layers;
+mod python;
 mod sizes;
 mod sources;
 mod stage;
@@ -24,7 +25,19 @@ fn main() -> Result<()> {
         ["stage", name] => {
             format!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display())
         }
-        _ => bail!("commands: ci [STAGE ...], codebooks [--check], codec-files, layers, sizes, stage NAME"),
+        ["python-test", ref options @ ..] => {
+            let release = options.contains(&"--release");
+            let rest: Vec<&str> = options.iter().copied().filter(|o| *o != "--release").collect();
+            match rest[..] {
+                [] => python::test(root, &python::PARTS, release)?,
+                ["--only", part] => python::test(root, &[part], release)?,
+                _ => bail!("python-test takes --only numpy|transformers|vllm and --release"),
+            }
+        }
+        _ => bail!(
+            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, python-test [--only PART] [--release], sizes, \
+             stage NAME"
+        ),
     };
     println!("{said}");
     Ok(())

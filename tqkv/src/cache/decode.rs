@@ -2,7 +2,7 @@
 
 use super::state::{KvCache, SequenceId, Side};
 use crate::compute::{Buffer, CommandEncoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{self, Domain, Positions, RowOrder};
 
 impl KvCache {
@@ -37,5 +37,33 @@ impl KvCache {
         }
         let batch = self.batch(pools.group, first, &spans)?;
         ops::dequantize(encoder, pools.side(side), &batch, 0, positions, domain, order, out)
+    }
+
+    /// As [`dequantize`](KvCache::dequantize), of what a layer keeps of a sequence's newest positions
+    /// ([`CacheConfig::recent`](crate::CacheConfig::recent)).
+    ///
+    /// # Errors
+    /// As there; [`Error::Positions`](crate::Error::Positions) for positions that are not, or no longer, kept so, and for all if the layer keeps none.
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    pub fn dequantize_recent(
+        &mut self,
+        encoder: &mut CommandEncoder,
+        layer: usize,
+        side: Side,
+        sequence: SequenceId,
+        positions: std::ops::Range<usize>,
+        domain: Domain,
+        order: RowOrder,
+        out: &Buffer,
+    ) -> Result<()> {
+        let of = self.layer(layer)?;
+        let (extents, shape, source) = (of.extents.clone(), of.shape, of.source);
+        let spans = self.spans(source, &[(sequence, 0)], false)?;
+        let Some((extent, _)) = self.apart(shape).recent else {
+            let std::ops::Range { start, end } = positions;
+            return Err(Error::Positions { start, end, first: spans[0].1, len: spans[0].1 });
+        };
+        let batch = self.batch(extents[extent].group, 0, &spans)?;
+        ops::dequantize(encoder, extents[extent].side(side), &batch, 0, positions, domain, order, out)
     }
 }

@@ -149,8 +149,10 @@ impl Recorded {
             }
             // Writes and reads of a shape mostly have one batch.
             for pair in some {
-                if !all.iter().any(|other| other.0.is_same(pair.0)) {
-                    all.push(pair);
+                match all.iter().find(|other| other.0.is_same(pair.0)) {
+                    None => all.push(pair),
+                    Some(other) if other.1.equals(pair.1) => {}
+                    Some(_) => return None,
                 }
             }
         }

@@ -86,7 +86,7 @@ struct Kept {
 }
 
 /// A [`Span`] as kernels see it.
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub(crate) struct SpanInfo {
     pub first: u32,
@@ -293,6 +293,13 @@ impl Batch {
     /// Whether both are one.
     pub(crate) fn is_same(&self, other: &Batch) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether both say the same.
+    pub(crate) fn equals(&self, other: &Batch) -> bool {
+        let (a, b) = (&*self.0, &*other.0);
+        self.is_same(other)
+            || ((a.page_size, a.width) == (b.page_size, b.width) && a.spans == b.spans && a.table == b.table)
     }
 
     fn expect_current(&self) -> Result<()> {

@@ -9,6 +9,7 @@ mod pool;
 mod strides;
 mod visible;
 
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::Plan;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;

@@ -15,6 +15,7 @@ use meter::Meter;
 use shape::Shape;
 use std::process::ExitCode;
 use tqkv::Device;
+use tqkv::cache::CacheCodec;
 use tqkv::compute::DeviceKind;
 use tqkv::format::CodecPair;
 
@@ -34,7 +35,7 @@ pub struct Bench {
     op: Vec<Op>,
     #[arg(long, value_name = "CODECS", value_delimiter = ',', value_parser = codecs::parse, help = codecs::HELP,
           default_values = ["f16", "seed4", "seed8", "k8v8", "k6v6", "k5v4", "k4v4", "k4v3", "k3v3", "k2v2"])]
-    codec: Vec<CodecPair>,
+    codec: Vec<CacheCodec>,
     /// What attention runs over, separated by commas: BATCHxHEADS/KV_HEADSxHEAD_DIMxCONTEXT, as 8x32/8x128x32768. A context of
     /// 128-16384 means lengths between these, log-uniform [default: several, by device]
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', value_parser = str::parse::<Shape>)]
@@ -89,16 +90,26 @@ impl Bench {
         let given = !self.shape.is_empty();
         let shapes = if self.shape.is_empty() { default_shapes(&device, gpu) } else { self.shape };
         let meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
+        let pairs = self.codec.iter().map(|&codec| match CacheCodec::from(codec.all) == codec {
+            true => Ok(codec.all),
+            false => Err(anyhow::anyhow!(
+                "{codec} stores positions a second time, expected one of a kind for all but --op step"
+            )),
+        });
+        let pairs = match self.op[..] {
+            [Op::Step] => vec![],
+            _ => pairs.collect::<Result<Vec<CodecPair>>>()?,
+        };
         for &op in &self.op {
             match op {
-                Op::Quantize => self.codec.iter().try_for_each(|&codec| meter.quantize(codec, positions))?,
-                Op::Append => self.codec.iter().try_for_each(|&codec| meter.append(codec))?,
-                Op::Dequantize => self.codec.iter().try_for_each(|&codec| meter.dequantize(codec, positions))?,
-                Op::Restore => self.codec.iter().try_for_each(|&codec| meter.restore(codec, positions))?,
+                Op::Quantize => pairs.iter().try_for_each(|&codec| meter.quantize(codec, positions))?,
+                Op::Append => pairs.iter().try_for_each(|&codec| meter.append(codec))?,
+                Op::Dequantize => pairs.iter().try_for_each(|&codec| meter.dequantize(codec, positions))?,
+                Op::Restore => pairs.iter().try_for_each(|&codec| meter.restore(codec, positions))?,
                 Op::Rotate => meter.rotate(positions)?,
                 Op::Attention => {
                     for shape in &shapes {
-                        self.codec.iter().try_for_each(|&codec| meter.attention(codec, shape))?;
+                        pairs.iter().try_for_each(|&codec| meter.attention(codec, shape))?;
                     }
                 }
                 Op::Step => {
@@ -109,7 +120,7 @@ impl Bench {
                     }
                 }
                 Op::Prefill => {
-                    self.codec.iter().try_for_each(|&codec| meter.prefill(codec))?;
+                    pairs.iter().try_for_each(|&codec| meter.prefill(codec))?;
                     if meter.device.info().kind == DeviceKind::Cpu {
                         meter.candle_prefill()?;
                     }

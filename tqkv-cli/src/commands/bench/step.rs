@@ -6,10 +6,9 @@ use super::operations::FILL;
 use super::shape::Shape;
 use anyhow::Result;
 use std::time::Instant;
-use tqkv::cache::{Replay, Side, Step};
-use tqkv::format::CodecPair;
+use tqkv::cache::{CacheCodec, Replay, Side, Step};
 use tqkv::ops::{AttentionParams, Domain, RowOrder};
-use tqkv::{Buffer, CacheConfig, CommandEncoder, DType, KvCache, SequenceId, reference};
+use tqkv::{Buffer, CacheConfig, CodecPair, CommandEncoder, DType, KvCache, SequenceId, reference};
 
 /// Steps that are timed, and those before them.
 const STEPS: usize = 41;
@@ -19,6 +18,7 @@ const WARM: usize = 5;
 struct Model<'a> {
     meter: &'a Meter,
     shape: &'a Shape,
+    codec: CacheCodec,
     cache: KvCache,
     /// The new tokens.
     tokens: Vec<(SequenceId, usize)>,
@@ -54,7 +54,7 @@ fn median(mut step: impl FnMut() -> Result<f64>) -> Result<f64> {
 
 impl Meter {
     /// `append` and `attend` of every layer as one step, one new token a sequence.
-    pub fn step(&self, codec: CodecPair, shape: &Shape, layers: usize) -> Result<()> {
+    pub fn step(&self, codec: CacheCodec, shape: &Shape, layers: usize) -> Result<()> {
         let mut model = Model::new(self, codec, shape, layers)?;
         let mut recording = vec![];
         let ms_wall = median(|| {
@@ -87,7 +87,7 @@ impl Meter {
             shape: shape.to_string(),
             codec: codec.to_string(),
             timing: Timing { seconds: ms_wall / 1e3, sustained: None, clock: None },
-            bytes: model.bytes(codec)?,
+            bytes: model.bytes()?,
             limit: Limit::Read,
             error,
             tolerance: self.attention_tolerance(),
@@ -97,15 +97,16 @@ impl Meter {
 }
 
 impl<'a> Model<'a> {
-    fn new(meter: &'a Meter, codec: CodecPair, shape: &'a Shape, layers: usize) -> Result<Self> {
+    fn new(meter: &'a Meter, codec: CacheCodec, shape: &'a Shape, layers: usize) -> Result<Self> {
         let lens: Vec<usize> = shape.lens().iter().map(|len| len - 1).collect();
         let page_size = 64;
         // The pages of the longest, for each sequence: so lengths may differ.
         let capacity = shape.lens().iter().map(|len| len.div_ceil(page_size) * page_size).sum();
         let config = CacheConfig::new(layers, shape.kv_heads, shape.head_dim)
-            .codec(codec)
+            .cache_codec(codec)
             .page_size(page_size)
-            .capacity(capacity);
+            .capacity(capacity)
+            .recent_capacity(capacity);
         let cache = KvCache::new(&meter.device, config)?;
         let one = |seed, heads| meter.vectors(seed, &[shape.batch, heads, shape.head_dim], meter.query_dtype());
         let ((_, k), (_, v), q) = (one(5, shape.kv_heads)?, one(6, shape.kv_heads)?, one(7, shape.heads)?);
@@ -113,7 +114,7 @@ impl<'a> Model<'a> {
         let out = (0..layers).map(|_| zeros()).collect::<tqkv::Result<_>>()?;
         let params = AttentionParams::for_head_dim(shape.head_dim);
         let layers = Layers { k, v, q, out, params };
-        let mut model = Model { meter, shape, cache, tokens: vec![], lens, layers };
+        let mut model = Model { meter, shape, codec, cache, tokens: vec![], lens, layers };
         model.tokens = (0..shape.batch).map(|_| (model.cache.add_sequence(), 1)).collect();
         model.fill()?;
         Ok(model)
@@ -165,10 +166,19 @@ impl<'a> Model<'a> {
     }
 
     /// What must be read and written: the caches, and a token's vectors.
-    fn bytes(&self, codec: CodecPair) -> Result<usize> {
+    fn bytes(&self) -> Result<usize> {
         let row = |codec| Ok::<_, tqkv::Error>(tqkv::format::RowFormat::new(codec, self.shape.head_dim)?.bytes());
-        let position = self.shape.kv_heads * (row(codec.key)? + row(codec.value)?);
-        let cached: usize = self.shape.lens().iter().map(|len| len * position).sum();
+        let position =
+            |pair: CodecPair| Ok::<_, tqkv::Error>(self.shape.kv_heads * (row(pair.key)? + row(pair.value)?));
+        let CacheCodec { all, sinks, recent, .. } = self.codec;
+        let mut cached = 0;
+        for len in self.shape.lens() {
+            let first = sinks.map_or(0, |s| s.positions.min(len));
+            let newest = recent.map_or(0, |r| r.positions.min(len - first));
+            cached += (len - first - newest) * position(all)?;
+            cached += first * sinks.map_or(Ok(0), |s| position(s.codec))?;
+            cached += newest * recent.map_or(Ok(0), |r| position(r.codec))?;
+        }
         Ok(self.layers.out.len()
             * (cached + self.layers.k.bytes() + self.layers.v.bytes() + 2 * self.layers.q.1.bytes()))
     }
@@ -201,15 +211,31 @@ impl<'a> Model<'a> {
         Ok(largest(errors))
     }
 
-    /// All that a layer holds of a sequence, decoded: [kv_heads, positions, head_dim].
+    /// What the newest query of a sequence reads of a layer, decoded: [kv_heads, positions, head_dim].
     fn rows(&mut self, layer: usize, side: Side, i: usize) -> Result<Vec<f32>> {
-        let n = self.lens[i] + 1;
-        let out = self.meter.device.zeros(DType::F32, &[self.shape.kv_heads, n, self.shape.head_dim])?;
-        let mut encoder = self.meter.device.encoder()?;
-        let (sequence, domain, order) = (self.tokens[i].0, Domain::Original, RowOrder::HeadMajor);
-        self.cache.dequantize(&mut encoder, layer, side, sequence, 0..n, domain, order, &out)?;
-        encoder.submit_and_wait()?;
-        Ok(out.read()?)
+        let (n, d) = (self.lens[i] + 1, self.shape.head_dim);
+        let first = self.codec.sinks.map_or(0, |s| s.positions.min(n));
+        let newest = self.codec.recent.map_or(0, |r| r.positions.min(n - first));
+        let mut all = vec![0.0; self.shape.kv_heads * n * d];
+        for (range, recent) in [(0..first, false), (first..n - newest, false), (n - newest..n, true)] {
+            let out = self.meter.device.zeros(DType::F32, &[self.shape.kv_heads, range.len(), d])?;
+            let mut encoder = self.meter.device.encoder()?;
+            let (sequence, domain, order) = (self.tokens[i].0, Domain::Original, RowOrder::HeadMajor);
+            let cache = &mut self.cache;
+            match recent {
+                true if newest > 0 => {
+                    cache.dequantize_recent(&mut encoder, layer, side, sequence, range.clone(), domain, order, &out)?;
+                }
+                _ => cache.dequantize(&mut encoder, layer, side, sequence, range.clone(), domain, order, &out)?,
+            }
+            encoder.submit_and_wait()?;
+            let rows = out.read::<f32>()?;
+            for head in 0..self.shape.kv_heads {
+                let part = &rows[head * range.len() * d..][..range.len() * d];
+                all[(head * n + range.start) * d..][..part.len()].copy_from_slice(part);
+            }
+        }
+        Ok(all)
     }
 }
 

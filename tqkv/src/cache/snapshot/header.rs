@@ -349,7 +349,7 @@ pub(crate) fn encode_heads(layer: &LayerGeometry, out: &mut Vec<u8>) {
     dims.iter().for_each(|&n| out.extend((n as u32).to_le_bytes()));
 }
 
-/// The rest of a layer in 40 bytes; the prefix store hashes them too.
+/// Codecs, kind and sinks of a layer in 40 bytes; the prefix store hashes them too.
 pub(crate) fn encode_layer(layer: &LayerGeometry, out: &mut Vec<u8>) {
     let codec = |row: RowFormat| row.codec().wire();
     out.extend(codec(layer.key));

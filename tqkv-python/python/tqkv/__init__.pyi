@@ -1,0 +1,4 @@
+"""See `_native.pyi`."""
+
+from ._native import *
+from ._native import __version__ as __version__

@@ -1,0 +1,168 @@
+"""vLLM's attention backend over tqkv's bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+import tqkv
+
+from .config import codec
+
+logger = init_logger(__name__)
+
+
+class TqkvBackend(AttentionBackend):
+    """Pages of bytes, [kv_heads, page_size, bytes]: codes and scales of keys, then of values, each dense within a page."""
+
+    # `forward` encodes the new tokens and attends, with one plan.
+    forward_includes_kv_cache_update = True
+    supported_dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # A member of AttentionBackendEnum.
+
+    @staticmethod
+    def get_impl_cls() -> type[TqkvImpl]:
+        return TqkvImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TqkvBuilder]:
+        return TqkvBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls):
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)  # A page of a layer is one run of bytes.
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if spec.state_content_bytes is not None:
+            return spec
+        content = sum(map(sum, codec().row_bytes(spec.head_size)))
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content)
+
+
+@dataclass
+class TqkvMetadata(AttentionMetadata):
+    """A step's plan, which all layers of a group share."""
+
+    batch: tqkv.Batch
+    tokens: int
+
+
+class TqkvBuilder(AttentionMetadataBuilder[TqkvMetadata]):
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.device_of_tqkv = tqkv.Device()
+        self.page_size = kv_cache_spec.block_size
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TqkvMetadata:
+        m = common_attn_metadata
+        starts = m.query_start_loc_cpu[: m.num_reqs + 1]
+        lens = m.seq_lens[: m.num_reqs].tolist()
+        width = max(1, -(-max(lens, default=1) // self.page_size))
+        pages = m.block_table_tensor[: m.num_reqs, :width]
+        batch = tqkv.Batch(self.device_of_tqkv, self.page_size, lens, starts.diff(), pages)
+        return TqkvMetadata(batch, batch.tokens)
+
+
+class TqkvImpl(AttentionImpl[TqkvMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads,
+        head_size,
+        scale,
+        num_kv_heads=None,
+        alibi_slopes=None,
+        sliding_window=None,
+        kv_cache_dtype="auto",
+        logits_soft_cap=None,
+        attn_type=AttentionType.DECODER,
+        kv_sharing_target_layer_name=None,
+        sinks=None,
+        **kwargs,
+    ):
+        refused = {
+            "alibi": alibi_slopes is not None,
+            f"attention of {attn_type}": attn_type != AttentionType.DECODER,
+            f"kv_cache_dtype {kv_cache_dtype}": kv_cache_dtype != "auto",
+        }
+        if any(refused.values()):
+            raise NotImplementedError(f"tqkv has no {', '.join(name for name, asked in refused.items() if asked)}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        self.window, self.softcap = sliding_window, logits_soft_cap or None
+        self.sinks = None if sinks is None else sinks.detach().float()
+        self.shares = kv_sharing_target_layer_name is not None
+        self.codec = codec()
+        self.device = tqkv.Device()
+        self.pools: tuple[int, tqkv.PagePool, tqkv.PagePool] | None = None
+        rows = self.codec.row_bytes(head_size)
+        logger.info_once("tqkv stores keys and values as %s: %d bytes a token and KV head", self.codec, sum(map(sum, rows)))
+
+    def pools_in(self, kv_cache: torch.Tensor) -> tuple[tqkv.PagePool, tqkv.PagePool]:
+        """vLLM's [pages, kv_heads, page_size, bytes] as pools of keys and of values, made once."""
+        if self.pools is None or self.pools[0] != kv_cache.data_ptr():
+            pages, heads, slots, content = kv_cache.shape
+            if kv_cache.dtype != torch.uint8 or kv_cache.stride()[1:] != (slots * content, content, 1):
+                raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
+            page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
+            at, made = 0, []
+            for name, (codes, scales) in zip((self.codec.key, self.codec.value), self.codec.row_bytes(self.head_size)):
+                views = []
+                for width in (codes, scales):
+                    size = heads * slots * width
+                    views.append(page[:, at : at + size].unflatten(1, (heads, slots, width)) if width else None)
+                    at += size
+                if views[1] is not None:
+                    views[1] = views[1].view(torch.float16)
+                made.append(tqkv.PagePool.from_arrays(self.device, name, self.head_size, *views))
+            self.pools = (kv_cache.data_ptr(), *made)
+        return self.pools[1:]
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ):
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("tqkv does not quantize its output")
+        if attn_metadata is None:  # A run to see how much memory is needed.
+            return output.fill_(0)
+        batch, n = attn_metadata.batch, attn_metadata.tokens
+        heads = lambda x, count: x[:n].view(n, count, self.head_size)  # noqa: E731
+        keys, values = self.pools_in(kv_cache)
+        if not self.shares and key is not None:
+            tqkv.quantize(batch, [(heads(key, self.num_kv_heads), keys), (heads(value, self.num_kv_heads), values)])
+        tqkv.attend(
+            heads(query, self.num_heads),
+            keys,
+            values,
+            batch,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sink_logits=self.sinks,
+            out=heads(output, self.num_heads),
+        )
+        return output

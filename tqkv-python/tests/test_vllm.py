@@ -1,0 +1,97 @@
+"""The plugin inside vLLM: with rows of f32 it gives stock vLLM's tokens."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+
+MODEL = pathlib.Path(__file__).parents[2] / "tqkv-cli" / "assets" / "byte-llama-4m"
+RUN = pathlib.Path(__file__).parent / "vllm_run.py"
+TEXT = "In the beginning of the year there was a great deal of snow upon the hills, and the people of the village said "
+IMPLEMENTATION = "tqkv.vllm.backend.TqkvImpl"
+
+
+def prompts(n, longest, seed=7):
+    draw = random.Random(seed)
+    text = (TEXT * (longest // len(TEXT) + 2)).encode()
+    lengths = [1, longest] + [int(longest ** draw.random()) for _ in range(n - 2)]
+    return [list(text[(at := draw.randrange(len(TEXT))) : at + length]) for length in lengths]
+
+
+def run(tmp_path, prompts, codec=None, new=32, rounds=1, environment=None, **options):
+    """The run's results, and what it logged."""
+    options = {"model": str(MODEL)} | options
+    if codec is not None:
+        options = {"attention_backend": "CUSTOM", "additional_config": {"tqkv": {"codec": codec}}} | options
+    out = tmp_path / "out.json"
+    asked = json.dumps({"options": options, "prompts": prompts, "new": new, "rounds": rounds})
+    done = subprocess.run(
+        [sys.executable, str(RUN), str(out)], input=asked, capture_output=True, text=True,
+        env=os.environ | (environment or {}), timeout=900,
+    )
+    log = done.stdout + done.stderr
+    return (json.loads(out.read_text()) if done.returncode == 0 else None), log
+
+
+def tokens(result, log):
+    assert result is not None, log[-4000:]
+    return result["rounds"][0]["tokens"]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Stock vLLM's tokens for 64 prompts of 1 to 1000 tokens."""
+    many = prompts(64, 1000)
+    return many, tokens(*run(tmp_path_factory.mktemp("stock"), many))
+
+
+def test_many_prompts(tmp_path, stock):
+    many, want = stock
+    result, log = run(tmp_path, many, "f32", max_num_batched_tokens=512)
+    assert tokens(result, log) == want
+    assert result["implementations"] == [[IMPLEMENTATION] * 4]
+
+
+def test_prefix_hits_and_small_pages(tmp_path, stock):
+    many, want = stock
+    result, log = run(tmp_path, many[:12], "f32", rounds=2, enable_prefix_caching=True, block_size=16, max_num_batched_tokens=64)
+    assert tokens(result, log) == want[:12]
+    assert result["rounds"][1]["tokens"] == want[:12] and sum(result["rounds"][1]["cached"]) > 0
+
+
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks(tmp_path, stock, parallel):
+    many, want = stock
+    result, log = run(tmp_path, many[:12], "f32", environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **{parallel: 2})
+    assert tokens(result, log) == want[:12]
+    layers = 4 if parallel == "tensor_parallel_size" else 2
+    assert result["implementations"] == [[IMPLEMENTATION] * layers] * 2
+
+
+def test_how_much_fits(tmp_path):
+    def fits(codec, dtype):
+        result, log = run(tmp_path, [[65]], codec, new=1, dtype=dtype)
+        tokens(result, log)
+        return int(re.search(r"KV cache size: ([\d,]+) tokens", log)[1].replace(",", ""))
+
+    f32, bf16, k4v4 = fits(None, "float32"), fits(None, "bfloat16"), fits("k4v4", "float32")
+    assert k4v4 >= 7.5 * f32 and k4v4 >= 3.8 * bf16, (f32, bf16, k4v4)
+
+
+def test_nothing_else_is_taken_in_its_place(tmp_path):
+    custom = {"attention_backend": "CUSTOM"}
+    for options, words in [
+        (custom, "is tqkv's: say additional_config"),
+        ({"additional_config": {"tqkv": {"codec": "k5v4"}}}, "asks for tqkv, attention_backend is"),
+        (custom | {"additional_config": {"tqkv": {"codec": "k9v9"}}}, "unknown codec"),
+        (custom | {"additional_config": {"tqkv": {"bits": 4}}}, "expected codec alone"),
+    ]:
+        result, log = run(tmp_path, [[65]], new=1, **options)
+        assert result is None and words in log, log[-3000:]
