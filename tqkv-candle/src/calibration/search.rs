@@ -18,7 +18,7 @@ const ERRORS: [f64; 7] = [0.1175, 0.03454, 0.009497, 0.002499, 0.000644, 0.00016
 
 /// Bits at which a layer's share in the divergence is measured, all else in f16.
 const PROBED: u8 = 3;
-const BESIDES_PROBED: &str = "+s1f16+r64f16";
+const BESIDES_PROBED: &str = "+s1f16+r16f16";
 
 /// Caches that are compared with one run of the reference.
 const BATCH: usize = 6;
@@ -58,8 +58,12 @@ impl Search<'_> {
     /// over the windows with the number done and the number of all.
     ///
     /// # Errors
-    /// [`CalibrationError::Budget`] if not even 2 bits keep to the budget; those of [`evaluate`].
+    /// [`tqkv::Error::Zero`] for a context of 0, [`CalibrationError::Budget`] if not even 2 bits keep to the budget; those of
+    /// [`evaluate`].
     pub fn run(&self, mut on_run: impl FnMut(usize, usize) -> ControlFlow<()>) -> Result<Option<Vec<Tried>>> {
+        if self.context == 0 {
+            return Err(tqkv::Error::Zero { what: "context" }.into());
+        }
         let least = self.plan(BESIDES[0], vec![2; 2 * self.calibration.layers()])?;
         let expected = self.bits(&least)?;
         if expected > self.budget || self.budget.is_nan() {
@@ -159,7 +163,7 @@ impl Search<'_> {
     fn cost(&self, layer: usize) -> f64 {
         let config = self.model.config();
         let held = config.windows.get(layer).copied().flatten().map_or(self.context, |w| w.min(self.context));
-        held as f64 / self.context.max(1) as f64
+        held as f64 / self.context as f64
     }
 
     /// `bits` of keys and values, layer by layer; 16 for f16.

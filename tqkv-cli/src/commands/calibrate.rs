@@ -55,6 +55,7 @@ impl Calibrate {
     pub fn run(self) -> Result<ExitCode> {
         // Before the work, which may take long.
         ensure!(self.length != Some(0), "--length is 0, expected at least 1");
+        ensure!(self.context != Some(0), "--context is 0, expected at least 1");
         output::expect_replaceable(&self.out)?;
         let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
         let texts = self.text.iter().map(read).collect::<Result<Vec<_>>>()?;
@@ -65,7 +66,7 @@ impl Calibrate {
         let mut texts = texts.iter().map(|text| language.vocabulary.encode(text)).collect::<Result<Vec<_>, _>>()?;
         let length = self.length(&language)?;
         let held_out = match self.budget {
-            Some(_) => Some(hold_out(&mut texts, language.start())?),
+            Some(_) => Some(hold_out(&mut texts, HELD_OUT.min(length), language.start())?),
             None => None,
         };
         let Some(mut calibration) = measure(&language, &pieces(&texts, length, language.start()), origin)? else {
@@ -118,10 +119,10 @@ fn pieces(texts: &[Encoded], length: usize, start: Option<u32>) -> Vec<Vec<u32>>
     pieces.map(|tokens| start.iter().chain(tokens).copied().collect()).collect()
 }
 
-/// Takes the end of each text away, and makes windows of all of them, and of a quarter of each.
-fn hold_out(texts: &mut [Encoded], start: Option<u32>) -> Result<[Windows; 2]> {
+/// Takes the end of each text away, at most so many tokens, and makes windows of all of them, and of a quarter of each.
+fn hold_out(texts: &mut [Encoded], most: usize, start: Option<u32>) -> Result<[Windows; 2]> {
     let shortest = texts.iter().map(|text| text.tokens.len()).min().unwrap_or(0);
-    let length = HELD_OUT.min(shortest / 4);
+    let length = most.min(shortest / 4);
     let parts = [length, length / 4];
     let mut held_out = parts.map(|_| Encoded { tokens: vec![], spans: vec![] });
     for text in &mut *texts {
