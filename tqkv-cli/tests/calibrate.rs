@@ -8,7 +8,7 @@ use std::path::Path;
 use tempfile::tempdir;
 
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/heldout.txt");
-const OTHER_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+const OTHER_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
 
 fn calibrate(out: &Path) -> String {
     let out = out.to_str().unwrap();
@@ -61,7 +61,7 @@ fn bits_are_found_for_a_budget() {
     let planned = json(&[&common[..], &["auto", "--calibration", file]].concat());
     let plain = json(&[&common[..], &["k4v2,k3v3"]].concat());
     assert_eq!(planned[1]["codec"], "auto");
-    assert!((3.0..3.6).contains(&number(&planned[1], "bits_per_element")), "{planned:?}");
+    assert!(number(&planned[1], "bits_per_element") <= 3.6, "{planned:?}");
     assert!(plain[1..].iter().all(|row| number(&planned[1], "kld") < number(row, "kld")), "{planned:?} and {plain:?}");
     let generated =
         ["generate", "--model", MODEL, "--prompt", "x", "--max-tokens", "4", "--calibration", file, "--json"];

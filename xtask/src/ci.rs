@@ -85,7 +85,8 @@ fn tests(root: &Path) -> Result<()> {
 fn models(root: &Path) -> Result<()> {
     command(root, ".ci/models", &[], &[])?;
     let folder = root.join("target/models");
-    let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", &folder.to_string_lossy())];
+    let folder = folder.to_string_lossy();
+    let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", folder.as_ref())];
     cargo(root, "test --workspace --test real --test gguf_tokenizer --test chat", &environment)
 }
 
