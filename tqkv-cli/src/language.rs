@@ -19,8 +19,9 @@ pub struct Source {
     /// GGUF file, or Hugging Face directory
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// Codec of the cache: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys and Y for values (2 to 8);
-    /// auto is what is recommended for the model, or what the file to go on with has
+    /// Codec of the cache: f32, f16, seed4, seed5, seed6, seed8, or kXvY with X bits for keys and Y for values (2 to 8); the
+    /// first N positions in another with +sN, the newest N with +rN, as in k4v4+s1f16+r64k8v8; auto is what the calibration found
+    /// best, what the file to go on with has, or what is recommended
     #[arg(long, value_name = "CODEC", value_parser = codecs::parse_choice, default_value = "auto")]
     pub codec: Choice,
     /// Shifts and scales of the keys that `tqkv calibrate` measured
@@ -196,8 +197,7 @@ impl Language {
         let config = kv.config();
         let (positions, held) = (cache.tokens()?, kv.usage().used);
         // What f16 would take for as many pages.
-        let f16 = config.clone().cache_codec(CodecPair::both(Codec::F16).into());
-        let f16 = held as f64 * f16.bits_per_element(positions)? / config.bits_per_element(positions)?;
+        let f16 = held as f64 * 16.0 / config.bits_per_element(positions)?;
         Ok(Report {
             text: text.into(),
             stop: match generated.stop {

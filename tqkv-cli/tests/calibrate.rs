@@ -3,11 +3,12 @@
 mod common;
 
 use common::{MODEL, fails, json, run, stdout, write_model};
+use serde_json::Value;
 use std::path::Path;
 use tempfile::tempdir;
 
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/heldout.txt");
-const OTHER_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+const OTHER_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
 
 fn calibrate(out: &Path) -> String {
     let out = out.to_str().unwrap();
@@ -38,6 +39,46 @@ fn a_calibration_makes_predictions_better() {
     let again = dir.path().join("again");
     calibrate(&again);
     assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(again).unwrap());
+}
+
+#[test]
+fn bits_are_found_for_a_budget() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("planned");
+    let file = path.to_str().unwrap();
+    let common = ["calibrate", "--model", MODEL, "--text", OTHER_TEXT, "--length", "256", "--out", file, "--json"];
+    let tried = json(&[&common[..], &["--budget", "3.6", "--context", "1024"]].concat());
+    // The best first, none over the budget, and what is kept besides was tried too.
+    let number = |row: &Value, field: &str| row[field].as_f64().unwrap();
+    assert!(tried.is_sorted_by_key(|row| number(row, "kld")), "{tried:?}");
+    assert!(tried.iter().all(|row| number(row, "bits_per_element") <= 3.6), "{tried:?}");
+    let names: Vec<_> = tried.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert!(["by layer", "k4v2", "k3v3", "k3v3+s1f16"].iter().all(|name| names.contains(name)), "{names:?}");
+    assert!(tried.iter().all(|row| row["layers"].as_array().unwrap().len() == 4));
+
+    // What was found best is what `auto` means, and better than the same bits everywhere without it.
+    let common = ["eval", "--model", MODEL, "--text", TEXT, "--windows", "2", "--length", "512", "--json", "--codec"];
+    let planned = json(&[&common[..], &["auto", "--calibration", file]].concat());
+    let plain = json(&[&common[..], &["k4v2,k3v3"]].concat());
+    assert_eq!(planned[1]["codec"], "auto");
+    assert!(number(&planned[1], "bits_per_element") <= 3.6, "{planned:?}");
+    assert!(plain[1..].iter().all(|row| number(&planned[1], "kld") < number(row, "kld")), "{planned:?} and {plain:?}");
+    let generated =
+        ["generate", "--model", MODEL, "--prompt", "x", "--max-tokens", "4", "--calibration", file, "--json"];
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    json(&[&generated[..], &["--save", saved]].concat());
+    json(&[&generated[..], &["--load", saved]].concat());
+
+    let no_out = |budget: &str, words: &[&str]| {
+        let out = dir.path().join("no");
+        let common = ["calibrate", "--model", MODEL, "--text", OTHER_TEXT, "--length", "64", "--budget", budget];
+        fails(&[&common[..], &["--out", out.to_str().unwrap()]].concat(), words);
+        assert!(!out.exists());
+    };
+    no_out("2.1", &["2.1 bits an element, expected at least 2.125"]);
+    no_out("NaN", &["NaN bits an element"]);
+    no_out("four", &["--budget"]);
 }
 
 #[test]

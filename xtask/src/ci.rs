@@ -25,6 +25,7 @@ const STAGES: &[Stage] = &[
     Stage { name: "sources", run: sources },
     Stage { name: "features", run: features },
     Stage { name: "tests", run: tests },
+    Stage { name: "models", run: models },
     Stage {
         name: "python",
         run: |root| python::test(root, &["numpy", "transformers"], false).map(|said| println!("{said}")),
@@ -78,6 +79,15 @@ fn features(root: &Path) -> Result<()> {
 /// wgpu (through Mesa's Vulkan) and NVRTC must be there.
 fn tests(root: &Path) -> Result<()> {
     cargo(root, "test --workspace", &[("TQKV_REQUIRE", "wgpu,nvrtc"), ("TQKV_CUDA_HEAD_DIMS", "128")])
+}
+
+/// Tests with real models, which `.ci/models` fetches.
+fn models(root: &Path) -> Result<()> {
+    command(root, ".ci/models", &[], &[])?;
+    let folder = root.join("target/models");
+    let folder = folder.to_string_lossy();
+    let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", folder.as_ref())];
+    cargo(root, "test --workspace --test real --test gguf_tokenizer --test chat", &environment)
 }
 
 /// Memory errors of the CPU's portable kernels.

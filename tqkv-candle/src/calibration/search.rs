@@ -16,8 +16,9 @@ const BESIDES: [&str; 4] = ["", "+s1f16", "+s1f16+r16k8v8", "+s1f16+r64k8v8"];
 /// Squared errors of the native codecs with 2 to 8 bits (Lloyd and Max, of a Gaussian of variance 1).
 const ERRORS: [f64; 7] = [0.1175, 0.03454, 0.009497, 0.002499, 0.000644, 0.000164, 0.0000417];
 
-/// Bits at which a layer's share in the divergence is measured.
+/// Bits at which a layer's share in the divergence is measured, all else in f16.
 const PROBED: u8 = 3;
+const BESIDES_PROBED: &str = "+s1f16+r16f16";
 
 /// Caches that are compared with one run of the reference.
 const BATCH: usize = 6;
@@ -28,8 +29,11 @@ pub struct Search<'a> {
     pub model: &'a Model,
     /// Its calibration.
     pub calibration: &'a Calibration,
-    /// Text to measure with: other than what was calibrated with, or its results will look too good.
+    /// Text that what keeps to the budget is compared with: other than what was calibrated with, or its results will look too
+    /// good.
     pub windows: &'a Windows,
+    /// Text that the share of each layer is measured with; less of it will do.
+    pub probes: &'a Windows,
     /// Bits an element, all counted, at most.
     pub budget: f64,
     /// Positions of the sequences that the budget is for.
@@ -54,20 +58,24 @@ impl Search<'_> {
     /// over the windows with the number done and the number of all.
     ///
     /// # Errors
-    /// [`CalibrationError::Budget`] if not even 2 bits keep to the budget; those of [`evaluate`].
+    /// [`tqkv::Error::Zero`] for a context of 0, [`CalibrationError::Budget`] if not even 2 bits keep to the budget; those of
+    /// [`evaluate`].
     pub fn run(&self, mut on_run: impl FnMut(usize, usize) -> ControlFlow<()>) -> Result<Option<Vec<Tried>>> {
+        if self.context == 0 {
+            return Err(tqkv::Error::Zero { what: "context" }.into());
+        }
         let least = self.plan(BESIDES[0], vec![2; 2 * self.calibration.layers()])?;
         let expected = self.bits(&least)?;
         if expected > self.budget || self.budget.is_nan() {
             return Err(CalibrationError::Budget { got: self.budget, expected }.into());
         }
-        let probes = self.probes()?;
+        let probes = self.probe_plans()?;
         // As many candidates at most as are made of each kind of what is kept besides.
         let (mut done, all) = (0, probes.len() + 3 * BESIDES.len());
-        let mut measure = |plans: &[Plan]| -> Result<Option<Vec<f64>>> {
+        let mut measure = |plans: &[Plan], windows: &Windows| -> Result<Option<Vec<f64>>> {
             let mut results = vec![];
             for batch in plans.chunks(BATCH) {
-                results.extend(self.measure(batch)?);
+                results.extend(self.measure(batch, windows)?);
                 done += batch.len();
                 if on_run(done, all).is_break() {
                     return Ok(None);
@@ -75,13 +83,13 @@ impl Search<'_> {
             }
             Ok(Some(results))
         };
-        let Some(shares) = measure(&probes)? else { return Ok(None) };
+        let Some(shares) = measure(&probes, self.probes)? else { return Ok(None) };
         let mut candidates = vec![];
         for besides in BESIDES {
             candidates.extend(self.candidates(besides, &shares)?);
         }
         let plans: Vec<Plan> = candidates.iter().map(|(_, plan)| plan.clone()).collect();
-        let Some(results) = measure(&plans)? else { return Ok(None) };
+        let Some(results) = measure(&plans, self.windows)? else { return Ok(None) };
         let tried = candidates.into_iter().zip(results).map(|((name, plan), kld)| {
             let bits = self.bits(&plan)?;
             Ok(Tried { name, plan, bits, kld })
@@ -92,11 +100,10 @@ impl Search<'_> {
     }
 
     /// For each layer and side a plan that stores all else in f16.
-    fn probes(&self) -> Result<Vec<Plan>> {
-        let last = BESIDES[BESIDES.len() - 1];
+    fn probe_plans(&self) -> Result<Vec<Plan>> {
         let layers = self.calibration.layers();
         let probe = |probed: usize| {
-            let mut plan = self.plan(last, vec![16; 2 * layers])?;
+            let mut plan = self.plan(BESIDES_PROBED, vec![16; 2 * layers])?;
             let layer = &mut plan.layers[probed / 2];
             *if probed.is_multiple_of(2) { &mut layer.key } else { &mut layer.value } = Codec::tq(PROBED);
             Ok(plan)
@@ -156,7 +163,7 @@ impl Search<'_> {
     fn cost(&self, layer: usize) -> f64 {
         let config = self.model.config();
         let held = config.windows.get(layer).copied().flatten().map_or(self.context, |w| w.min(self.context));
-        held as f64 / self.context.max(1) as f64
+        held as f64 / self.context as f64
     }
 
     /// `bits` of keys and values, layer by layer; 16 for f16.
@@ -177,15 +184,15 @@ impl Search<'_> {
     }
 
     /// Mean divergences with these plans.
-    fn measure(&self, plans: &[Plan]) -> Result<Vec<f64>> {
-        let length = self.windows.run_length();
+    fn measure(&self, plans: &[Plan], windows: &Windows) -> Result<Vec<f64>> {
+        let length = windows.run_length();
         let cache = |config| SequenceCache::new(&Device::cpu(), config, self.model.config());
         let mut caches = vec![];
         for plan in plans {
             caches.push(cache(self.calibration.apply(plan.apply(self.config(length))?)?)?);
         }
         let mut reference = cache(self.config(length).codec(CodecPair::both(Codec::F32)))?;
-        let (_, results) = evaluate(self.model, &mut reference, &mut caches, self.windows, length, |_| ())?;
+        let (_, results) = evaluate(self.model, &mut reference, &mut caches, windows, length, |_| ())?;
         Ok(results.iter().map(|result| result.kld()).collect())
     }
 }

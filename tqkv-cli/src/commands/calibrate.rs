@@ -40,7 +40,7 @@ pub struct Calibrate {
 }
 
 /// Tokens at the end of each text that bits are looked for with, and that are not calibrated with, at most.
-const HELD_OUT: usize = 512;
+const HELD_OUT: usize = 1024;
 
 /// Something that was tried for the budget.
 #[derive(Serialize)]
@@ -55,6 +55,7 @@ impl Calibrate {
     pub fn run(self) -> Result<ExitCode> {
         // Before the work, which may take long.
         ensure!(self.length != Some(0), "--length is 0, expected at least 1");
+        ensure!(self.context != Some(0), "--context is 0, expected at least 1");
         output::expect_replaceable(&self.out)?;
         let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
         let texts = self.text.iter().map(read).collect::<Result<Vec<_>>>()?;
@@ -65,16 +66,15 @@ impl Calibrate {
         let mut texts = texts.iter().map(|text| language.vocabulary.encode(text)).collect::<Result<Vec<_>, _>>()?;
         let length = self.length(&language)?;
         let held_out = match self.budget {
-            Some(_) => Some(hold_out(&mut texts, language.start())?),
+            Some(_) => Some(hold_out(&mut texts, HELD_OUT.min(length), language.start())?),
             None => None,
         };
         let Some(mut calibration) = measure(&language, &pieces(&texts, length, language.start()), origin)? else {
             bail!("interrupted: {} is not written", self.out.display())
         };
-        if let (Some(windows), Some(budget)) = (held_out, self.budget) {
-            let context = self.context.unwrap_or(length);
-            let search =
-                Search { model: &language.model, calibration: &calibration, windows: &windows, budget, context };
+        if let (Some([windows, probes]), Some(budget)) = (&held_out, self.budget) {
+            let (model, context) = (&language.model, self.context.unwrap_or(length));
+            let search = Search { model, calibration: &calibration, windows, probes, budget, context };
             let Some(tried) = run_search(&search)? else { bail!("interrupted: {} is not written", self.out.display()) };
             self.print_tried(&tried, context)?;
             let best = tried.into_iter().next().context("nothing keeps to the budget")?;
@@ -119,17 +119,23 @@ fn pieces(texts: &[Encoded], length: usize, start: Option<u32>) -> Vec<Vec<u32>>
     pieces.map(|tokens| start.iter().chain(tokens).copied().collect()).collect()
 }
 
-/// Takes the end of each text away, and makes windows of all of them.
-fn hold_out(texts: &mut [Encoded], start: Option<u32>) -> Result<Windows> {
+/// Takes the end of each text away, at most so many tokens, and makes windows of all of them, and of a quarter of each.
+fn hold_out(texts: &mut [Encoded], most: usize, start: Option<u32>) -> Result<[Windows; 2]> {
     let shortest = texts.iter().map(|text| text.tokens.len()).min().unwrap_or(0);
-    let length = HELD_OUT.min(shortest / 4);
-    let mut held_out = Encoded { tokens: vec![], spans: vec![] };
+    let length = most.min(shortest / 4);
+    let parts = [length, length / 4];
+    let mut held_out = parts.map(|_| Encoded { tokens: vec![], spans: vec![] });
     for text in &mut *texts {
         let rest = text.tokens.len() - length;
-        held_out.tokens.extend(text.tokens.drain(rest..));
-        held_out.spans.extend(text.spans.drain(rest..));
+        for (part, held_out) in parts.into_iter().zip(&mut held_out) {
+            held_out.tokens.extend(&text.tokens[rest..rest + part]);
+            held_out.spans.extend_from_slice(&text.spans[rest..rest + part]);
+        }
+        text.tokens.truncate(rest);
+        text.spans.truncate(rest);
     }
-    Ok(Windows::new(&held_out, texts.len(), length, start)?)
+    let [whole, part] = &held_out;
+    Ok([Windows::new(whole, texts.len(), length, start)?, Windows::new(part, texts.len(), length / 4, start)?])
 }
 
 fn go_on() -> ControlFlow<()> {
