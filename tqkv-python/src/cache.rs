@@ -1,8 +1,9 @@
 //! The cache of a model, and its steps.
 
 use crate::array::Arg;
+use crate::device::{Device, codec};
 use crate::error::{OrRaise, raise};
-use crate::ops::{Asked, Device, Outputs, codec, decoded, domain, order, positions, run};
+use crate::ops::{Asked, Outputs, decoded, domain, order, positions, run};
 use ouroboros::self_referencing;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -14,7 +15,14 @@ use tqkv::cache::{LayerKind, Side, Step};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Error, KvCache, SequenceId};
 
-/// The compressed K and V of all layers.
+/// The compressed K and V of all layers, for sequences of different lengths that share one pool of pages. Sequences are
+/// numbers, never used twice.
+///
+/// ``capacity`` counts the positions of all sequences together, in pages of ``page_size``. By layer: ``windows`` says how many
+/// newest positions are kept, ``shared`` which earlier layer's positions are read, ``codec_at`` other codecs, and ``channels`` how
+/// keys are shifted and scaled before they are stored, (shift, scale), both [kv_heads, head_dim] (``tqkv calibrate`` measures them).
+///
+/// Raises :class:`ZeroError`, :class:`HeadDimError`, :class:`MismatchError`, :class:`LayerError`, :class:`OutOfMemoryError`.
 #[pyclass(frozen, module = "tqkv", name = "KvCache")]
 pub struct PyKvCache {
     device: tqkv::Device,
@@ -149,6 +157,7 @@ impl PyKvCache {
         Ok(state.name(id))
     }
 
+    /// A sequence with the same content, which shares all pages until either writes.
     fn fork(&self, sequence: u64) -> PyResult<u64> {
         let mut state = self.lock();
         let id = state.id(sequence)?;
@@ -156,6 +165,7 @@ impl PyKvCache {
         Ok(state.name(twin))
     }
 
+    /// Drops all positions from ``len`` on. Raises :class:`PositionsError` if a window has dropped what would be seen.
     fn truncate(&self, sequence: u64, len: usize) -> PyResult<()> {
         let mut state = self.lock();
         let id = state.id(sequence)?;
@@ -170,22 +180,26 @@ impl PyKvCache {
         Ok(())
     }
 
+    /// Positions, the same in every layer. Raises :class:`UnevenLayersError` between the layers' appends.
     fn len(&self, sequence: u64) -> PyResult<usize> {
         let mut state = self.lock();
         let id = state.id(sequence)?;
         state.cache()?.len(id).or_raise()
     }
 
+    /// Bytes of all pages.
     #[getter]
     fn nbytes(&self) -> PyResult<usize> {
         Ok(self.lock().cache()?.bytes())
     }
 
+    /// In the kind of layers that has fewest.
     #[getter]
     fn free_pages(&self) -> PyResult<usize> {
         Ok(self.lock().cache()?.free_pages())
     }
 
+    /// ``capacity``, ``used`` and ``free`` in bytes, ``fragmentation`` as a share.
     fn usage(&self) -> PyResult<BTreeMap<&'static str, f64>> {
         let usage = self.lock().cache()?.usage();
         let bytes = [("capacity", usage.capacity), ("used", usage.used), ("free", usage.free)];
@@ -193,6 +207,8 @@ impl PyKvCache {
         Ok(bytes.chain([("fragmentation", usage.fragmentation)]).collect())
     }
 
+    /// Encodes new tokens at the end of sequences, in one layer: [tokens, kv_heads, head_dim], the sequences' tokens one after
+    /// the other. Raises :class:`OutOfPagesError`, :class:`ShapeError`, :class:`SharedLayerError`; nothing is appended then.
     fn append(
         &self,
         py: Python<'_>,
@@ -208,6 +224,7 @@ impl PyKvCache {
         run(py, &self.device, &[], |e| cache.append(e, layer, &tokens, &k.buffer, &v.buffer))
     }
 
+    /// Attention of the newest positions of sequences in one layer, as :func:`attend`; a layer's window applies on top.
     #[pyo3(signature = (layer, queries, q, *, scale = None, causal = true, window = None, softcap = None,
         sink_logits = None, domain = "original".to_owned(), out = None, lse = false))]
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
@@ -242,6 +259,7 @@ impl PyKvCache {
         outputs.into_python(py)
     }
 
+    /// Decodes positions, all if none are named; as :func:`dequantize`.
     #[pyo3(signature = (layer, side, sequence, positions = None, *, domain = "original", order = "token", out = None))]
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
     fn dequantize<'py>(
@@ -273,7 +291,7 @@ impl PyKvCache {
         Ok(out)
     }
 
-    /// Whether the pages for so many new tokens are there.
+    /// Whether there are pages for so many new tokens.
     fn fits(&self, tokens: &Bound<'_, PyAny>) -> PyResult<bool> {
         let mut state = self.lock();
         let tokens = state.tokens(tokens)?;
@@ -284,6 +302,8 @@ impl PyKvCache {
         }
     }
 
+    /// Starts a step: the new tokens of some sequences through all layers, as one thing. Until it is over, the cache takes no
+    /// other call. Raises :class:`OutOfPagesError`, :class:`UnknownSequenceError`, :class:`RepeatedSequenceError`.
     fn step(slf: Bound<'_, Self>, tokens: &Bound<'_, PyAny>) -> PyResult<PyStep> {
         let mut state = slf.get().lock();
         let tokens = state.tokens(tokens)?;
@@ -298,6 +318,8 @@ impl PyKvCache {
         }
     }
 
+    /// Writes sequences to a file, whole or not at all, and gives them in the order in which :meth:`load` will.
+    /// ``fingerprint`` says which model they belong to. Raises :class:`IoError`.
     #[pyo3(signature = (path, sequences = None, fingerprint = None))]
     fn save(
         &self,
@@ -313,6 +335,8 @@ impl PyKvCache {
         Ok(names)
     }
 
+    /// Adds the sequences of a file. Raises :class:`FingerprintError`, :class:`GeometryError`, :class:`ChecksumError`,
+    /// :class:`NotASnapshotError`, :class:`TruncatedError`, :class:`OutOfPagesError`, :class:`IoError`.
     #[pyo3(signature = (path, fingerprint = None))]
     fn load(&self, py: Python<'_>, path: PathBuf, fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
         let mut state = self.lock();
@@ -321,6 +345,7 @@ impl PyKvCache {
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
     }
 
+    /// As :meth:`save`, to bytes.
     #[pyo3(signature = (sequences = None, fingerprint = None))]
     fn dumps<'py>(
         &self,
@@ -335,6 +360,7 @@ impl PyKvCache {
         Ok(PyBytes::new(py, &bytes))
     }
 
+    /// As :meth:`load`, from bytes.
     #[pyo3(signature = (bytes, fingerprint = None))]
     fn loads(&self, py: Python<'_>, bytes: &[u8], fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
         let mut state = self.lock();
@@ -343,6 +369,7 @@ impl PyKvCache {
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
     }
 
+    /// Moves everything to a cache of this capacity. Sequences keep their numbers.
     #[pyo3(signature = (capacity, window_capacity = None))]
     fn grow(&self, py: Python<'_>, capacity: usize, window_capacity: Option<usize>) -> PyResult<()> {
         let mut state = self.lock();
@@ -365,6 +392,7 @@ impl PyKvCache {
         Ok(())
     }
 
+    /// Sequences.
     fn __len__(&self) -> usize {
         self.lock().sequences.len()
     }
@@ -395,7 +423,8 @@ struct OpenStep {
     step: Option<Step<'this>>,
 }
 
-/// New tokens of some sequences on their way through the layers.
+/// New tokens of some sequences on their way through the layers. As a context manager it is committed at the end of its block,
+/// and abandoned if the block raises: the sequences are then as before.
 #[pyclass(frozen, module = "tqkv", name = "Step")]
 pub struct PyStep {
     cache: Py<PyKvCache>,
@@ -437,6 +466,7 @@ impl PyStep {
         self.with(|step| Ok(step.tokens()))
     }
 
+    /// The tokens' keys and values in one layer, [tokens, kv_heads, head_dim].
     fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
         self.with(|step| {
             let device = step.device().clone();
@@ -445,6 +475,7 @@ impl PyStep {
         })
     }
 
+    /// Attention of the new tokens in one layer, after their keys and values; [tokens, heads, head_dim].
     #[pyo3(signature = (layer, q, *, scale = None, causal = true, window = None, softcap = None, sink_logits = None,
         domain = "original".to_owned(), out = None, lse = false))]
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
@@ -477,6 +508,7 @@ impl PyStep {
         })
     }
 
+    /// The tokens count from now on. Raises :class:`UnevenLayersError` if a layer was not appended.
     fn commit(&self) -> PyResult<()> {
         self.close(true)
     }

@@ -5,8 +5,10 @@
 
 mod array;
 mod cache;
+mod device;
 mod error;
 mod ops;
+mod pool;
 
 use pyo3::prelude::*;
 
@@ -14,10 +16,10 @@ use pyo3::prelude::*;
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     error::add(m)?;
-    m.add_class::<ops::Device>()?;
-    m.add_class::<ops::PyCodec>()?;
-    m.add_class::<ops::PagePool>()?;
-    m.add_class::<ops::Batch>()?;
+    m.add_class::<device::Device>()?;
+    m.add_class::<device::PyCodec>()?;
+    m.add_class::<pool::PagePool>()?;
+    m.add_class::<pool::Batch>()?;
     m.add_class::<cache::PyKvCache>()?;
     m.add_class::<cache::PyStep>()?;
     m.add_function(wrap_pyfunction!(ops::quantize, m)?)?;

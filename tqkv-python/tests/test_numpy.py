@@ -301,9 +301,17 @@ def test_threads_and_forks():
 
 def test_stubs_name_everything():
     import ast
+    import functools
+    import inspect
     import pathlib
     stub = ast.parse((pathlib.Path(tqkv.__file__).parent / "_native.pyi").read_text())
     nodes = [n for n in stub.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    documented = {n.name: n for n in nodes}
+    documented |= {f"{c.name}.{m.name}": m for c in nodes if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)}
+    for name, node in documented.items():
+        if (doc := ast.get_docstring(node)) and not name.endswith(("__", "append_and_attend")):
+            shown = inspect.getdoc(functools.reduce(getattr, name.split("."), tqkv._native))
+            assert shown == doc, name
     missing = {n for n in dir(tqkv._native) if not n.startswith("_")} - {n.name for n in nodes}
     for node in nodes:
         found = getattr(tqkv._native, node.name, None)
