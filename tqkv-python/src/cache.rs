@@ -2,7 +2,7 @@
 
 use crate::array::Arg;
 use crate::error::{OrRaise, raise};
-use crate::ops::{Asked, Device, Outputs, codec_pair, decoded, domain, order, positions, run};
+use crate::ops::{Asked, Device, Outputs, codec, decoded, domain, order, positions, run};
 use ouroboros::self_referencing;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -10,7 +10,7 @@ use pyo3::types::{PyBytes, PyDict};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tqkv::cache::{LayerKind, Side, Sinks, Step};
+use tqkv::cache::{LayerKind, Side, Step};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Error, KvCache, SequenceId};
 
@@ -70,6 +70,12 @@ fn by_layer<'py, T>(
     items.map(|(layer, x)| Ok((layer.extract()?, value(&x)?))).collect()
 }
 
+/// The numbers of an array, row after row.
+fn floats(array: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
+    let flat = array.call_method1("reshape", (-1,))?;
+    flat.call_method0("tolist")?.extract()
+}
+
 fn side(name: &str) -> PyResult<Side> {
     match name {
         "key" => Ok(Side::Key),
@@ -82,7 +88,7 @@ fn side(name: &str) -> PyResult<Side> {
 impl PyKvCache {
     #[new]
     #[pyo3(signature = (device, layers, kv_heads, head_dim, codec = None, *, page_size = 64, capacity = 4096,
-        window_capacity = None, windows = None, shared = None, codec_at = None, sinks = None))]
+        window_capacity = None, windows = None, shared = None, codec_at = None, channels = None))]
     #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
     fn new(
         py: Python<'_>,
@@ -97,11 +103,11 @@ impl PyKvCache {
         windows: Option<&Bound<'_, PyDict>>,
         shared: Option<&Bound<'_, PyDict>>,
         codec_at: Option<&Bound<'_, PyDict>>,
-        sinks: Option<(usize, Bound<'_, PyAny>)>,
+        channels: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         let mut config = CacheConfig::new(layers, kv_heads, head_dim).page_size(page_size).capacity(capacity);
         if let Some(codec) = codec {
-            config = config.codec(codec_pair(codec)?);
+            config = config.cache_codec(self::codec(codec)?);
         }
         if let Some(positions) = window_capacity {
             config = config.window_capacity(positions);
@@ -112,11 +118,15 @@ impl PyKvCache {
         for (layer, source) in by_layer(shared, |s| s.extract())? {
             config = config.kind_at(layer, LayerKind::Shared(source));
         }
-        for (layer, codec) in by_layer(codec_at, codec_pair)? {
-            config = config.codec_at(layer, codec);
+        for (layer, codec) in by_layer(codec_at, self::codec)? {
+            if codec != codec.all.into() {
+                let message = format!("codec_at[{layer}] is {codec}: expected the codecs of all positions alone");
+                return Err(PyValueError::new_err(message));
+            }
+            config = config.codec_at(layer, codec.all);
         }
-        if let Some((positions, codec)) = sinks {
-            config = config.sinks(Sinks { positions, codec: codec_pair(&codec)? });
+        for (layer, (shift, scale)) in by_layer(channels, |c| c.extract::<(Bound<PyAny>, Bound<PyAny>)>())? {
+            config = config.channels_at(layer, floats(&shift)?, floats(&scale)?);
         }
         let cache = py.detach(|| KvCache::new(&device.0, config)).or_raise()?;
         let state = State { cache: Some(Box::new(cache)), sequences: BTreeMap::new(), next: 0 };

@@ -6,7 +6,9 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
+use tqkv::cache::CacheCodec;
 use tqkv::compute::DeviceKind;
 use tqkv::format::RowFormat;
 use tqkv::ops::{self, AttentionParams, Direction, Domain, NO_PAGE, Positions, RowOrder, Span, Strides};
@@ -98,10 +100,10 @@ fn on_stream(ordinal: usize, _stream: usize) -> tqkv::Result<tqkv::Device> {
     Err(tqkv::Error::DeviceUnavailable { device, reason })
 }
 
-/// The codecs of keys and of values.
-#[pyclass(frozen, eq, hash, module = "tqkv", name = "Codec")]
-#[derive(Clone, PartialEq, Hash)]
-pub struct PyCodec(pub CodecPair);
+/// The codecs of keys and of values, and of what is kept a second time.
+#[pyclass(frozen, eq, module = "tqkv", name = "Codec")]
+#[derive(Clone, PartialEq)]
+pub struct PyCodec(pub CacheCodec);
 
 /// The codec of one side: `tq2` to `tq8`, `seed4`, `f16`, `f32`.
 pub fn one_codec(name: &str) -> PyResult<Codec> {
@@ -115,15 +117,15 @@ pub fn one_codec(name: &str) -> PyResult<Codec> {
     }
 }
 
-/// A pair from a `Codec` or a name: `k5v4`, `f16`, or one for each side, `tq5+f16`.
-pub fn codec_pair(object: &Bound<'_, PyAny>) -> PyResult<CodecPair> {
+/// Of a `Codec` or a name: `k5v4`, `f16`, `k4v4+s1f16+r64k8v8`, or one for each side, `tq5/f16`.
+pub fn codec(object: &Bound<'_, PyAny>) -> PyResult<CacheCodec> {
     if let Ok(codec) = object.cast::<PyCodec>() {
         return Ok(codec.get().0);
     }
     let name: String = object.extract()?;
-    match name.split_once('+') {
-        Some((key, value)) => Ok(CodecPair { key: one_codec(key)?, value: one_codec(value)? }),
-        None => name.parse().or_else(|e| one_codec(&name).map(CodecPair::both).map_err(|_| raise(e))),
+    match name.split_once('/') {
+        Some((key, value)) => Ok(CodecPair { key: one_codec(key)?, value: one_codec(value)? }.into()),
+        None => name.parse().or_raise(),
     }
 }
 
@@ -131,30 +133,46 @@ pub fn codec_pair(object: &Bound<'_, PyAny>) -> PyResult<CodecPair> {
 impl PyCodec {
     #[new]
     fn new(name: &Bound<'_, PyAny>) -> PyResult<Self> {
-        codec_pair(name).map(PyCodec)
+        codec(name).map(PyCodec)
     }
 
     #[getter]
     fn key(&self) -> String {
-        self.0.key.to_string()
+        self.0.all.key.to_string()
     }
 
     #[getter]
     fn value(&self) -> String {
-        self.0.value.to_string()
+        self.0.all.value.to_string()
+    }
+
+    #[getter]
+    fn sinks(&self) -> usize {
+        self.0.sinks.map_or(0, |sinks| sinks.positions)
+    }
+
+    #[getter]
+    fn recent(&self) -> usize {
+        self.0.recent.map_or(0, |recent| recent.positions)
     }
 
     fn bits_per_element(&self, head_dim: usize) -> PyResult<f64> {
-        self.0.bits_per_element(head_dim).or_raise()
+        self.0.all.bits_per_element(head_dim).or_raise()
     }
 
     fn row_bytes(&self, head_dim: usize) -> PyResult<[(usize, usize); 2]> {
         let row = |codec| RowFormat::new(codec, head_dim).or_raise().map(|r| (r.row_bytes(), r.scale_bytes()));
-        Ok([row(self.0.key)?, row(self.0.value)?])
+        Ok([row(self.0.all.key)?, row(self.0.all.value)?])
     }
 
     fn __str__(&self) -> String {
         self.0.to_string()
+    }
+
+    fn __hash__(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.0.to_string().hash(&mut hasher);
+        hasher.finish()
     }
 
     fn __repr__(&self) -> String {

@@ -230,6 +230,35 @@ def test_layers_that_differ():
         cache.append(3, {a: 1}, k[:1], v[:1])
 
 
+def test_codecs_of_extents_and_channels():
+    codec = tqkv.Codec("k4v4+s2f16+r16k8v8")
+    assert (codec.key, codec.sinks, codec.recent, str(codec)) == ("tq4", 2, 16, "k4v4+s2f16+r16k8v8")
+    assert tqkv.Codec("tq8/f16").value == "f16" and codec == tqkv.Codec(codec) and hash(codec) == hash(tqkv.Codec(codec))
+    k, v, q = normals(60, KV, D, seed=1), normals(60, KV, D, seed=2), normals(60, HEADS, D, seed=3)
+    k += 5 * normals(1, KV, D, seed=4)
+    want = oracle(q[-1:], k, v)[0]
+    errors = []
+    channels = (k.mean(0), np.sqrt(k.var(0)))
+    for kwargs in ({"codec": "k4v4"}, {"codec": codec}, {"codec": "k4v4", "channels": {0: channels}}):
+        cache = tqkv.KvCache(DEVICE, 1, KV, D, page_size=8, capacity=128, **kwargs)
+        a = cache.add_sequence()
+        with cache.step({a: 60}) as step:
+            out = step.append_and_attend(0, k, v, q)
+        errors.append(np.linalg.norm(out[-1:] - want) / np.linalg.norm(want))
+    assert errors[1] < errors[0] and errors[2] < errors[0], errors
+    for error, name in [(tqkv.UnknownExtentError, "k4v4+x1f16"), (tqkv.RepeatedExtentError, "k4v4+s1f16+s2f16")]:
+        with pytest.raises(error):
+            tqkv.Codec(name)
+
+
+def test_every_error_has_a_class():
+    import pathlib
+    import re
+    source = pathlib.Path(__file__).parents[2] / "tqkv" / "src" / "error.rs"
+    variants = re.findall(r"^    ([A-Z]\w+)(?: \{|,)$", source.read_text().split("pub enum Error {")[1].split("\n}")[0], re.M)
+    assert len(variants) > 35 and [v for v in variants if not hasattr(tqkv, f"{v}Error")] == []
+
+
 def test_errors_have_classes():
     names = [n for n in dir(tqkv) if n.endswith("Error") and n != "Error"]
     assert len(names) >= 35 and all(issubclass(getattr(tqkv, n), tqkv.Error) for n in names)

@@ -100,6 +100,16 @@ def test_an_assistant(stock, model):
     assert generate(model, ids(PROMPTS[0]), cache=cache(model), assistant_model=stock) == want
 
 
+def test_extents(stock, model):
+    """What is kept a second time in f16 is what attention reads: sinks and newest positions alone here."""
+    tokens, mask = padded(PROMPTS[:2])
+    codec = "k2v2+s8f16+r120f16"
+    assert generate(model, tokens, mask, cache(model, codec)) == generate(model, tokens, mask, cache(model, "f16"))
+    other = load("sdpa")
+    past = cache(other, "f32+s8f32")
+    assert generate(other, tokens, mask, past) == generate(stock, tokens, mask)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_other_attention_functions_read_it(stock, implementation):
     other = load(implementation)
@@ -253,3 +263,15 @@ def test_a_real_model(tmp_path):
     got = generate(model, prompts, cache=small)
     same = sum(a == b for x, y in zip(got, want) for a, b in zip(x, y))
     assert same >= NEW and small.usage()["used"] < own.usage()["used"] / 3
+
+
+def test_the_benchmark():
+    import json
+    import subprocess
+    import sys
+
+    options = ["--layers", "1", "--shapes", "64x2", "--times", "1", "--dtype", "float32", "--codecs", "k4v4", "--json"]
+    done = subprocess.run([sys.executable, "-P", "-m", "tqkv.bench", *options], capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["what"] for row in rows] == ["torch float32", "tqkv k4v4"], done.stderr
+    assert all(row["ms_wall"] > 0 and row["context"] == 64 and row["batch"] == 2 for row in rows)

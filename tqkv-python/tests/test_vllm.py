@@ -47,8 +47,8 @@ def tokens(result, log):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Stock vLLM's tokens for 64 prompts of 1 to 1000 tokens."""
-    many = prompts(64, 1000)
+    """Stock vLLM's tokens for 64 prompts of one token to as many as leave room for 32 more."""
+    many = prompts(64, 1024 - 32)
     return many, tokens(*run(tmp_path_factory.mktemp("stock"), many))
 
 
@@ -64,6 +64,53 @@ def test_prefix_hits_and_small_pages(tmp_path, stock):
     result, log = run(tmp_path, many[:12], "f32", rounds=2, enable_prefix_caching=True, block_size=16, max_num_batched_tokens=64)
     assert tokens(result, log) == want[:12]
     assert result["rounds"][1]["tokens"] == want[:12] and sum(result["rounds"][1]["cached"]) > 0
+
+
+def test_preemption(tmp_path, stock):
+    """Room for a fraction of what runs at once: requests give their pages up and begin again."""
+    many, want = stock
+    long = sorted(range(64), key=lambda i: -len(many[i]))[:6]
+    result, log = run(tmp_path, [many[i] for i in long], "f32", block_size=16, num_gpu_blocks_override=100)
+    assert tokens(result, log) == [want[i] for i in long]
+    assert result["positions"] == 1600 < sum(len(many[i]) for i in long)
+
+
+def test_sliding_windows(tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.MistralConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=48, max_position_embeddings=1024,
+    )
+    config.architectures = ["MistralForCausalLM"]
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    some = prompts(8, 300)
+    want = tokens(*run(tmp_path, some, model=str(tmp_path / "model")))
+    result, log = run(tmp_path, some, "f32", model=str(tmp_path / "model"), max_num_batched_tokens=128)
+    assert tokens(result, log) == want
+    assert result["implementations"] == [[IMPLEMENTATION] * 2]
+
+
+def test_a_real_model(tmp_path):
+    import smollm2
+
+    folder = str(smollm2.convert(tmp_path / "smollm2"))
+    some = [[504, 3575, 282, 4649, 314, 253, 1789, 282], [504, 5575, 282, 4649, 314, 260, 3575, 28]]
+    want = tokens(*run(tmp_path, some, model=folder))
+    assert tokens(*run(tmp_path, some, "f32", model=folder)) == want
+
+
+def test_the_readme(monkeypatch):
+    import vllm
+    from readme import snippet
+
+    asked = {}
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **kwargs: asked.update(kwargs, model=args[0]))
+    exec(snippet("vllm"), {"name": "a model"})
+    # What every run above is started with.
+    assert asked == {"model": "a model", "attention_backend": "CUSTOM", "additional_config": {"tqkv": {"codec": "k5v4"}}}
 
 
 @pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])

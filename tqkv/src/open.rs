@@ -50,7 +50,8 @@ impl Device {
     /// An NVIDIA GPU whose work all goes to the caller's stream, a `cudaStream_t` or `CUstream`, in the order of submission.
     /// So buffers can be shared with the caller's own kernels on that stream, and submissions can be captured in a CUDA
     /// graph: run every shape once before (kernels are compiled and workspaces grow then), reuse the same
-    /// [`Batch`](crate::ops::Batch), and do not wait for submissions while capturing. What takes memory or copies from the host is
+    /// [`Batch`](crate::ops::Batch), and do not wait for submissions while capturing. Between launches [`Batch::update`](crate::ops::Batch::update)
+    /// gives the graph other lengths and pages: the next token's, say. What takes memory or copies from the host is
     /// [`Error::Unsupported`] then: also [`merge`](crate::ops::merge) of more than eight parts, and positions in a list.
     ///
     /// # Safety

@@ -43,9 +43,17 @@ class Device:
 
 class Codec:
     """The codecs of keys and of values: ``k5v4`` (2 to 8 bits a side), ``f16``, ``f32``, ``seed4``, or one for each side,
-    ``tq8+f16``. Raises :class:`UnknownCodecError`."""
+    ``tq8/f16``; and of positions that are kept a second time, ``k4v4+s1f16+r64k8v8``: the first in f16, the newest 64 in 8 bits.
+
+    Raises :class:`UnknownCodecError`, :class:`UnknownExtentError`, :class:`RepeatedExtentError`."""
 
     def __init__(self, name: str | Codec) -> None: ...
+    @property
+    def sinks(self) -> int:
+        """How many first positions are kept a second time."""
+    @property
+    def recent(self) -> int:
+        """How many newest positions are."""
     @property
     def key(self) -> str: ...
     @property
@@ -178,8 +186,8 @@ class KvCache:
     numbers, never used twice.
 
     ``capacity`` counts the positions of all sequences together, in pages of ``page_size``. By layer: ``windows`` says how many
-    newest positions are kept, ``shared`` which earlier layer's positions are read, ``codec_at`` other codecs. ``sinks`` keeps the
-    first so many positions in a codec of their own, (positions, codec).
+    newest positions are kept, ``shared`` which earlier layer's positions are read, ``codec_at`` other codecs, and ``channels`` how
+    keys are shifted and scaled before they are stored, (shift, scale), both [kv_heads, head_dim] (``tqkv calibrate`` measures them).
 
     Raises :class:`ZeroError`, :class:`HeadDimError`, :class:`MismatchError`, :class:`LayerError`, :class:`OutOfMemoryError`."""
 
@@ -197,7 +205,7 @@ class KvCache:
         windows: dict[int, int] | None = None,
         shared: dict[int, int] | None = None,
         codec_at: dict[int, str | Codec] | None = None,
-        sinks: tuple[int, str | Codec] | None = None,
+        channels: dict[int, tuple[Array, Array]] | None = None,
     ) -> None: ...
     def __len__(self) -> int:
         """Sequences."""
@@ -315,6 +323,12 @@ class HeadDimError(Error):
 class UnknownCodecError(Error):
     """No codec has this name."""
 
+class UnknownExtentError(Error):
+    """A part of a codec's name is none."""
+
+class RepeatedExtentError(Error):
+    """A codec's name has a part twice."""
+
 class UnknownDeviceError(Error):
     """No device has this name."""
 
@@ -326,6 +340,12 @@ class UnsupportedError(Error):
 
 class DeviceFailedError(Error):
     """The device failed while it worked. What it wrote is undefined."""
+
+class KernelCompileError(Error):
+    """A kernel did not compile."""
+
+class UnknownKernelError(Error):
+    """A kernel's name is not registered."""
 
 class OutOfMemoryError(Error):
     """Memory ran out."""
@@ -345,6 +365,9 @@ class WrongDeviceError(Error):
 class AliasedError(Error):
     """The same memory is read and written by one operation."""
 
+class OutdatedBatchError(Error):
+    """A batch was brought up to date in the meantime."""
+
 class BufferBusyError(Error):
     """Another thread is using the memory at this moment."""
 
@@ -362,6 +385,9 @@ class MismatchError(Error):
 
 class ParameterError(Error):
     """A number is out of its range."""
+
+class ChannelsError(Error):
+    """A map of channels cannot be."""
 
 class PositionsError(Error):
     """Positions that the sequence does not hold."""
@@ -383,6 +409,9 @@ class LayerError(Error):
 
 class SharedLayerError(Error):
     """A layer that holds nothing of its own cannot be appended to."""
+
+class RotatedSinksError(Error):
+    """Rotated queries over sinks that are rotated otherwise."""
 
 class UnevenLayersError(Error):
     """Layers of a sequence hold different lengths: a step was left half done."""

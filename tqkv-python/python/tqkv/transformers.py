@@ -104,12 +104,15 @@ class _Layer(CacheLayerMixin):
         """K or V as a dense tensor, zeros where padding is."""
         self.flush()
         first = self.length - shown.shape[-2]
-        out = torch.zeros(shown.shape[0], shown.shape[2], shown.shape[1], shown.shape[3])
+        out = torch.zeros(shown.shape[0], shown.shape[2], shown.shape[1], shown.shape[3], device=shown.device)
+        # Sinks are decoded by themselves.
+        sinks = self.cache._codec.sinks
         for row, pad, to in zip(self.cache._rows, self.cache._pads, out):
-            start = max(first, pad)
-            if start < self.length:
-                positions = range(start - pad, self.length - pad)
-                self.cache._store.dequantize(self.index, shown.side, row, positions, out=to[start - first :])
+            start, end = max(0, first - pad), self.length - pad
+            for some in (range(start, min(end, sinks)), range(max(start, sinks), end)):
+                if some:
+                    part = to[some.start + pad - first : some.stop + pad - first]
+                    self.cache._store.dequantize(self.index, shown.side, row, some, out=part)
         return out.transpose(1, 2).to(shown.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -131,9 +134,10 @@ class _Layer(CacheLayerMixin):
 class TqkvCache(Cache):
     """The K and V of a decoder, compressed.
 
-    ``codec`` names the codecs of keys and values (``k5v4``, ``f32``, ``tq8+f16``; see :class:`tqkv.Codec`), ``codec_at`` others for
-    some layers, and ``sinks`` = (positions, codec) keeps the first positions apart. ``capacity`` counts the positions of all rows
-    for which there is room from the start; the cache grows by itself. Padding on the left is not stored.
+    ``codec`` names the codecs of keys and values (``k5v4``, ``f32``, ``k4v4+s1f16+r64k8v8``; see :class:`tqkv.Codec`), ``codec_at``
+    others for some layers, and ``channels`` how keys are shifted and scaled by layer (see :class:`tqkv.KvCache`). ``capacity`` counts
+    the positions of all rows for which there is room from the start; the cache grows by itself. Padding on the left is not stored.
+    ``device`` is the one that holds the model's tensors if not given: the CPU, or an NVIDIA GPU on torch's current stream.
 
     Raises ``ValueError`` for layers other than full and sliding attention, and tqkv's errors for codecs that do not fit.
     """
@@ -146,7 +150,7 @@ class TqkvCache(Cache):
         capacity: int = 1024,
         page_size: int = 64,
         codec_at: dict[int, str | tqkv.Codec] | None = None,
-        sinks: tuple[int, str | tqkv.Codec] | None = None,
+        channels: dict[int, Any] | None = None,
         device: tqkv.Device | None = None,
     ) -> None:
         config = config.get_text_config(decoder=True)
@@ -155,22 +159,29 @@ class TqkvCache(Cache):
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._shape = (getattr(config, "num_key_value_heads", None) or heads, head_dim)
-        self._device = tqkv.Device() if device is None else device
-        self._store = tqkv.KvCache(
-            self._device,
-            len(windows),
-            *self._shape,
-            tqkv.Codec(codec),
-            page_size=page_size,
-            capacity=capacity,
-            windows={i: window + SLACK for i, window in enumerate(windows) if window is not None},
-            codec_at=codec_at,
-            sinks=sinks,
-        )
+        self._device, self._codec = device, tqkv.Codec(codec)
+        self._windows = windows
+        self._options = {"page_size": page_size, "codec_at": codec_at, "channels": channels}
+        self._made: tqkv.KvCache | None = None
         self._capacity = capacity
         #: Sequences by row, and how many first positions of each row are padding.
         self._rows: list[int] = []
         self._pads: list[int] = []
+
+    @property
+    def _store(self) -> tqkv.KvCache:
+        """The cache of all layers, made when it is first needed."""
+        if self._made is None:
+            self._made = tqkv.KvCache(
+                tqkv.Device() if self._device is None else self._device,
+                len(self._windows),
+                *self._shape,
+                self._codec,
+                capacity=self._capacity,
+                windows={i: window + SLACK for i, window in enumerate(self._windows) if window is not None},
+                **self._options,
+            )
+        return self._made
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +197,9 @@ class TqkvCache(Cache):
             if (x.shape[1], x.shape[3]) != self._shape:
                 got, want = (x.shape[1], x.shape[3]), self._shape
                 raise tqkv.ShapeError(f"{what} have (kv_heads, head_dim) {got}: expected {want} as the config says")
+        if self._made is None and self._device is None and k.is_cuda:
+            stream = torch.cuda.current_stream(k.device).cuda_stream
+            self._device = tqkv.Device.cuda_on_stream(k.device.index, stream)
         if not self._rows:
             self._rows = [self._store.add_sequence() for _ in range(k.shape[0])]
             self._pads = [0] * k.shape[0]

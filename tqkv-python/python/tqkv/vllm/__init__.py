@@ -1,4 +1,4 @@
-"""A plugin for vLLM 0.32 and 0.33: its pages hold keys and values as tqkv stores them, and attention reads them there.
+"""A plugin for vLLM 0.32 on the CPU: its pages hold keys and values as tqkv stores them, and attention reads them there.
 
     LLM(model, attention_backend="CUSTOM", additional_config={"tqkv": {"codec": "k5v4"}})
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["register"]
 
-VERSIONS = ("0.32", "0.33")
+VERSIONS = ("0.32",)
 BACKEND = "tqkv.vllm.backend.TqkvBackend"
 
 

@@ -25,6 +25,8 @@ def codec() -> tqkv.Codec:
         if unknown:
             raise ValueError(f"tqkv's options have {sorted(unknown)}: expected codec alone")
         _kept = tqkv.Codec(asked.get("codec", "k5v4"))
+        if _kept.sinks or _kept.recent:
+            raise NotImplementedError(f"tqkv's codec is {_kept}: in vLLM all positions are stored alike")
     if _kept is None:
         raise RuntimeError("vLLM asks for tqkv's codec before any configuration is there")
     return _kept

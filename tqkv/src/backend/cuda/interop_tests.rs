@@ -182,8 +182,9 @@ fn what_a_graph_cannot_repeat_is_refused() {
         refused(dequantize(&mut encoder, &step.key, &step.batch, 0, list, domain, order, &decoded));
         refused(step.x.write(&numbers(2 * 2 * 128)));
         refused(device.zeros(DType::U8, &[16]).map(drop));
-        let pages = [0u32, 3];
-        refused(step.batch.clone().update(&[0, 1].map(|_| Span { first: 0, len: 101, new: 1, pages: &pages })));
+        let pages = [[0u32, 3], [2, 1]];
+        let spans = [0, 1].map(|i| Span { first: 0, len: 101, new: 1, pages: &pages[i] });
+        refused(step.batch.clone().update(&spans));
         // All else goes on.
         step.submit().unwrap();
         let graph = result::stream::end_capture(stream).unwrap();

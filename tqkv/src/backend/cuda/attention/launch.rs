@@ -1,7 +1,7 @@
 //! The tensor-core kernel: its parameters and its launch.
 
 use super::params::Params;
-use super::plan::{self, Item, Problem};
+use super::plan::{Item, Plan, Problem};
 use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
@@ -12,13 +12,14 @@ use crate::error::{Result, to_u32};
 use crate::format::{RowFormat, Scaling};
 use crate::problem::op::Attention;
 use crate::problem::{Batch, Domain, Visible};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// A plan on the device, kept with its batch.
 struct DevicePlan {
     problem: Problem,
     /// What the kernel was chosen for: see `Shape::short`.
     short: bool,
+    plan: Mutex<Plan>,
     /// Room for those of any lengths.
     items: Arc<Memory>,
 }
@@ -29,17 +30,11 @@ impl DevicePlan {
             |p: &DevicePlan| p.problem == problem && p.short == short,
             || {
                 let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
-                let plan = DevicePlan { problem, short, items: Arc::new(gpu.stream.alloc(bytes)?) };
-                plan.write(batch)?;
-                Ok(plan)
+                let (plan, items) = (Plan::new(&problem, batch.spans()), Arc::new(gpu.stream.alloc(bytes)?));
+                items.write(0, bytemuck::cast_slice(&plan.items))?;
+                Ok(DevicePlan { problem, short, plan: Mutex::new(plan), items })
             },
         )
-    }
-
-    fn write(&self, batch: &Batch) -> Result<()> {
-        let items = plan::plan(&self.problem, batch.spans());
-        debug_assert!(items.len() <= self.problem.most_items(batch.spans()));
-        self.items.write(0, bytemuck::cast_slice(&items))
     }
 }
 
@@ -49,7 +44,10 @@ impl crate::problem::Plan for DevicePlan {
     }
 
     fn follow(&self, batch: &Batch) -> Result<bool> {
-        self.write(batch).map(|()| true)
+        let mut plan = lock(&self.plan);
+        plan.follow(&self.problem, batch.spans());
+        debug_assert!(plan.items.len() <= self.problem.most_items(batch.spans()));
+        self.items.write(0, bytemuck::cast_slice(&plan.items)).map(|()| true)
     }
 }
 

@@ -80,6 +80,10 @@ impl Group {
     fn tiles(&self) -> usize {
         self.end - self.begin
     }
+
+    fn bounds(&self) -> (usize, usize) {
+        (self.begin, self.end)
+    }
 }
 
 /// Tiles [begin, end) of a group.
@@ -216,21 +220,52 @@ fn quotas(problem: &Problem, groups: &[Group]) -> (Work, usize) {
     (work, most)
 }
 
+/// A plan, which other lengths mostly leave as it is.
+pub(super) struct Plan {
+    /// Begin and end of every group.
+    tiles: Vec<(usize, usize)>,
+    /// The first item of every block, then the others.
+    pub items: Vec<Item>,
+}
+
+impl Plan {
+    pub fn new(problem: &Problem, spans: &[SpanInfo]) -> Self {
+        Self::of(problem, &groups(problem, spans))
+    }
+
+    /// As a new plan for other lengths, with as many new positions a sequence. Where no sequence has come to another tile nothing is spread
+    /// anew: in most steps of decoding.
+    pub fn follow(&mut self, problem: &Problem, spans: &[SpanInfo]) {
+        let groups = groups(problem, spans);
+        if !groups.iter().map(Group::bounds).eq(self.tiles.iter().copied()) {
+            *self = Self::of(problem, &groups);
+            return;
+        }
+        for item in self.items.iter_mut().filter(|item| item.rows > 0) {
+            let SpanInfo { first, len, .. } = spans[item.sequence as usize];
+            (item.first, item.len) = (first, len);
+        }
+    }
+
+    fn of(problem: &Problem, groups: &[Group]) -> Self {
+        Plan { tiles: groups.iter().map(Group::bounds).collect(), items: plan(problem, groups) }
+    }
+}
+
 /// The first item of every block, then the others.
-pub(super) fn plan(problem: &Problem, spans: &[SpanInfo]) -> Vec<Item> {
-    let groups = groups(problem, spans);
+fn plan(problem: &Problem, groups: &[Group]) -> Vec<Item> {
     // Equal pieces waste nothing where they come out even; cutting at quotas always comes out even but cuts more.
     let pieces = match groups.len() {
-        n if n <= problem.blocks => Some(even_pieces(problem, &groups)),
+        n if n <= problem.blocks => Some(even_pieces(problem, groups)),
         n if n <= 4 * problem.blocks => Some(vec![1; n]),
         _ => None,
     };
-    let (cut, cut_most) = quotas(problem, &groups);
-    let work = match pieces.map(|pieces| spread(problem, &groups, &pieces)) {
+    let (cut, cut_most) = quotas(problem, groups);
+    let work = match pieces.map(|pieces| spread(problem, groups, &pieces)) {
         Some((even, most)) if most <= cut_most => even,
         _ => cut,
     };
-    number(&groups, &work)
+    number(groups, &work)
 }
 
 /// Items in the order that blocks find them, with their slots in the workspace.
@@ -318,7 +353,7 @@ mod tests {
                     for (causal, window) in [(true, None), (false, None), (true, Some(5)), (true, Some(4000))] {
                         let visible = Visible { causal, window };
                         let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, visible };
-                        let plan = plan(&problem, &spans);
+                        let plan = Plan::new(&problem, &spans).items;
                         assert!(plan.len() <= problem.most_items(&spans), "{problem:?} {lens:?}");
                         let work = walk(&plan, 132);
                         for wanted in groups(&problem, &spans) {
@@ -354,12 +389,26 @@ mod tests {
         let visible = Visible { causal: true, window: None };
         let problem = Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, visible };
         for lens in [vec![(0, 131_072, 1)], vec![(0, 32_768, 1); 8], vec![(0, 8192, 1); 32]] {
-            let plan = plan(&problem, &spans(&lens));
+            let plan = Plan::new(&problem, &spans(&lens)).items;
             let tiles = |items: &[Item]| items.iter().map(|i| i.tile_end - i.tile_begin).sum::<u32>();
             let loads: Vec<_> = walk(&plan, 132).iter().map(|b| tiles(b)).collect();
             let most = *loads.iter().max().unwrap() as f64;
             let mean = loads.iter().sum::<u32>() as f64 / 132.0;
             assert!(most <= 1.1 * mean, "{most} of {mean}");
+        }
+    }
+
+    #[test]
+    fn a_plan_that_follows_is_a_new_one() {
+        for window in [None, Some(100)] {
+            let visible = Visible { causal: true, window };
+            let problem = Problem { kv_heads: 2, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, visible };
+            let at = |step: u32| spans(&[(step / 90, 1000 + step, 1), (0, 70 + step, 3), (step, 5 + step, 1)]);
+            let mut plan = Plan::new(&problem, &at(0));
+            for step in 1..300 {
+                plan.follow(&problem, &at(step));
+                assert_eq!(plan.items, Plan::new(&problem, &at(step)).items, "{step}");
+            }
         }
     }
 }
