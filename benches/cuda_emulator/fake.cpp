@@ -113,6 +113,10 @@ API R cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned bx, u
     enqueue((StreamS*)st, [=] { unsigned g[3] = {x, y, z}; fn->run(g, bx, copy.data(), copy.size()); });
     return 0;
 }
+struct LaunchConfig { unsigned grid[3], block[3], shared; void* stream; void* attributes; unsigned count; };
+API R cuLaunchKernelEx(const LaunchConfig* c, void* f, void** params, void** extra) {
+    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream, params, extra);
+}
 struct Event { std::chrono::steady_clock::time_point t; };
 API R cuEventCreate(void** e, unsigned) { *e = new Event; return 0; }
 API R cuEventRecord(void* e, void*) { ((Event*)e)->t = std::chrono::steady_clock::now(); return 0; }

@@ -77,6 +77,13 @@ pub(super) struct Limits {
     pools: bool,
 }
 
+impl Limits {
+    /// Whether a kernel may be started while the one before it ends, in graphs too: from compute capability 9.0 on, by CUDA 12.3.
+    fn starts_early(&self) -> bool {
+        self.capability >= (9, 0) && self.driver >= 12030
+    }
+}
+
 /// A compiled kernel, or the lock of those who wait for it.
 type Slot = Arc<Mutex<Option<Arc<Kernel>>>>;
 
@@ -333,27 +340,29 @@ impl Stream {
             (&raw mut size).cast(),
             sys::CU_LAUNCH_PARAM_END_AS_INT as usize as *mut c_void,
         ];
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
         let [x, y, z] = launch.grid;
-        let shared = launch.kernel.shared_memory;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.kernel.shared_memory,
+            hStream: self.raw,
+            attrs: &raw mut early,
+            numAttrs: (launch.waits && self.context.limits.starts_early()) as u32,
+        };
         // SAFETY: the parameters are the kernel's (a custom kernel's: its author's promise), their memory is kept alive by
-        // stream order, and the driver copies the parameters before it returns.
-        unsafe {
-            sys::cuLaunchKernel(
-                launch.kernel.raw,
-                x,
-                y,
-                z,
-                launch.kernel.threads,
-                1,
-                1,
-                shared,
-                self.raw,
-                std::ptr::null_mut(),
-                extra.as_mut_ptr(),
-            )
-        }
-        .result()
-        .map_err(|e| self.context.failed(e))
+        // stream order, and the driver copies parameters and attributes before it returns.
+        unsafe { sys::cuLaunchKernelEx(&config, launch.kernel.raw, std::ptr::null_mut(), extra.as_mut_ptr()) }
+            .result()
+            .map_err(|e| self.context.failed(e))
     }
 
     /// What `enqueue` enqueues on the stream that it is given, as one piece of work: between its kernels the GPU does not wait for
@@ -503,6 +512,8 @@ pub(super) struct Launch {
     /// Blocks; each has as many threads as the kernel's `__launch_bounds__` says.
     pub grid: [u32; 3],
     pub params: ParamBytes,
+    /// Whether it waits for the work before it by itself, so that it may be started while that ends.
+    pub waits: bool,
 }
 
 /// Parameters as the kernel finds them in memory.

@@ -60,7 +60,7 @@ impl Gpu {
     pub fn launch<P: bytemuck::Pod>(&self, key: &KernelKey, blocks: u32, params: &P, to: &mut Recording) -> Result<()> {
         let kernel = self.stream.context.kernel(key)?;
         let params = ParamBytes::new(bytemuck::bytes_of(params));
-        to.work.push(Work::Launch(Launch { kernel, grid: [blocks, 1, 1], params }));
+        to.work.push(Work::Launch(Launch { kernel, grid: [blocks, 1, 1], params, waits: true }));
         Ok(())
     }
 }

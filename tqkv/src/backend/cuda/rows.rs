@@ -416,6 +416,6 @@ pub(super) fn custom(gpu: &Gpu, op: &Custom, to: &mut Recording) -> Result<()> {
     let kernel = gpu.stream.context.compiled(&source)?;
     let mut params: Vec<u8> = op.bindings.iter().flat_map(|b| address(b).to_le_bytes()).collect();
     params.extend(op.constants.iter().flat_map(|c| c.to_le_bytes()));
-    to.work.push(Work::Launch(Launch { kernel, grid: op.workgroups, params: ParamBytes::new(&params) }));
+    to.work.push(Work::Launch(Launch { kernel, grid: op.workgroups, params: ParamBytes::new(&params), waits: false }));
     Ok(())
 }

@@ -50,6 +50,7 @@
 
 // Over 100 lines' worth of set-up and phases in one function: all of it works on the same registers.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
+    begin();
     const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const scratch = (float*)(shared_memory + Layout::SCRATCH);

@@ -18,6 +18,7 @@ typedef Codec<R, CODE_ALIGN> C;
 typedef Shape<R::D> S;
 
 extern "C" __global__ void __launch_bounds__(THREADS, S::N <= 32 ? 10 : S::N <= 40 ? 6 : 2) dequantize(const __grid_constant__ Params p) {
+    begin();
     constexpr int ROWS = THREADS / S::GROUP;
     __shared__ float table[C::TABLE ? C::TABLE : 1];
     C::fill(table, p.side.levels, threadIdx.x, THREADS);

@@ -23,6 +23,7 @@ DEVICE float load_part(const Part& part, u64 i) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ Params p) {
+    begin();
     const float never = -__int_as_float(0x7f800000);
     const u32 row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= p.rows) return;

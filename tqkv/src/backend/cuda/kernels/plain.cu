@@ -317,6 +317,7 @@ DEVICE void write_row(const Params& p, Softmax own, const float* sums, u64 row, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_constant__ Params p) {
+    begin();
     __shared__ Shared s;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Work work(p);

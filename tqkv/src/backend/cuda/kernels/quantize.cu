@@ -86,6 +86,7 @@ typedef Work<Row<B_DIM, B_BITS, B_PACKING, B_SCALING>, B_WIDTH, B_CODE_ALIGN, B_
 extern "C" __device__ u32 quantize_shared_bytes = WorkA::bytes() > WorkB::bytes() ? WorkA::bytes() : WorkB::bytes();
 
 extern "C" __global__ void __launch_bounds__(THREADS, min_of(WorkA::HELD, WorkB::HELD)) quantize(const __grid_constant__ Params p) {
+    begin();
     const bool b = blockIdx.x >= p.a_blocks;
     const u32 block = b ? blockIdx.x - p.a_blocks : blockIdx.x, blocks = b ? gridDim.x - p.a_blocks : p.a_blocks;
     // If both sides are of one kind, one copy of the code serves both.

@@ -10,6 +10,7 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(256) rotate(const __grid_constant__ Params p) {
+    begin();
     typedef Shape<ROW_DIM> S;
     constexpr int ROWS = 256 / S::GROUP;
     const int lane = threadIdx.x % S::GROUP;
