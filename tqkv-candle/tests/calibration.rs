@@ -77,8 +77,9 @@ fn large_key_biases_are_taken_away() {
     let better = cache(&model, calibration.apply(config(&model, "k4v4")).unwrap());
     let [plain, better] = fidelity(&model, &mut [plain, better])[..] else { panic!() };
     println!("top-1 {:.3} and {:.3}, KLD {} and {}", plain.same_top1(), better.same_top1(), plain.kld(), better.kld());
-    assert!(plain.same_top1() < 0.6, "{}", plain.same_top1());
-    assert!(better.same_top1() > 0.95, "{}", better.same_top1());
+    // Near chance without; with it what 4 bits cost this model of random weights, whose predictions are nearly even.
+    assert!(plain.same_top1() < 0.1 && better.same_top1() > 0.75);
+    assert!(better.kld() < plain.kld() / 50.0);
 }
 
 #[test]

@@ -257,7 +257,7 @@ fn an_updated_batch_is_like_a_new_one() {
         on(name, |device| {
             let it = Attending::new(device);
             let spans = |len: usize, a: [u32; 3]| {
-                let b = [5 - a[0], 5 - a[1], NO_PAGE];
+                let b = a.map(|page| if page < 6 { 5 - page } else { NO_PAGE });
                 [(0, len, a), (len / 2, len, b)].map(|(first, len, pages)| (first, len, 1, pages))
             };
             let batch = |spans: &[(usize, usize, usize, [u32; 3])]| {

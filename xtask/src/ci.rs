@@ -83,7 +83,7 @@ fn tests(root: &Path) -> Result<()> {
 
 /// Tests with real models, which `.ci/models` fetches.
 fn models(root: &Path) -> Result<()> {
-    command(root, ".ci/models", &[], &[])?;
+    command(root, &root.join(".ci/models").to_string_lossy(), &[], &[])?;
     let folder = root.join("target/models");
     let folder = folder.to_string_lossy();
     let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", folder.as_ref())];
