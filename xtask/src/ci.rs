@@ -86,7 +86,7 @@ fn models(root: &Path) -> Result<()> {
     command(root, &root.join(".ci/models").to_string_lossy(), &[], &[])?;
     let folder = root.join("target/models");
     let folder = folder.to_string_lossy();
-    let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", folder.as_ref())];
+    let environment = [("TQKV_REQUIRE", "models"), ("TQKV_MODELS", &*folder)];
     cargo(root, "test --workspace --test real --test gguf_tokenizer --test chat", &environment)
 }
 
