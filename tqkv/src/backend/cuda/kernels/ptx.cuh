@@ -170,11 +170,10 @@ DEVICE void load_transposed(u32& a, u32& b, u32& c, u32& d, u32 from) {
 DEVICE void load_transposed(u32& a, u32& b, u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from));
 }
-// What every kernel begins with: it may be started while the work before it ends (`Stream::launch`), and waits here for all of that. The
-// kernel after it may be started from now on.
+// What every kernel begins with: it may be started while the blocks of the one before end (`Stream::launch`), and waits here until all of
+// them have.
 DEVICE void begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
