@@ -199,7 +199,7 @@ impl CacheConfig {
     }
 
     /// Positions that all sequences together can hold as their newest, rounded up to pages; if not set, as
-    /// [`capacity`](CacheConfig::capacity), 4096 at most. A sequence needs its newest positions, [`RECENT_SLACK`] more, the tokens of
+    /// [`capacity`](CacheConfig::capacity), 4096 at most. A sequence needs its newest positions, [`RECENT_SLACK`](super::RECENT_SLACK) more, the tokens of
     /// its largest append, and a page.
     pub fn recent_capacity(mut self, positions: usize) -> Self {
         self.recent_capacity = Some(positions);
