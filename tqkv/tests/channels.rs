@@ -293,19 +293,6 @@ fn maps_that_do_not_fit_are_refused(device: &Device) {
     assert!(matches!(refused, Err(Error::Channels { what: "keys", .. })));
 }
 
-macro_rules! suite {
-    ($($device:ident),*) => { $(
-        mod $device {
-            suite!(@tests $device: what_is_stored_is_the_mapped_key, attention_is_that_of_the_keys_as_they_came,
-                maps_that_do_not_fit_are_refused);
-        }
-    )* };
-    (@tests $device:ident: $($test:ident),*) => { $(
-        #[test]
-        fn $test() {
-            super::on(stringify!($device), super::$test);
-        }
-    )* };
-}
-
-suite!(cpu, wgpu, cuda);
+suite!(cpu, wgpu, cuda: (
+    what_is_stored_is_the_mapped_key, attention_is_that_of_the_keys_as_they_came, maps_that_do_not_fit_are_refused,
+));

@@ -157,25 +157,6 @@ fn attention_is_close_to_float64(device: &Device) {
     }
 }
 
-macro_rules! suite {
-    ($($device:ident),*) => { $(
-        mod $device {
-            #[test]
-            fn decoded_values_are_bit_exact() {
-                super::on(stringify!($device), super::decoded_values_are_bit_exact);
-            }
-
-            #[test]
-            fn codes_are_equal_away_from_boundaries() {
-                super::on(stringify!($device), super::codes_are_equal_away_from_boundaries);
-            }
-
-            #[test]
-            fn attention_is_close_to_float64() {
-                super::on(stringify!($device), super::attention_is_close_to_float64);
-            }
-        }
-    )* };
-}
-
-suite!(cpu, wgpu, cuda);
+suite!(cpu, wgpu, cuda: (
+    decoded_values_are_bit_exact, codes_are_equal_away_from_boundaries, attention_is_close_to_float64,
+));

@@ -309,19 +309,6 @@ fn what_does_not_fit_is_said(device: &Device) {
     assert!(matches!(none, Err(Error::Zero { what: "recent_capacity" })), "{none:?}");
 }
 
-macro_rules! suite {
-    ($($device:ident),*) => { $(
-        mod $device {
-            suite!(@tests $device: random_schedules, truncation_within_the_slack_makes_no_difference,
-                what_does_not_fit_is_said);
-        }
-    )* };
-    (@tests $device:ident: $($test:ident),*) => { $(
-        #[test]
-        fn $test() {
-            super::on(stringify!($device), super::$test);
-        }
-    )* };
-}
-
-suite!(cpu, wgpu, cuda);
+suite!(cpu, wgpu, cuda: (
+    random_schedules, truncation_within_the_slack_makes_no_difference, what_does_not_fit_is_said,
+));

@@ -146,27 +146,15 @@ impl Layout {
     }
 }
 
-macro_rules! suite {
-    ($($device:ident),*) => { $(
-        mod $device {
-            suite!(@tests $device: rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
-                vectors_that_are_not_finite_decode_to_nan, infinite_scales_decode_to_what_is_not_finite, dequantize_is_bit_exact,
-                attention_of_every_codec, attention_of_every_shape, attention_with_every_option, queries_of_any_size,
-                what_is_not_a_number_stays_so, what_is_not_seen_does_not_matter, large_scores_share_the_weight,
-                large_scores_are_told_apart, merge_passes_over_empty_parts, merged_parts_equal_the_whole,
-                a_truncated_cache_forgets, a_batch_equals_its_sequences,
-                head_dims_that_are_no_multiple_of_16, nothing_is_no_error);
-        }
-    )* };
-    (@tests $device:ident: $($test:ident),*) => { $(
-        #[test]
-        fn $test() {
-            super::on(stringify!($device), super::$test);
-        }
-    )* };
-}
-
-suite!(cpu, wgpu, cuda);
+suite!(cpu, wgpu, cuda: (
+    rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
+    vectors_that_are_not_finite_decode_to_nan, infinite_scales_decode_to_what_is_not_finite, dequantize_is_bit_exact,
+    attention_of_every_codec, attention_of_every_shape, attention_with_every_option, queries_of_any_size,
+    what_is_not_a_number_stays_so, what_is_not_seen_does_not_matter, large_scores_share_the_weight,
+    large_scores_are_told_apart, merge_passes_over_empty_parts, merged_parts_equal_the_whole,
+    a_truncated_cache_forgets, a_batch_equals_its_sequences, head_dims_that_are_no_multiple_of_16,
+    nothing_is_no_error,
+));
 
 /// On the CPU, with pools in memory that is borrowed, of strides that are not tqkv's.
 mod cpu_foreign {

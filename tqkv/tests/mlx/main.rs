@@ -129,31 +129,15 @@ fn a_lost_write_fails_what_follows() {
     assert!(b.as_slice::<f32>().is_err());
 }
 
-macro_rules! suite {
-    ($($device:ident),*: $($test:ident)*) => { suite!(@ [$($device)*] [$($test)*]); };
-    (@ [$($device:ident)*] $tests:tt) => { $(suite!(@@ $device $tests);)* };
-    (@@ $device:ident [$($test:ident)*]) => {
-        mod $device {
-            use super::support::on;
-            $(
-                #[test]
-                fn $test() {
-                    on(stringify!($device), super::$test);
-                }
-            )*
-        }
-    };
-}
-
-suite! { cpu, wgpu, cuda:
-    decoders_keep_their_contracts
-    the_f16_decoder_rounds_the_f32_one
-    a_sequence_encodes_as_its_tokens_do
-    dual_encoders_equal_two_calls
-    attention_matches_the_oracle
-    decoding_errors
-    encoding_errors
-    attention_errors
-    encoders_are_used_once
-    buffers
-}
+suite!(cpu, wgpu, cuda: (
+    decoders_keep_their_contracts,
+    the_f16_decoder_rounds_the_f32_one,
+    a_sequence_encodes_as_its_tokens_do,
+    dual_encoders_equal_two_calls,
+    attention_matches_the_oracle,
+    decoding_errors,
+    encoding_errors,
+    attention_errors,
+    encoders_are_used_once,
+    buffers,
+));

@@ -40,6 +40,24 @@ pub fn on(name: &str, body: impl FnOnce(&Device)) {
     }
 }
 
+/// Stamps tests, functions of a device beside it, onto devices: a module each.
+#[allow(unused_macros)]
+macro_rules! suite {
+    ($($device:ident),*: $tests:tt) => { $(
+        mod $device {
+            $crate::support::suite!(@tests $device: $tests);
+        }
+    )* };
+    (@tests $device:ident: ($($test:ident),* $(,)?)) => { $(
+        #[test]
+        fn $test() {
+            super::on(stringify!($device), super::$test);
+        }
+    )* };
+}
+#[allow(unused_imports)]
+pub(crate) use suite;
+
 /// What wgpu and naga have logged as warnings or errors in this process.
 static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
