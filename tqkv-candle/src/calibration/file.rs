@@ -1,13 +1,15 @@
 //! Calibrations in safetensors files.
 //!
-//! Tensors `layers.N.shift` and `layers.N.scale`, f32 \[kv_heads, head_dim\]; metadata `tqkv.calibration`, a JSON object, and
-//! `tqkv.checksum`, XXH3 of that and of all tensors.
+//! Tensors `layers.N.shift` and `layers.N.scale`, f32 \[kv_heads, head_dim\]; metadata `tqkv.calibration`, a JSON object of
+//! `about`, what the calibration was made from, and `checksum`, XXH3 of that text and of all tensors. One entry, since
+//! safetensors writes several in any order, and the same calibration should be the same file.
 
 use super::{Calibration, CalibrationError, Layer, Origin, Plan};
 use crate::error::{Error, Result};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
@@ -17,10 +19,19 @@ use xxhash_rust::xxh3::Xxh3Default;
 /// Of the format of files.
 const VERSION: u64 = 1;
 
-const ABOUT: &str = "tqkv.calibration";
-const CHECKSUM: &str = "tqkv.checksum";
+/// The entry of the metadata.
+const ENTRY: &str = "tqkv.calibration";
 
-/// What the metadata says.
+/// What the entry holds.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry<'a> {
+    checksum: String,
+    #[serde(borrow)]
+    about: &'a RawValue,
+}
+
+/// What the metadata says of the calibration.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct About {
@@ -69,7 +80,7 @@ impl Calibration {
     fn to_bytes(&self) -> Result<Vec<u8>, CalibrationError> {
         let (layers, origin, plan) = (self.layers.len(), self.origin.clone(), self.plan.clone());
         let about = About { version: VERSION, layers, origin, plan };
-        let about = serde_json::to_string(&about).map_err(CalibrationError::Json)?;
+        let about = serde_json::value::to_raw_value(&about).map_err(CalibrationError::Json)?;
         let mut tensors = BTreeMap::new();
         for (i, layer) in self.layers.iter().enumerate() {
             for (what, values) in [("shift", &layer.shift), ("scale", &layer.scale)] {
@@ -82,15 +93,15 @@ impl Calibration {
             Ok((name.clone(), view))
         });
         let views = views.collect::<Result<BTreeMap<_, _>, CalibrationError>>()?;
-        let metadata = HashMap::from([(CHECKSUM.to_owned(), checksum(&about, &views)), (ABOUT.to_owned(), about)]);
-        safetensors::serialize(views, Some(metadata)).map_err(CalibrationError::File)
+        file_of(&about, &views)
     }
 
     fn from_bytes(bytes: &[u8]) -> Result<Self, CalibrationError> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(CalibrationError::File)?;
-        let entry = |missing| header.metadata().as_ref().and_then(|m| m.get(missing)).ok_or(missing);
-        let entry = |name| entry(name).map_err(|missing| CalibrationError::Metadata { missing });
-        let (about, expected) = (entry(ABOUT)?, entry(CHECKSUM)?);
+        let entry = header.metadata().as_ref().and_then(|m| m.get(ENTRY));
+        let entry = entry.ok_or(CalibrationError::Metadata { missing: ENTRY })?;
+        let Entry { checksum: expected, about } = serde_json::from_str(entry).map_err(CalibrationError::Json)?;
+        let about = about.get();
         let AnyVersion { version } = serde_json::from_str(about).map_err(CalibrationError::Json)?;
         if version != VERSION {
             return Err(CalibrationError::Version { got: version, expected: VERSION });
@@ -98,8 +109,8 @@ impl Calibration {
         let file = SafeTensors::deserialize(bytes).map_err(CalibrationError::File)?;
         let mut tensors: BTreeMap<String, TensorView> = file.tensors().into_iter().collect();
         let got = checksum(about, &tensors);
-        if got != *expected {
-            return Err(CalibrationError::Checksum { got, expected: expected.clone() });
+        if got != expected {
+            return Err(CalibrationError::Checksum { got, expected });
         }
         let About { layers: count, origin, plan, .. } = serde_json::from_str(about).map_err(CalibrationError::Json)?;
         // Not from the number in the file: nothing is allocated for layers that are not there.
@@ -150,6 +161,13 @@ fn take_layer(i: usize, count: usize, tensors: &mut BTreeMap<String, TensorView>
     Ok(Layer { kv_heads, head_dim, shift, scale })
 }
 
+/// A file that says this of these tensors.
+fn file_of(about: &RawValue, views: &BTreeMap<String, TensorView>) -> Result<Vec<u8>, CalibrationError> {
+    let entry = Entry { checksum: checksum(about.get(), views), about };
+    let entry = serde_json::to_string(&entry).map_err(CalibrationError::Json)?;
+    safetensors::serialize(views, Some(HashMap::from([(ENTRY.to_owned(), entry)]))).map_err(CalibrationError::File)
+}
+
 /// Of all that a file says.
 fn checksum(about: &str, tensors: &BTreeMap<String, TensorView>) -> String {
     let mut hash = Xxh3Default::new();
@@ -185,9 +203,7 @@ mod tests {
         let owned: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), view(tensor))).collect();
         let views = owned.iter().map(|(name, (d, s, b))| (name.clone(), TensorView::new(*d, s.clone(), b).unwrap()));
         let views: BTreeMap<_, _> = views.collect();
-        let metadata =
-            HashMap::from([(CHECKSUM.to_owned(), checksum(about, &views)), (ABOUT.to_owned(), about.to_owned())]);
-        safetensors::serialize(views, Some(metadata)).unwrap()
+        file_of(&RawValue::from_string(about.to_owned()).unwrap(), &views).unwrap()
     }
 
     const ABOUT_TWO: &str = r#"{"version":1,"layers":2,"origin":{"model":"m","texts":[],"tokens":1}}"#;
@@ -201,6 +217,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.calibration");
         calibration().save(&path).unwrap();
+        assert!((0..20).all(|_| calibration().to_bytes().unwrap() == std::fs::read(&path).unwrap()));
         assert_eq!(Calibration::load(&path).unwrap(), calibration());
         let codec = "k4v4+s1f16".parse().unwrap();
         let layers = vec!["k4v3".parse().unwrap(), "k5v2".parse().unwrap()];
@@ -236,10 +253,10 @@ mod tests {
     fn each_rule_has_its_error() {
         assert!(Calibration::from_bytes(&made(ABOUT_TWO, |_| ())).is_ok());
         let no_metadata = safetensors::serialize(Vec::<(&str, TensorView)>::new(), None).unwrap();
-        assert!(matches!(error(&no_metadata), CalibrationError::Metadata { missing: ABOUT }));
+        assert!(matches!(error(&no_metadata), CalibrationError::Metadata { missing: ENTRY }));
         let newer = ABOUT_TWO.replace("\"version\":1", "\"version\":2,\"new\":0");
         assert!(matches!(error(&made(&newer, |_| ())), CalibrationError::Version { got: 2, expected: 1 }));
-        for other in ["", "[]", "{\"version\":1}", &ABOUT_TWO.replace("\"layers\"", "\"leaves\"")] {
+        for other in ["[]", "{\"version\":1}", &ABOUT_TWO.replace("\"layers\"", "\"leaves\"")] {
             assert!(matches!(error(&made(other, |_| ())), CalibrationError::Json(_)), "{other}");
         }
         let planned = |layers: &str| {
