@@ -1,15 +1,13 @@
 //! Some consecutive positions: where their rows are, their factors, scores and weights.
 
+use super::query::ROWS;
 use super::task::{HeadRows, Task};
 use crate::backend::cpu::codec::Way;
 use crate::backend::cpu::isa::Simd;
-use crate::backend::cpu::memory::Line;
 use crate::backend::cpu::rows::Run;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
 pub(super) const MAX_TILE: usize = 256;
-/// Rows of queries that share the registers.
-pub(super) const ROWS: usize = 4;
 /// Bytes of prepared keys, and as many of values: a quarter of a first-level cache.
 const PREPARED_BYTES: usize = 16 << 10;
 
@@ -82,11 +80,6 @@ pub(super) fn stretch(prepared_bytes: usize) -> usize {
         0 => MAX_TILE,
         bytes => (PREPARED_BYTES / bytes).next_multiple_of(16).min(MAX_TILE),
     }
-}
-
-/// Floats that start where a cache's line does, as a vector across two costs two accesses; and a line that may be read after.
-pub(super) fn lines(floats: usize) -> Vec<Line> {
-    vec![Line([0; 64]); floats / 16 + 1]
 }
 
 /// Finds the rows of positions `from..to` of the tile from `start` on, prepared in `room` if they are read so.

@@ -13,9 +13,9 @@ mod tables;
 mod words;
 
 pub(super) use coder::RowCoder;
-pub(super) use interface::{Read, Visit};
+pub(super) use interface::{Read, Visit, VisitWords, WORDS, Words};
 pub(super) use tables::RowTables;
-pub(super) use words::{VisitWords, WORDS, WordWay, Words};
+pub(super) use words::WordWay;
 
 use crate::backend::cpu::isa::Simd;
 use crate::format::{DType, Packing, RowFormat};
