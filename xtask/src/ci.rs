@@ -1,6 +1,6 @@
 //! What CI runs after it has installed its tools: a list of stages, one after the other, each with its time.
 
-use crate::{codebooks, codec_files, layers, python, sizes};
+use crate::{codebooks, codec_files, layers, plots, python, sizes};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,6 +65,7 @@ fn sources(root: &Path) -> Result<()> {
     println!("{}", codebooks::check(root)?);
     println!("{}", layers::check(root)?);
     println!("{}", codec_files::check(root)?);
+    println!("{}", plots::check(root)?);
     println!("{}", sizes::check(root)?);
     Ok(())
 }

@@ -4,6 +4,7 @@ mod ci;
 mod codebooks;
 mod codec_files;
 mod layers;
+mod plots;
 mod python;
 mod sizes;
 mod sources;
@@ -21,6 +22,8 @@ fn main() -> Result<()> {
         ["codebooks", "--check"] => codebooks::check(root)?,
         ["codec-files"] => codec_files::check(root)?,
         ["layers"] => layers::check(root)?,
+        ["plots"] => plots::write(root)?,
+        ["plots", "--check"] => plots::check(root)?,
         ["sizes"] => sizes::check(root)?,
         ["stage", name] => {
             format!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display())
@@ -35,8 +38,8 @@ fn main() -> Result<()> {
             }
         }
         _ => bail!(
-            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, python-test [--only PART] [--release], sizes, \
-             stage NAME"
+            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, plots [--check], python-test [--only PART] \
+             [--release], sizes, stage NAME"
         ),
     };
     println!("{said}");
