@@ -4,6 +4,7 @@ mod ci;
 mod codebooks;
 mod codec_files;
 mod layers;
+mod links;
 mod plots;
 mod python;
 mod sizes;
@@ -22,6 +23,7 @@ fn main() -> Result<()> {
         ["codebooks", "--check"] => codebooks::check(root)?,
         ["codec-files"] => codec_files::check(root)?,
         ["layers"] => layers::check(root)?,
+        ["links"] => links::check(root)?,
         ["plots"] => plots::write(root)?,
         ["plots", "--check"] => plots::check(root)?,
         ["sizes"] => sizes::check(root)?,
@@ -38,7 +40,7 @@ fn main() -> Result<()> {
             }
         }
         _ => bail!(
-            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, plots [--check], python-test [--only PART] \
+            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, links, plots [--check], python-test [--only PART] \
              [--release], sizes, stage NAME"
         ),
     };
