@@ -93,9 +93,15 @@ fn features(root: &Path) -> Result<()> {
     })
 }
 
-/// wgpu (through Mesa's Vulkan) and NVRTC must be there.
+/// wgpu (through Mesa's Vulkan) and NVRTC must be there. Of CUDA's architectures, one of each kind that kernels and plans tell apart:
+/// sm_89 and sm_100 have the text and the shared memory of sm_86 and sm_90a.
 fn tests(root: &Path) -> Result<()> {
-    cargo(root, "test --workspace", &[("TQKV_REQUIRE", "wgpu,nvrtc"), ("TQKV_CUDA_HEAD_DIMS", "128")])
+    let environment = [
+        ("TQKV_REQUIRE", "wgpu,nvrtc"),
+        ("TQKV_CUDA_HEAD_DIMS", "128"),
+        ("TQKV_CUDA_ARCHITECTURES", "sm_80,sm_86,sm_90a,sm_120"),
+    ];
+    cargo(root, "test --workspace", &environment)
 }
 
 /// Tests with real models, which `.ci/models` fetches.
