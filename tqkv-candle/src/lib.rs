@@ -50,3 +50,10 @@ pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, Rope
 pub use sampling::Sampler;
 pub use text::{TextProgress, generate_text};
 pub use tokenizer::{ChatTemplate, Decoder, Encoded, GgufTokenizer, Message, Tokenizer, Vocabulary};
+
+/// The guide's snippets, compiled and run by `cargo test --doc`.
+#[cfg(doctest)]
+mod guides {
+    #[doc = include_str!("../../docs/candle.md")]
+    struct Candle;
+}

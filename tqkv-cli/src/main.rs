@@ -2,6 +2,8 @@
 
 mod codecs;
 mod commands;
+#[cfg(test)]
+mod guide;
 mod interrupt;
 mod language;
 mod output;
