@@ -1,5 +1,6 @@
 //! The `tqkv` program.
 
+mod batch;
 mod codecs;
 mod commands;
 #[cfg(test)]
