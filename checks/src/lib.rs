@@ -1,0 +1,9 @@
+//! What is done with random input: by the fuzzers of `fuzz/`, by `cargo xtask soak`, and by the tests of this crate, which do
+//! the same on stable.
+
+pub mod mutate;
+pub mod targets;
+
+#[allow(missing_docs)]
+#[path = "../../tqkv/tests/support/mod.rs"]
+pub mod support;
