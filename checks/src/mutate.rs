@@ -3,8 +3,7 @@
 use crate::support::Rng;
 
 /// Numbers that lengths and counts break at.
-const EDGES: [u64; 12] =
-    [0, 1, 2, 7, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 32, i64::MAX as u64, u64::MAX];
+const EDGES: [u64; 12] = [0, 1, 2, 7, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 32, i64::MAX as u64, u64::MAX];
 
 /// One of the seeds with a few changes: bits, bytes, numbers, pieces taken out, doubled, or brought from another seed.
 pub fn mutated(rng: &mut Rng, seeds: &[Vec<u8>]) -> Vec<u8> {

@@ -21,6 +21,7 @@ fn main() -> Result<()> {
         ["codebooks", "--check"] => codebooks::check(root)?,
         ["codec-files"] => codec_files::check(root)?,
         ["layers"] => layers::check(root)?,
+        ["soak", ref options @ ..] => ci::soak(root, options).map(|()| String::new())?,
         ["sizes"] => sizes::check(root)?,
         ["stage", name] => {
             format!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display())
@@ -36,7 +37,7 @@ fn main() -> Result<()> {
         }
         _ => bail!(
             "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, python-test [--only PART] [--release], sizes, \
-             stage NAME"
+             soak [--minutes N] [--device D] [--seed S], stage NAME"
         ),
     };
     println!("{said}");

@@ -26,7 +26,8 @@ pub fn run(bytes: &[u8]) {
 
 /// A file whose metadata hold `about`, under a right checksum, and tensors of these bytes: names, shapes and types follow.
 fn built(about: &[u8], mut bytes: &[u8]) -> Option<Vec<u8>> {
-    let about = std::str::from_utf8(about).ok().filter(|text| serde_json::from_str::<serde_json::Value>(text).is_ok())?;
+    let about =
+        std::str::from_utf8(about).ok().filter(|text| serde_json::from_str::<serde_json::Value>(text).is_ok())?;
     // As it stands in an object: no space around it.
     let about = about.trim();
     let mut tensors = BTreeMap::new();

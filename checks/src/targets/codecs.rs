@@ -32,7 +32,8 @@ pub fn run(bytes: &[u8]) {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let names = ["k5v4", "k3v8", "seed4", "seed8+r3f16", "f16", "f32", "k4v4+s1f16", "k5v3+s4f16+r64k8v8", "k8v2+r1k2v2"];
+    let names =
+        ["k5v4", "k3v8", "seed4", "seed8+r3f16", "f16", "f32", "k4v4+s1f16", "k5v3+s4f16+r64k8v8", "k8v2+r1k2v2"];
     let seed = |name: &&str| [&[16, 0][..], &[0; 16], name.as_bytes()].concat();
     names.iter().map(seed).collect()
 }

@@ -1,6 +1,8 @@
 //! What is fuzzed: functions of bytes that must neither panic nor break a promise, whatever the bytes are.
 
 mod codecs;
+mod ops;
+pub mod schedule;
 mod snapshot;
 
 #[cfg(feature = "models")]
@@ -13,6 +15,8 @@ mod tokenizer;
 mod weights;
 
 use std::path::Path;
+use std::sync::OnceLock;
+use tqkv::Device;
 
 /// A function of bytes, and where to start from.
 pub struct Target {
@@ -27,6 +31,8 @@ pub struct Target {
 /// All of them.
 pub const TARGETS: &[Target] = &[
     Target { name: "codecs", run: codecs::run, seeds: codecs::seeds },
+    Target { name: "ops", run: ops::run, seeds: ops::seeds },
+    Target { name: "schedule", run: schedule::run, seeds: schedule::seeds },
     Target { name: "snapshot", run: snapshot::run, seeds: snapshot::seeds },
     #[cfg(feature = "models")]
     Target { name: "calibration", run: calibration::run, seeds: calibration::seeds },
@@ -45,6 +51,27 @@ pub const TARGETS: &[Target] = &[
 pub fn run(name: &str, bytes: &[u8]) {
     let target = TARGETS.iter().find(|t| t.name == name).expect("a target of this name");
     (target.run)(bytes);
+}
+
+/// The processor, one thread of it.
+pub(crate) fn cpu() -> &'static Device {
+    static CPU: OnceLock<Device> = OnceLock::new();
+    CPU.get_or_init(|| Device::cpu_with_threads(1).expect("a processor"))
+}
+
+/// Writes the seeds of all targets to a folder for each, by their numbers.
+///
+/// # Errors
+/// What the system says.
+pub fn write_seeds(folder: &Path) -> std::io::Result<()> {
+    for target in TARGETS {
+        let own = folder.join(target.name);
+        std::fs::create_dir_all(&own)?;
+        for (i, seed) in (target.seeds)().iter().enumerate() {
+            std::fs::write(own.join(format!("seed-{i}")), seed)?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs with a folder that holds these files: in memory where the machine has such a folder.

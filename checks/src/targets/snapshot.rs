@@ -47,8 +47,7 @@ fn append(cache: &mut KvCache, sequence: SequenceId, tokens: usize) -> Result<()
 
 pub fn run(bytes: &[u8]) {
     let Some((mode, bytes)) = bytes.split_first() else { return };
-    let device = Device::cpu_with_threads(1).expect("a processor");
-    let (mut cache, own) = filled(&device);
+    let (mut cache, own) = filled(super::cpu());
     super::in_folder(&[], |folder| {
         let path = folder.join("cache.tqkv");
         let bytes = if mode & 1 == 1 { repaired(bytes.to_vec(), &path) } else { bytes.to_vec() };
@@ -67,7 +66,8 @@ pub fn run(bytes: &[u8]) {
             assert_eq!(snapshot.bytes(), bytes.len() as u64);
             assert!(snapshot.pages().all(|(at, n)| at + n <= snapshot.bytes()));
             assert_eq!(snapshot.first(usize::MAX, 0), None);
-            (0..snapshot.lens().len()).for_each(|s| drop((0..LAYERS).map(|l| snapshot.first(s, l)).collect::<Vec<_>>()));
+            (0..snapshot.lens().len())
+                .for_each(|s| drop((0..LAYERS).map(|l| snapshot.first(s, l)).collect::<Vec<_>>()));
         }
         match cache.load_into(own, &path, MODEL) {
             Ok(()) => assert!(whole.is_ok()),
@@ -84,7 +84,9 @@ fn use_loaded(cache: &mut KvCache, id: SequenceId) {
     let twin = cache.fork(id).expect("a loaded sequence");
     match append(cache, twin, 3) {
         Ok(()) => assert_eq!(cache.len(twin), Ok(len + 3)),
-        Err(Error::OutOfPages { .. } | Error::SizeOverflow { .. } | Error::TooLarge { .. } | Error::Positions { .. }) => {}
+        Err(
+            Error::OutOfPages { .. } | Error::SizeOverflow { .. } | Error::TooLarge { .. } | Error::Positions { .. },
+        ) => {}
         Err(error) => panic!("a loaded sequence of {len} does not go on: {error}"),
     }
     // Windows may stand in the way.
@@ -127,7 +129,7 @@ fn repaired(mut bytes: Vec<u8>, path: &std::path::Path) -> Vec<u8> {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    let (mut cache, one) = filled(&Device::cpu());
+    let (mut cache, one) = filled(super::cpu());
     let (two, empty) = (cache.fork(one).expect("a sequence"), cache.add_sequence());
     append(&mut cache, two, 5).expect("room for a few tokens");
     let saved = |prefixes: &[(SequenceId, usize)]| {

@@ -1,7 +1,6 @@
-//! The cache: random schedules against a plain model, and its rules one by one.
+//! The cache's rules one by one. Random schedules are in `checks/tests/schedules.rs`.
 
 mod rules;
-mod schedules;
 #[path = "../support/mod.rs"]
 mod support;
 
