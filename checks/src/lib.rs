@@ -8,6 +8,6 @@ pub mod soak;
 pub mod step;
 pub mod targets;
 
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::should_implement_trait)]
 #[path = "../../tqkv/tests/support/mod.rs"]
 pub mod support;

@@ -39,6 +39,9 @@ struct Sequence {
     sure: usize,
 }
 
+/// A snapshot, and its sequences.
+type Saved = (Vec<u8>, Vec<Sequence>);
+
 /// A cache, and what should be in it.
 pub struct Model {
     cache: KvCache,
@@ -46,7 +49,7 @@ pub struct Model {
     sequences: Vec<Sequence>,
     next_token: u64,
     /// The last snapshot, and its sequences.
-    saved: Option<(Vec<u8>, Vec<Sequence>)>,
+    saved: Option<Saved>,
     decoded: HashMap<Key, Decoded>,
 }
 
@@ -143,7 +146,7 @@ impl Model {
     }
 
     fn load(&mut self) {
-        let fits = |saved: &&(Vec<u8>, Vec<Sequence>)| self.sequences.len() + saved.1.len() <= SEQUENCES + 2;
+        let fits = |saved: &&Saved| self.sequences.len() + saved.1.len() <= SEQUENCES + 2;
         let Some((bytes, all)) = self.saved.as_ref().filter(fits).cloned() else { return };
         let before = self.cache.usage();
         match self.cache.read_snapshot(&bytes[..], b"model") {
@@ -362,14 +365,15 @@ impl Model {
     fn expect_close(&self, layer: usize, of: &Sequence, own: usize, dtype: DType, [q, out, lse]: [&[f32]; 3]) {
         let (newest, scale) = (self.newest(layer), f64::from(AttentionParams::for_head_dim(D).scale));
         let error = |newest: usize| {
-            let of_head = |(head, ((q, out), lse)): (usize, ((&[f32], &[f32]), &f32))| {
+            let of_head = |head: usize| {
+                let (q, out) = (&q[head * D..][..D], &out[head * D..][..D]);
                 let seen = |side| self.seen(&of.tokens, layer, side, own, newest, head * KV_HEADS / HEADS);
                 let query = reference::Query { q, scale, softcap: None, sink: None };
                 let (want, want_lse) = reference::attention(&query, &seen(Side::Key), &seen(Side::Value));
-                let lse = (f64::from(*lse) - want_lse).abs() / want_lse.abs().max(1.0);
+                let lse = (f64::from(lse[head]) - want_lse).abs() / want_lse.abs().max(1.0);
                 relative_error(out, &want).max(lse)
             };
-            q.chunks(D).zip(out.chunks(D)).zip(lse).enumerate().map(of_head).fold(0.0, f64::max)
+            (0..HEADS).map(of_head).fold(0.0, f64::max)
         };
         // Results of extents are merged; newest positions that a sequence may have lost are read as all others.
         let most = attention_tolerance(self.cache.device(), dtype, DType::F32) * if newest > 0 { 2.0 } else { 1.0 };
@@ -412,11 +416,8 @@ impl Model {
                 if self.newest(layer) > 0 {
                     self.check_rows(id, &tokens, (layer, side, Extent::Newest), sure.min(len)..len);
                 }
-                let mut absent = vec![len..len + 1];
-                if 0 < sinks && sinks < len {
-                    absent.push(sinks - 1..sinks + 1);
-                }
-                for range in absent {
+                let mixed = (0 < sinks && sinks < len).then(|| sinks - 1..sinks + 1);
+                for range in mixed.into_iter().chain(std::iter::once(len..len + 1)) {
                     let got = self.decode(id, (layer, side, Extent::Own), range);
                     assert!(matches!(got, Err(Error::Positions { .. })), "layer {layer}: {got:?}");
                 }
