@@ -12,7 +12,8 @@ mod quantize;
 mod rotate;
 
 pub use crate::problem::{
-    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, RowOrder, Span, Strides,
+    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, Precision, RowOrder, Span,
+    Strides,
 };
 pub use attention::attention;
 pub use copy::copy;

@@ -15,7 +15,7 @@ pub(crate) use batch::Plan;
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
 pub use channels::ChannelMap;
-pub use params::{AttentionParams, Direction, Domain, Positions, RowOrder};
+pub use params::{AttentionParams, Direction, Domain, Positions, Precision, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;
 pub use strides::Strides;

@@ -1,7 +1,7 @@
 //! What an operation is asked, beside its buffers.
 
 use crate::compute::Buffer;
-use crate::format::RowFormat;
+use crate::format::{DType, RowFormat};
 use std::ops::Range;
 
 /// Which basis vectors are in.
@@ -48,6 +48,29 @@ pub struct AttentionParams {
     pub sink_logits: Option<Buffer>,
     /// The domain of queries and output: with [`Domain::Rotated`] the caller rotates both himself.
     pub domain: Domain,
+    /// How exact the result must be.
+    pub precision: Precision,
+}
+
+/// How exact attention must be. A backend may be more exact than it must.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Precision {
+    /// As the type of the queries suggests: f32 as sums in f32 are, f16 and bf16 as [`Precision::Half`].
+    #[default]
+    OfQueries,
+    /// As products of half precision are, whatever the type of the queries. On a CPU with AVX-512 VNNI levels, queries and weights
+    /// are integers of 16 bits then, twice as many products an instruction: scores are within 2e-5 |q| |k| scale, and outputs within
+    /// 5e-4 relative where |q| |k| scale is up to 16 (1e-3 for a head_dim below 64), in proportion where it is larger. CUDA takes
+    /// queries of half types to its tensor cores (2e-3), and f32 queries to f32 products whatever is said here.
+    Half,
+}
+
+impl Precision {
+    /// Whether queries of a type may be answered in half precision.
+    pub(crate) fn allows_half(self, queries: DType) -> bool {
+        self == Precision::Half || matches!(queries, DType::F16 | DType::BF16)
+    }
 }
 
 impl AttentionParams {
@@ -60,6 +83,7 @@ impl AttentionParams {
             softcap: None,
             sink_logits: None,
             domain: Domain::Original,
+            precision: Precision::OfQueries,
         }
     }
 

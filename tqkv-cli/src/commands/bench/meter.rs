@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use tqkv::compute::DeviceKind;
-use tqkv::{CommandEncoder, Device};
+use tqkv::{CommandEncoder, DType, Device};
 
 /// On a processor each operation runs for about so long, and at least so often.
 const TIME: Duration = Duration::from_millis(600);
@@ -69,6 +69,16 @@ pub struct Measurement {
     pub error: f64,
     /// What is further off is not worth timing.
     pub tolerance: f64,
+    /// Of attention alone.
+    pub products: Option<Products>,
+}
+
+/// The products of attention.
+#[derive(Clone, Copy)]
+pub struct Products {
+    pub query: DType,
+    /// Multiplications and additions of queries with keys and weights with values that are seen.
+    pub flops: f64,
 }
 
 /// A step's times in milliseconds, in the order in which an engine would look at them.
@@ -101,6 +111,10 @@ struct Row {
     bytes: usize,
     gb_per_s: f64,
     share_of_bandwidth: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    query: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tflops: Option<f64>,
     max_rel_error: f64,
     #[serde(flatten)]
     step: Option<StepTimes>,
@@ -115,7 +129,17 @@ impl Meter {
         let Bandwidth { bytes, read, copy } = bandwidth;
         for (op, timing, moved, limit) in [("read", read, bytes, Limit::Read), ("copy", copy, 2 * bytes, Limit::Copy)] {
             let (shape, codec) = (format!("{} MiB", bytes >> 20), "-".to_owned());
-            meter.report(Measurement { op, shape, codec, timing, bytes: moved, limit, error: 0.0, tolerance: 0.0 })?;
+            meter.report(Measurement {
+                op,
+                shape,
+                codec,
+                timing,
+                bytes: moved,
+                limit,
+                error: 0.0,
+                tolerance: 0.0,
+                products: None,
+            })?;
         }
         Ok(meter)
     }
@@ -184,7 +208,7 @@ impl Meter {
     }
 
     fn report_row(&self, measurement: Measurement, step: Option<StepTimes>) -> Result<()> {
-        let Measurement { op, shape, codec, timing, bytes, limit, error, tolerance } = measurement;
+        let Measurement { op, shape, codec, timing, bytes, limit, error, tolerance, products } = measurement;
         if error.is_nan() || error > tolerance {
             bail!("{op} {codec} ({shape}) is off by {error:e}, expected at most {tolerance:e}");
         }
@@ -203,6 +227,8 @@ impl Meter {
             bytes,
             gb_per_s: speed / 1e9,
             share_of_bandwidth: speed / bandwidth,
+            query: products.map(|p| p.query.to_string()),
+            tflops: products.map(|p| p.flops / timing.seconds / 1e12),
             max_rel_error: error,
             step,
         };
@@ -227,8 +253,11 @@ impl Meter {
             ));
         }
         let sustained = row.ms_sustained.map_or(String::new(), |ms| format!(" ({ms:.4} sustained)"));
+        let products = products.map_or(String::new(), |Products { query, flops }| {
+            format!(" {:>7.3} TFLOP/s, {query} queries", flops / timing.seconds / 1e12)
+        });
         output::print(&format!(
-            "{:<14} {:<26} {:<6} {:>9.4} ms{sustained} {:>7.1} GB/s {:>5.1} %   error {:.1e}{}\n",
+            "{:<14} {:<26} {:<6} {:>9.4} ms{sustained} {:>7.1} GB/s {:>5.1} %{products}   error {:.1e}{}\n",
             row.op,
             row.shape,
             row.codec,

@@ -14,10 +14,10 @@ use clap::ValueEnum;
 use meter::Meter;
 use shape::Shape;
 use std::process::ExitCode;
-use tqkv::Device;
 use tqkv::cache::CacheCodec;
 use tqkv::compute::DeviceKind;
 use tqkv::format::CodecPair;
+use tqkv::{DType, Device};
 
 /// Times each operation with inputs that are in no cache, and checks what it computed.
 ///
@@ -43,6 +43,19 @@ pub struct Bench {
     /// Positions that are encoded, decoded or rotated at a time [default: 4096 on a processor, 32768 on a GPU]
     #[arg(long, value_name = "N")]
     positions: Option<usize>,
+    /// Attention over the shapes of models that people run in place of --shape: heads, head_dim and their ratio
+    #[arg(long, conflicts_with = "shape")]
+    models: bool,
+    /// New tokens of prefill, separated by commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [operations::PREFILL])]
+    prompt: Vec<usize>,
+    /// Tokens before those of prefill, separated by commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [0])]
+    history: Vec<usize>,
+    /// Type of the queries of attention and prefill [default: f16 on CUDA, else f32]. f16 allows half precision, which is faster on
+    /// CUDA and on a processor with AVX-512
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_enum)]
+    query: Vec<Query>,
     /// MiB of inputs that are used in turn: more than the device's caches hold
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     cold: u16,
@@ -71,10 +84,16 @@ enum Op {
     Rotate,
     /// One query a sequence over the cache
     Attention,
-    /// 2048 new tokens with a causal mask; on the CPU also candle's dense f32
+    /// New tokens with a causal mask, encoding included; on the CPU also candle's dense f32
     Prefill,
     /// A decoding step of all layers: append and attend, one token a sequence, by the clock of the host
     Step,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Query {
+    F32,
+    F16,
 }
 
 impl Bench {
@@ -88,7 +107,12 @@ impl Bench {
         let positions = self.positions.unwrap_or(if gpu { 32_768 } else { 4096 });
         ensure!(positions > 0, "--positions is 0, expected at least 1");
         let given = !self.shape.is_empty();
-        let shapes = if self.shape.is_empty() { default_shapes(&device, gpu) } else { self.shape };
+        ensure!(!self.prompt.contains(&0), "--prompt is 0, expected at least 1");
+        let shapes = match self.shape {
+            _ if self.models => model_shapes(gpu),
+            shapes if shapes.is_empty() => default_shapes(&device, gpu),
+            shapes => shapes,
+        };
         let meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
         let pairs = self.codec.iter().map(|&codec| match CacheCodec::from(codec.all) == codec {
             true => Ok(codec.all),
@@ -100,6 +124,11 @@ impl Bench {
             [Op::Step] => vec![],
             _ => pairs.collect::<Result<Vec<CodecPair>>>()?,
         };
+        let queries = self.query.iter().map(|query| match query {
+            Query::F32 => DType::F32,
+            Query::F16 => DType::F16,
+        });
+        let queries: Vec<DType> = if self.query.is_empty() { vec![meter.query_dtype()] } else { queries.collect() };
         for &op in &self.op {
             match op {
                 Op::Quantize => pairs.iter().try_for_each(|&codec| meter.quantize(codec, positions))?,
@@ -108,8 +137,9 @@ impl Bench {
                 Op::Restore => pairs.iter().try_for_each(|&codec| meter.restore(codec, positions))?,
                 Op::Rotate => meter.rotate(positions)?,
                 Op::Attention => {
-                    for shape in &shapes {
-                        pairs.iter().try_for_each(|&codec| meter.attention(codec, shape))?;
+                    for (shape, &codec) in shapes.iter().flat_map(|shape| pairs.iter().map(move |codec| (shape, codec)))
+                    {
+                        queries.iter().try_for_each(|&query| meter.attention(codec, shape, query))?;
                     }
                 }
                 Op::Step => {
@@ -120,8 +150,13 @@ impl Bench {
                     }
                 }
                 Op::Prefill => {
-                    pairs.iter().try_for_each(|&codec| meter.prefill(codec))?;
-                    if meter.device.info().kind == DeviceKind::Cpu {
+                    for (&prompt, &history) in self.prompt.iter().flat_map(|n| self.history.iter().map(move |h| (n, h)))
+                    {
+                        for (&codec, &query) in pairs.iter().flat_map(|codec| queries.iter().map(move |q| (codec, q))) {
+                            meter.prefill(codec, (prompt, history), query)?;
+                        }
+                    }
+                    if meter.device.info().kind == DeviceKind::Cpu && self.prompt.contains(&operations::PREFILL) {
                         meter.candle_prefill()?;
                     }
                 }
@@ -137,6 +172,17 @@ fn step_shapes(gpu: bool) -> Vec<Shape> {
         false => &["1x32/8x128x1024", "1x32/8x128x4096"],
     };
     parsed(names)
+}
+
+/// SmolLM2, Llama 3.2 1B, Llama 3 8B, Qwen2.5 7B, Qwen3 14B, Phi 3, Gemma 3 270M and Gemma 2.
+fn model_shapes(gpu: bool) -> Vec<Shape> {
+    let models = [("9/3x64", 1), ("32/8x64", 1), ("32/8x128", 1), ("28/4x128", 1), ("40/8x128", 1), ("32/32x96", 4)];
+    let models = models.into_iter().chain([("4/1x256", 1), ("16/8x256", 2)]);
+    let (batch, context) = if gpu { (8, 32_768) } else { (1, 8192) };
+    // Shorter where there are many heads, on a GPU, as its memory holds several caches.
+    let name =
+        |(heads, shorter): (&str, usize)| format!("{batch}x{heads}x{}", if gpu { context / shorter } else { context });
+    models.map(|model| name(model).parse().expect("a shape that a test parses")).collect()
 }
 
 fn default_shapes(device: &Device, gpu: bool) -> Vec<Shape> {
@@ -168,6 +214,7 @@ mod tests {
     fn default_shapes_parse() {
         for gpu in [false, true] {
             assert!(default_shapes(&Device::cpu(), gpu).len() > 1 && step_shapes(gpu).len() > 1);
+            assert_eq!(model_shapes(gpu).len(), 8);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! What is timed.
 
 use super::check::{Rows, attention_error, floats, largest, quantize_error, relative};
-use super::meter::{Limit, Measurement, Meter};
+use super::meter::{Limit, Measurement, Meter, Products};
 use super::shape::{Caches, Shape};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -22,7 +22,7 @@ const KV_HEADS: usize = 8;
 /// Sequences that get one token.
 const APPENDED: usize = 8;
 /// New tokens of a prefill.
-const PREFILL: usize = 2048;
+pub(super) const PREFILL: usize = 2048;
 /// Positions of a page on a GPU; on a processor a cache is one page.
 const PAGE_SIZE: usize = 64;
 /// Tokens of random vectors from which caches are filled.
@@ -104,7 +104,17 @@ impl Meter {
         let bytes = 2 * inputs[0].bytes() + keys[0].bytes() + values[0].bytes();
         let (shape, codec) = (rows_shape(positions, inputs[0].dtype()), codec.to_string());
         let (limit, tolerance) = (Limit::Copy, F32_TOLERANCE);
-        self.report(Measurement { op: "quantize", shape, codec, timing, bytes, limit, error, tolerance })
+        self.report(Measurement {
+            op: "quantize",
+            shape,
+            codec,
+            timing,
+            bytes,
+            limit,
+            error,
+            tolerance,
+            products: None,
+        })
     }
 
     pub fn append(&self, codec: CodecPair) -> Result<()> {
@@ -130,7 +140,7 @@ impl Meter {
         let bytes = 2 * input.bytes() + rows * (key.row().bytes() + value.row().bytes());
         let shape = format!("{APPENDED}x1x{KV_HEADS}x{HEAD_DIM} {}", input.dtype());
         let (codec, limit, tolerance) = (codec.to_string(), Limit::Copy, F32_TOLERANCE);
-        self.report(Measurement { op: "append", shape, codec, timing, bytes, limit, error, tolerance })
+        self.report(Measurement { op: "append", shape, codec, timing, bytes, limit, error, tolerance, products: None })
     }
 
     pub fn dequantize(&self, codec: CodecPair, positions: usize) -> Result<()> {
@@ -194,7 +204,7 @@ impl Meter {
                 (Domain::Original, DType::F32) => F32_TOLERANCE,
                 _ => HALF_TOLERANCE,
             };
-            self.report(Measurement { op, shape, codec, timing, bytes, limit, error, tolerance })?;
+            self.report(Measurement { op, shape, codec, timing, bytes, limit, error, tolerance, products: None })?;
         }
         Ok(())
     }
@@ -214,14 +224,14 @@ impl Meter {
         }));
         let (shape, codec) = (rows_shape(positions, DType::F32), "-".to_owned());
         let (bytes, limit, tolerance) = (x.len() * 8, Limit::Copy, F32_TOLERANCE);
-        self.report(Measurement { op: "rotate", shape, codec, timing, bytes, limit, error, tolerance })
+        self.report(Measurement { op: "rotate", shape, codec, timing, bytes, limit, error, tolerance, products: None })
     }
 
-    pub fn attention(&self, codec: CodecPair, shape: &Shape) -> Result<()> {
+    pub fn attention(&self, codec: CodecPair, shape: &Shape, query: DType) -> Result<()> {
         let (_, x) = self.vectors(1, &[FILL, shape.kv_heads, shape.head_dim], DType::F32)?;
         // Before the caches, which take long to fill: it fails if there are too many heads.
         let q_shape = [shape.batch, shape.heads, shape.head_dim];
-        let (q, q_buffer) = self.vectors(3, &q_shape, self.query_dtype())?;
+        let (q, q_buffer) = self.vectors(3, &q_shape, query)?;
         // A cache of one sequence can be one page, as long as it.
         let contiguous = self.kind() == DeviceKind::Cpu && shape.batch == 1;
         let page_size = if contiguous { shape.context.1 } else { PAGE_SIZE };
@@ -235,20 +245,22 @@ impl Meter {
         let timing = self.time(run)?;
         self.once(|encoder| run(0, encoder))?;
         let error = attention_error(&caches, shape, 1, &params, &q, &floats(&out)?)?;
-        let (bytes, limit, tolerance) = (caches.bytes, Limit::Read, self.attention_tolerance());
+        let (bytes, limit, tolerance) = (caches.bytes, Limit::Read, attention_tolerance(query));
+        let products = Some(Products { query, flops: shape.flops(1) });
         let (shape, codec) = (shape.to_string(), codec.to_string());
-        self.report(Measurement { op: "attention", shape, codec, timing, bytes, limit, error, tolerance })
+        self.report(Measurement { op: "attention", shape, codec, timing, bytes, limit, error, tolerance, products })
     }
 
-    pub fn prefill(&self, codec: CodecPair) -> Result<()> {
-        let shape = prefill_shape();
-        let tokens = [PREFILL, KV_HEADS, HEAD_DIM];
-        let (_, x) = self.vectors(1, &tokens, self.input_dtype())?;
-        let page_size = if self.kind() == DeviceKind::Cpu { PREFILL } else { PAGE_SIZE };
-        let caches = Caches::new(self, &shape, codec, page_size, &x)?;
-        let batches = caches.batches(&self.device, &shape, PREFILL)?;
-        let q_shape = [PREFILL, HEADS, HEAD_DIM];
-        let (q, q_buffer) = self.vectors(3, &q_shape, self.query_dtype())?;
+    /// New tokens behind a history, with a causal mask.
+    pub fn prefill(&self, codec: CodecPair, (prompt, history): (usize, usize), query: DType) -> Result<()> {
+        let shape = prefill_shape(prompt, history)?;
+        let (_, x) = self.vectors(1, &[prompt, KV_HEADS, HEAD_DIM], self.input_dtype())?;
+        let (_, fill) = self.vectors(1, &[FILL, KV_HEADS, HEAD_DIM], DType::F32)?;
+        let page_size = if self.kind() == DeviceKind::Cpu { shape.context.1 } else { PAGE_SIZE };
+        let caches = Caches::new(self, &shape, codec, page_size, &fill)?;
+        let batches = caches.batches(&self.device, &shape, prompt)?;
+        let q_shape = [prompt, HEADS, HEAD_DIM];
+        let (q, q_buffer) = self.vectors(3, &q_shape, query)?;
         let out = self.device.zeros(self.query_dtype(), &q_shape)?;
         let params = AttentionParams::for_head_dim(HEAD_DIM);
         let run = |i: usize, encoder: &mut _| {
@@ -258,11 +270,13 @@ impl Meter {
         };
         let timing = self.time(run)?;
         self.once(|encoder| run(0, encoder))?;
-        let error = attention_error(&caches, &shape, PREFILL, &params, &q, &floats(&out)?)?;
+        let error = attention_error(&caches, &shape, prompt, &params, &q, &floats(&out)?)?;
         let bytes = 2 * x.bytes() + caches.bytes + 2 * out.bytes();
-        let (limit, tolerance) = (Limit::Copy, self.attention_tolerance());
-        let (shape, codec) = (shape.to_string(), codec.to_string());
-        self.report(Measurement { op: "prefill", shape, codec, timing, bytes, limit, error, tolerance })
+        let (limit, tolerance) = (Limit::Copy, attention_tolerance(query));
+        let products = Some(Products { query, flops: shape.flops(prompt) });
+        let name = if history == 0 { shape.to_string() } else { format!("{shape}, {prompt} new") };
+        let (shape, codec) = (name, codec.to_string());
+        self.report(Measurement { op: "prefill", shape, codec, timing, bytes, limit, error, tolerance, products })
     }
 
     /// The same over dense f32 with candle's matrix products, as its models do it, on all of the processor's threads.
@@ -270,7 +284,7 @@ impl Meter {
         if self.device.info().threads != Some(std::thread::available_parallelism()?.get()) {
             return Ok(());
         }
-        let shape = prefill_shape();
+        let shape = prefill_shape(PREFILL, 0)?;
         let cpu = &candle_core::Device::Cpu;
         let tensor = |seed, heads| -> Result<Tensor> {
             let x = gaussian(seed, PREFILL * heads * HEAD_DIM);
@@ -293,16 +307,27 @@ impl Meter {
         let bytes = 4 * PREFILL * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS);
         let (shape, codec) = (shape.to_string(), "f32".to_owned());
         let (limit, error, tolerance) = (Limit::Copy, 0.0, 0.0);
-        self.report(Measurement { op: "prefill_candle", shape, codec, timing, bytes, limit, error, tolerance })
-    }
-
-    pub(super) fn attention_tolerance(&self) -> f64 {
-        if self.query_dtype() == DType::F32 { F32_TOLERANCE } else { HALF_TOLERANCE }
+        self.report(Measurement {
+            op: "prefill_candle",
+            shape,
+            codec,
+            timing,
+            bytes,
+            limit,
+            error,
+            tolerance,
+            products: None,
+        })
     }
 }
 
-fn prefill_shape() -> Shape {
-    Shape { batch: 1, heads: HEADS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, context: (PREFILL, PREFILL) }
+pub(super) fn attention_tolerance(query: DType) -> f64 {
+    if query == DType::F32 { F32_TOLERANCE } else { HALF_TOLERANCE }
+}
+
+fn prefill_shape(prompt: usize, history: usize) -> Result<Shape> {
+    let context = prompt.checked_add(history).context("--prompt and --history together are too long")?;
+    format!("1x{HEADS}/{KV_HEADS}x{HEAD_DIM}x{context}").parse()
 }
 
 /// Positions x heads x head_dim.

@@ -59,6 +59,12 @@ impl fmt::Display for Shape {
 }
 
 impl Shape {
+    /// Multiplications and additions of causal attention of so many new tokens a sequence.
+    pub fn flops(&self, new: usize) -> f64 {
+        let seen = |len: usize| (len - new) as f64 * new as f64 + new as f64 * (new as f64 + 1.0) / 2.0;
+        4.0 * (self.heads * self.head_dim) as f64 * self.lens().into_iter().map(seen).sum::<f64>()
+    }
+
     /// The sequences' lengths: always the same.
     pub fn lens(&self) -> Vec<usize> {
         let (from, to) = self.context;
@@ -133,6 +139,14 @@ impl Caches {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn products_that_are_seen_are_counted() {
+        let shape: Shape = "2x4/2x8x5".parse().unwrap();
+        // A query times a key of 8 elements and a weight times a value, four heads, two sequences.
+        assert_eq!(shape.flops(1), (2 * 4 * 5 * 2 * (8 + 8)) as f64);
+        assert_eq!(shape.flops(5), (2 * 4 * (1 + 2 + 3 + 4 + 5) * 2 * (8 + 8)) as f64);
+    }
 
     #[test]
     fn a_shape_is_what_it_prints() {

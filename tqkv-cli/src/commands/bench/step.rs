@@ -2,7 +2,7 @@
 
 use super::check::{floats, largest, relative, views};
 use super::meter::{Limit, Measurement, Meter, StepTimes, Timing};
-use super::operations::FILL;
+use super::operations::{FILL, attention_tolerance};
 use super::shape::Shape;
 use anyhow::Result;
 use std::time::Instant;
@@ -90,7 +90,8 @@ impl Meter {
             bytes: model.bytes()?,
             limit: Limit::Read,
             error,
-            tolerance: self.attention_tolerance(),
+            tolerance: attention_tolerance(self.query_dtype()),
+            products: None,
         };
         self.report_step(measurement, times)
     }

@@ -48,6 +48,9 @@ pub(super) fn rotate(op: &Rotate, isa: Isa) -> Result<()> {
 
 /// Rows of `x_dim` elements into rows of `d`, which end with zeros.
 fn load_rows(dtype: DType, x: &[u8], x_dim: usize, rows: &mut [f32], d: usize) {
+    if x_dim == d {
+        return float::load(dtype, x, rows);
+    }
     for (x, row) in x.chunks_exact(x_dim * dtype.size()).zip(rows.chunks_exact_mut(d)) {
         let (given, rest) = row.split_at_mut(x_dim);
         float::load(dtype, x, given);
@@ -57,6 +60,9 @@ fn load_rows(dtype: DType, x: &[u8], x_dim: usize, rows: &mut [f32], d: usize) {
 
 /// The first `out_dim` elements of rows of `d`.
 fn store_rows(dtype: DType, rows: &[f32], d: usize, out: &mut [u8], out_dim: usize) {
+    if out_dim == d {
+        return float::store(dtype, rows, out);
+    }
     for (row, out) in rows.chunks_exact(d).zip(out.chunks_exact_mut(out_dim * dtype.size())) {
         float::store(dtype, &row[..out_dim], out);
     }

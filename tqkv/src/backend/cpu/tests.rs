@@ -272,11 +272,26 @@ impl Case {
             let want = reference::restore(self.value.row(), &want);
             let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
             let error = got.iter().zip(&want).map(|(&g, w)| (g as f64 - w).powi(2)).sum::<f64>().sqrt();
-            assert!(error <= 1e-5 * norm + 1e-30, "{name} row {r}: {error:e} of {norm:e}");
+            // What `Precision::Half` says.
+            let largest = rows(&keys).iter().map(|k| norm_of(k)).fold(0.0, f64::max);
+            let size = largest * norm_of(query.q) * query.scale.abs();
+            let tolerance = match params.precision {
+                Precision::Half => (if d < 64 { 1e-3 } else { 5e-4 }) * (size / 16.0).max(1.0),
+                _ => 1e-5,
+            };
+            assert!(error <= tolerance * norm + 1e-30, "{name} row {r}: {error:e} of {norm:e}");
             let error = (lse[r] as f64 - want_lse).abs();
-            assert!(error <= 1e-5 * want_lse.abs().max(1.0), "{name} lse {} {want_lse}", lse[r]);
+            assert!(error <= tolerance * want_lse.abs().max(1.0), "{name} lse {} {want_lse}", lse[r]);
         }
     }
+}
+
+fn norm_of(x: &[f32]) -> f64 {
+    x.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt()
+}
+
+fn half(params: AttentionParams) -> AttentionParams {
+    AttentionParams { precision: Precision::Half, ..params }
 }
 
 #[test]
@@ -293,7 +308,9 @@ fn attention_agrees_with_the_oracle() {
                     let shape = Shape { kv_heads: 2, group, first: 0, len: 150, new, capacity: 160, page_size: 16 };
                     let case = Case::new(&device, key, value, shape);
                     let params = AttentionParams { window, causal, ..AttentionParams::for_head_dim(d) };
-                    case.check(&device, &params, None, &format!("{} {key:?} {value:?} group {group}", isa.name()));
+                    let name = format!("{} {key:?} {value:?} group {group}", isa.name());
+                    case.check(&device, &params, None, &name);
+                    case.check(&device, &half(params), None, &format!("{name} half"));
                 }
             }
         }
@@ -310,12 +327,54 @@ fn rings_sinks_softcaps_and_large_scores() {
         let logits = random(8, 5);
         let sinks = device.upload(&logits, &[8]).unwrap();
         let plain = AttentionParams::for_head_dim(128);
-        case.check(&device, &plain, None, "ring");
-        case.check(&device, &AttentionParams { window: Some(9), ..plain.clone() }, None, "ring and window");
-        case.check(&device, &AttentionParams { softcap: Some(20.0), scale: 3.0, ..plain.clone() }, None, "softcap");
-        case.check(&device, &AttentionParams { sink_logits: Some(sinks), ..plain.clone() }, Some(&logits), "sinks");
-        case.check(&device, &AttentionParams { scale: 30.0, ..plain.clone() }, None, "scores in the hundreds");
-        case.check(&device, &AttentionParams { scale: -30.0, ..plain }, None, "negative scale");
+        let sinks = AttentionParams { sink_logits: Some(sinks), ..plain.clone() };
+        for (name, params, logits) in [
+            ("ring", plain.clone(), None),
+            ("ring and window", AttentionParams { window: Some(9), ..plain.clone() }, None),
+            ("softcap", AttentionParams { softcap: Some(20.0), scale: 3.0, ..plain.clone() }, None),
+            ("sinks", sinks, Some(&logits[..])),
+            ("scores in the hundreds", AttentionParams { scale: 30.0, ..plain.clone() }, None),
+            ("negative scale", AttentionParams { scale: -30.0, ..plain }, None),
+        ] {
+            case.check(&device, &params, logits, name);
+            case.check(&device, &half(params), logits, &format!("{name} half"));
+        }
+    }
+}
+
+/// Words are as large as they may be: queries that are their keys, of one element or of all, and of every size; weights that are
+/// all the same, or one and very many small ones.
+#[test]
+fn words_do_not_overflow() {
+    for isa in Isa::available() {
+        let device = device(isa, 1);
+        for (bits, d, group) in
+            [(2, 128, 1), (3, 128, 4), (4, 64, 4), (4, 1024, 2), (5, 80, 3), (6, 128, 6), (8, 1024, 1)]
+        {
+            let row = RowFormat::new(Codec::tq(bits), d).unwrap();
+            let shape = Shape { kv_heads: 1, group, first: 0, len: 700, new: 1, capacity: 704, page_size: 64 };
+            let mut case = Case::new(&device, row, row, shape);
+            let keys = case.decoded(&device, &case.key);
+            let key: Vec<f64> = keys[300 * d..][..d].iter().map(|&x| x as f64).collect();
+            let aligned: Vec<f32> = reference::restore(&row, &key).iter().map(|&x| x as f32).collect();
+            let mut one = vec![0.0; d];
+            one[7] = 1.0;
+            for (q, size) in [(&aligned, 1.0), (&aligned, 1e6), (&aligned, 1e-6), (&one, 1.0), (&one, 1e-20)] {
+                case.q = (0..group).flat_map(|_| q.iter().map(|x| x * size)).collect();
+                // Scores up to 6 at the key that the query is, so that many others count, and of nothing at all.
+                let square: f64 = q.iter().map(|&x| x as f64 * x as f64).sum();
+                for top in [0.0, 6.0, 40.0] {
+                    let scale = top / (square.sqrt() * (d as f64).sqrt() * size as f64);
+                    let params = half(AttentionParams::new(scale as f32));
+                    case.check(
+                        &device,
+                        &params,
+                        None,
+                        &format!("{} tq{bits} D={d} size {size:e} top {top}", isa.name()),
+                    );
+                }
+            }
+        }
     }
 }
 
@@ -327,8 +386,12 @@ fn results_do_not_depend_on_threads() {
         let results = [1, 2, 3, 7].map(|threads| {
             let device = device(isa, threads);
             let shape = Shape { kv_heads: 2, group: 4, first: 0, len: 3000, new, capacity: 3008, page_size: 64 };
-            let (out, lse) = Case::new(&device, row, row, shape).run(&device, &AttentionParams::for_head_dim(64));
-            (bits(&out), bits(&lse))
+            let case = Case::new(&device, row, row, shape);
+            let plain = AttentionParams::for_head_dim(64);
+            [plain.clone(), half(plain)].map(|params| {
+                let (out, lse) = case.run(&device, &params);
+                (bits(&out), bits(&lse))
+            })
         });
         assert!(results.iter().all(|r| *r == results[0]));
     }
@@ -339,7 +402,14 @@ fn results_do_not_depend_on_threads() {
 fn nan_is_loud_where_it_is_seen() {
     for isa in Isa::available() {
         let device = device(isa, 2);
-        for (codec, side) in [(Codec::tq(4), 0), (Codec::tq(4), 1), (Codec::F16, 0), (Codec::F16, 1)] {
+        for (codec, side, precision) in [
+            (Codec::tq(4), 0, Precision::OfQueries),
+            (Codec::tq(4), 1, Precision::OfQueries),
+            (Codec::tq(4), 0, Precision::Half),
+            (Codec::tq(4), 1, Precision::Half),
+            (Codec::F16, 0, Precision::OfQueries),
+            (Codec::F16, 1, Precision::OfQueries),
+        ] {
             let row = RowFormat::new(codec, 64).unwrap();
             let (n, bad) = (24, 10);
             let upload = |poison: bool| {
@@ -356,7 +426,7 @@ fn nan_is_loud_where_it_is_seen() {
             let q = device.upload(&random(n * 2 * 64, 4), &[n, 2, 64]).unwrap();
             let out = device.zeros(DType::F32, &[n, 2, 64]).unwrap();
             let lse = device.zeros(DType::F32, &[n, 2]).unwrap();
-            let params = AttentionParams { window: Some(8), ..AttentionParams::for_head_dim(64) };
+            let params = AttentionParams { window: Some(8), precision, ..AttentionParams::for_head_dim(64) };
             run(&device, |e| attention(e, &q, &pools[0], &pools[1], &batch, &params, &out, Some(&lse)));
             for (p, out) in out.read::<f32>().unwrap().chunks(128).enumerate() {
                 let seen = (bad..bad + 8).contains(&p);

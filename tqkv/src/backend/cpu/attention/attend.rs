@@ -11,13 +11,7 @@ impl Job for Attend<'_> {
     type Output = Partial;
     #[inline(always)]
     fn run<S: Simd>(self, isa: S) -> Partial {
-        let rows = self.0.seen.len();
-        let (mut tile, mut partial) = (Tile::new(), Partial::new(rows, self.0.d()));
-        if rows <= ROWS {
-            few::few(isa, self.0, &mut tile, &mut partial);
-        } else {
-            many::many(isa, self.0, &mut tile, &mut partial);
-        }
-        partial
+        let (mut tile, task) = (Tile::new(), self.0);
+        if task.seen.len() <= ROWS { few::few(isa, task, &mut tile) } else { many::many(isa, task, &mut tile) }
     }
 }

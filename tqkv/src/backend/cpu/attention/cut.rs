@@ -2,6 +2,7 @@
 
 use super::attend::Attend;
 use super::join::join;
+use super::query::Prepare;
 use super::task::{HeadRows, Partial, Task};
 use crate::backend::cpu::channels::Channels;
 use crate::backend::cpu::codec::RowCoder;
@@ -67,6 +68,8 @@ struct Work<'a> {
     sink_logits: Option<View<'a>>,
     out: RowViewMut<'a>,
     lse: Option<RowViewMut<'a>>,
+    /// Whether the precision that is asked for allows words.
+    words: bool,
     /// Query heads of a KV head.
     group: usize,
     /// Elements of a row of q and out, and of a stored row.
@@ -87,6 +90,7 @@ pub(in crate::backend::cpu) fn attention(op: &Attention, isa: Isa) -> Result<()>
         sink_logits: op.params.sink_logits.as_ref().map(memory::view).transpose()?,
         out: RowViewMut::new(&op.out, given * op.out.dtype().size())?,
         lse: op.lse.as_ref().map(|l| RowViewMut::new(l, 4)).transpose()?,
+        words: op.params.precision.allows_half(op.q.dtype()),
         group: op.heads / op.key.kv_heads(),
         given,
         d: row.row_dim(),
@@ -118,6 +122,13 @@ impl Work<'_> {
         let queries = self.queries(unit);
         let (start, end) = (queries.seen[0].0, queries.seen[queries.seen.len() - 1].1);
         let starts: Vec<usize> = (start..end).step_by(unit.chunk).collect();
+        let rows = self.isa.run(Prepare {
+            q: &queries.rows,
+            units: &queries.units,
+            keys: &self.key.coder,
+            values: &self.value.coder,
+            words: self.words,
+        });
         let parts: Vec<Partial> = starts
             .into_par_iter()
             .map(|start| {
@@ -133,6 +144,7 @@ impl Work<'_> {
                     sequence: unit.sequence,
                     key: self.key.head(unit.head),
                     value: self.value.head(unit.head),
+                    rows: &rows,
                     scale: self.op.params.scale as f64,
                     softcap: self.op.params.softcap.map(|c| c as f64),
                 };

@@ -3,23 +3,19 @@
 use super::task::{Partial, Task};
 use super::tile::{MAX_TILE, ROWS, Tile, ask, find, lines, stretch};
 use super::{scores, softmax, values};
-use crate::backend::cpu::codec::Way;
 use crate::backend::cpu::isa::Simd;
 
 /// In long tiles, so that it is rare to wait for a tile's weights. What must be prepared before it is used is prepared in
 /// stretches.
 #[inline(always)]
-pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile, partial: &mut Partial) {
+pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile) -> Partial {
     let (m, d) = (task.seen.len(), task.d());
-    let (key_way, value_way) = (Way::of::<S>(&task.key.tables.row), Way::of::<S>(&task.value.tables.row));
+    let (key_way, value_way) = (task.rows.key_way, task.rows.value_way);
+    let mut partial = Partial::new(m, value_way.width(d));
     let (key_bytes, value_bytes) = (key_way.prepared_bytes(d), value_way.prepared_bytes(d));
     let (key_stretch, value_stretch) = (stretch(key_bytes), stretch(value_bytes));
     let (mut keys, mut values) = (lines(key_stretch * key_bytes / 4), lines(value_stretch * value_bytes / 4));
     let (keys, values) = (bytemuck::cast_slice_mut(&mut keys), bytemuck::cast_slice_mut(&mut values));
-    let mut q = lines(m * d);
-    let q = &mut bytemuck::cast_slice_mut(&mut q)[..m * d];
-    q.copy_from_slice(task.q);
-    key_way.reorder::<S>(q);
     for start in (task.start..task.end).step_by(MAX_TILE) {
         let count = MAX_TILE.min(task.end - start);
         let seen = task.seen_of::<ROWS>(0, start, count);
@@ -34,9 +30,10 @@ pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile, partial: &mut Part
             if !key_way.sums_squares() {
                 scores::norms(isa, task, t, (at, end));
             }
-            scores::score(isa, task, t, key_way, q, 0, &within(&seen, at, end)[..m]);
+            scores::score(isa, task, t, key_way, 0, (start, &within(&seen, at, end)[..m]));
         }
-        softmax::soften(isa, task, t, partial, 0, &seen[..m]);
+        softmax::soften(isa, t, &mut partial, 0, &seen[..m]);
+        let units = values::weigh(isa, t, value_way, &seen[..m]);
         // Also of the task after this one, which the same thread is likely to do.
         let end = task.seen[m - 1].1;
         t.look_ahead(task, &task.key, start + count, end.min(start + count + MAX_TILE));
@@ -46,10 +43,11 @@ pub(super) fn few<S: Simd>(isa: S, task: &Task, t: &mut Tile, partial: &mut Part
             if !value_way.asks_ahead() {
                 ask(isa, &t.ahead[at..end], task.key.tables.row_bytes);
             }
-            values::add(isa, task, t, value_way, partial, 0, &within(&seen, at, end)[..m]);
+            values::add(isa, task, t, (value_way, units), &mut partial, 0, &within(&seen, at, end)[..m]);
         }
     }
-    value_way.restore::<S>(&mut partial.out);
+    task.rows.restore::<S>(&mut partial.out, d);
+    partial
 }
 
 /// What is seen of positions `from..to`.

@@ -8,7 +8,8 @@
 //!         m' = max(m, s); p = exp(s - m'); sum, out shrink by exp(m - m')
 //!         sum += p; out += (p · value factor) · levels
 //! ```
-//! Rounding in those f32 sums is about 6e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64.
+//! Rounding in those f32 sums is about 6e-9 |q| |k|, so a score whose |q| |k| scale is large is computed again in f64. Where the
+//! precision asked for allows it, levels, queries and weights are integers of 16 bits instead (`words`).
 //! What is decoded before it is used stays in the first-level cache. What is used next is asked for in the meantime: the
 //! tile's values while its keys are gone through, and then the next tile's keys.
 
@@ -18,11 +19,13 @@ mod few;
 mod join;
 mod kernel;
 mod many;
+mod query;
 mod scores;
 mod softmax;
 mod task;
 mod tile;
 mod values;
+mod words;
 
 pub(super) use cut::attention;
 pub(super) use join::merge;

@@ -2,11 +2,13 @@
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
-use super::kernel::{Kernel, for_one, for_rows};
+use super::kernel::{ForRows, Kernel};
 use super::task::Task;
-use super::tile::{MAX_TILE, ROWS, Tile, ask};
-use crate::backend::cpu::codec::{Read, RowTables, Way};
-use crate::backend::cpu::isa::Simd;
+use super::tile::{ROWS, Tile, ask};
+use super::values::all_seen;
+use super::words;
+use crate::backend::cpu::codec::{Read, Way};
+use crate::backend::cpu::isa::{Job, Simd};
 use crate::format::MAX_HEAD_DIM;
 
 /// Where |q| |k| scale is above this, sums of f32 may move a weight by more than a few 1e-6.
@@ -47,25 +49,26 @@ fn norm_of(task: &Task, square: f64) -> f32 {
     ((square + vanished).sqrt() * task.scale.abs()) as f32
 }
 
-/// Scores of the queries of rows from `r` on, which `q` starts with, with the keys that they see and that `find` has found.
+/// Scores of the queries of rows from `r` on with the keys that they see of the tile from `start` on, which `find` has found.
 #[inline(always)]
 pub(super) fn score<S: Simd>(
     isa: S,
     task: &Task,
     t: &mut Tile,
     way: Way,
-    q: &[f32],
     r: usize,
-    seen: &[(usize, usize)],
+    (start, seen): (usize, &[(usize, usize)]),
 ) {
-    let (mut from, mut to) = (MAX_TILE, 0);
-    for &(a, b) in seen.iter().filter(|(a, b)| a < b) {
-        (from, to) = (from.min(a), to.max(b));
+    let ((from, to), rows, q) = (all_seen(seen), seen.len(), task.rows);
+    if way.words().is_some() {
+        let ahead = if way.asks_ahead() { task.value.tables.row_bytes } else { 0 };
+        let ((q, width), tables) = (q.words(r), task.key.tables);
+        way.visit_words(isa, ForRows { rows, kernel: words::Dots { tables, tile: t, q, width, from, to, ahead } });
+    } else {
+        way.visit(isa, ForRows { rows, kernel: Dots { task, tile: t, q: q.floats(r), from, to } });
     }
-    for_rows(isa, way, seen.len(), Dots { task, tile: t, q, from, to });
-    let d = task.d();
     for (i, &seen) in seen.iter().enumerate().filter(|(_, (a, b))| a < b) {
-        scale(isa, task, t, way, &q[i * d..][..d], (i, r + i), seen);
+        scale(isa, task, t, (i, r + i, q.units[r + i]), start, seen);
     }
 }
 
@@ -199,34 +202,27 @@ impl Dots<'_> {
     }
 }
 
-/// Dot products of row `row` (row `i` of the tile) into scores.
+/// Dot products of row `row` (row `i` of the tile), which count in units, into scores.
 #[inline(always)]
 fn scale<S: Simd>(
     isa: S,
     task: &Task,
     t: &mut Tile,
-    way: Way,
-    q: &[f32],
-    (i, row): (usize, usize),
+    (i, row, unit): (usize, usize, f64),
+    start: usize,
     (from, to): (usize, usize),
 ) {
     let (scores, factors, norms) = (&mut t.scores[i][from..to], &t.key_factors[from..to], &t.key_norms[from..to]);
     // Nor may sums overflow before they are scaled. An infinite norm is above any limit.
     let limit = ((LARGE.min(OVERFLOW * task.scale.abs()) / task.norms[row]) as f32).min(f32::MAX);
-    let (unit, mut large) = (task.units[row], false);
+    let mut large = false;
     for ((s, factor), &norm) in scores.iter_mut().zip(factors).zip(norms) {
-        *s *= factor;
+        *s = *s * factor * unit;
         large |= norm > limit;
     }
-    if unit != 1.0 {
-        scores.iter_mut().for_each(|s| *s *= unit);
-    }
     if large {
-        for (((s, factor), &norm), &key) in scores.iter_mut().zip(factors).zip(norms).zip(&t.keys[from..to]) {
-            if norm > limit {
-                for_one(isa, way, ExactDot { tables: task.key.tables, q, key, to: s });
-                *s *= factor * unit;
-            }
+        for (j, ((s, factor), _)) in scores.iter_mut().zip(factors).zip(norms).enumerate().filter(|x| *x.1.1 > limit) {
+            *s = isa.run(ExactDot { task, row, position: start + from + j }) * factor * task.units[row];
         }
     }
     if let Some(cap) = task.softcap {
@@ -235,41 +231,33 @@ fn scale<S: Simd>(
     }
 }
 
-/// The dot product of D floats and a key that `find` has found, in f64.
+/// The dot product of a query and the key of a position, in f64, but for the key's factor if it has one.
 struct ExactDot<'a> {
-    tables: &'a RowTables,
-    q: &'a [f32],
-    key: *const u8,
-    to: &'a mut f64,
+    task: &'a Task<'a>,
+    row: usize,
+    position: usize,
 }
 
-impl Kernel for ExactDot<'_> {
+impl Job for ExactDot<'_> {
+    type Output = f64;
     #[inline(always)]
-    fn run<S: Simd, R: Read, const M: usize>(self, isa: S) {
-        let d = self.tables.d;
-        let (mut lanes, mut x) = ([0f64; 16], [0f32; MAX_HEAD_DIM]);
-        let table = R::table(isa, self.tables);
-        for j in (0..d).step_by(R::GROUP * S::LANES) {
-            let first = j / (R::RUN * S::LANES) * (R::RUN * S::LANES);
-            let x = x[j..].as_mut_ptr();
-            // SAFETY: vectors within the key's D elements, and within as many of x.
-            unsafe {
-                if R::GROUP == 4 {
-                    let four = R::vectors::<S, 4>(isa, &table, self.key, first, 0);
-                    for i in 0..4 {
-                        isa.store(x.add(i * S::LANES), four[i]);
-                    }
-                } else {
-                    let one = R::vectors::<S, 1>(isa, &table, self.key, first, (j - first) / S::LANES);
-                    isa.store(x, one[0]);
-                }
-            }
+    fn run<S: Simd>(self, isa: S) -> f64 {
+        let (task, d) = (self.task, self.task.d());
+        let (tables, mut key, mut factors) = (task.key.tables, [0f32; MAX_HEAD_DIM], [0f32; 4]);
+        for (_, run) in task.runs(&task.key, self.position, (0, 1)) {
+            let factors = (tables.scales_per_row > 1).then(|| {
+                tables.factors(run.scales, &mut factors[..tables.scales_per_row]);
+                &factors[..tables.scales_per_row]
+            });
+            // SAFETY: a run is at a pointer that is readable for 64 bytes past its rows, of which there is one.
+            unsafe { Way::Decoded.prepare(isa, tables, run.codes, factors, &mut key[..d]) };
         }
-        for (a, b) in self.q.chunks_exact(16).zip(x.chunks_exact(16)) {
+        let mut lanes = [0f64; 16];
+        for (a, b) in task.q[self.row * d..][..d].chunks_exact(16).zip(key.chunks_exact(16)) {
             for ((l, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
                 *l += a as f64 * b as f64;
             }
         }
-        *self.to = lanes.iter().sum();
+        lanes.iter().sum()
     }
 }

@@ -1,21 +1,14 @@
 //! Scores into weights, tile by tile.
 
-use super::task::{Partial, Task};
+use super::task::Partial;
 use super::tile::Tile;
 use crate::backend::cpu::isa::Simd;
 
 /// Weights of rows from `r` on, from their scores in the tile.
 #[inline(always)]
-pub(super) fn soften<S: Simd>(
-    isa: S,
-    task: &Task,
-    t: &mut Tile,
-    partial: &mut Partial,
-    r: usize,
-    seen: &[(usize, usize)],
-) {
+pub(super) fn soften<S: Simd>(isa: S, t: &mut Tile, partial: &mut Partial, r: usize, seen: &[(usize, usize)]) {
     for (i, &seen) in seen.iter().enumerate().filter(|(_, (a, b))| a < b) {
-        soften_row(isa, task.d(), t, partial, (i, r + i), seen);
+        soften_row(isa, t, partial, (i, r + i), seen);
     }
 }
 
@@ -23,7 +16,6 @@ pub(super) fn soften<S: Simd>(
 #[inline(always)]
 fn soften_row<S: Simd>(
     isa: S,
-    d: usize,
     t: &mut Tile,
     partial: &mut Partial,
     (i, row): (usize, usize),
@@ -39,7 +31,8 @@ fn soften_row<S: Simd>(
         let shrink = (partial.max[row] - max).exp();
         partial.max[row] = max;
         partial.sum[row] *= shrink;
-        partial.out[row * d..][..d].iter_mut().for_each(|o| *o *= shrink as f32);
+        let width = partial.width;
+        partial.out[row * width..][..width].iter_mut().for_each(|o| *o *= shrink as f32);
     }
     // All scores may be minus infinity, which weighs nothing.
     let base = if max == f64::NEG_INFINITY { 0.0 } else { max };

@@ -1,5 +1,6 @@
 //! A piece of work, and what comes of it.
 
+use super::query::QueryRows;
 use crate::backend::cpu::codec::RowTables;
 use crate::backend::cpu::rows::{PoolView, Run};
 use crate::problem::Batch;
@@ -28,6 +29,8 @@ pub(super) struct Task<'a> {
     pub sequence: usize,
     pub key: HeadRows<'a>,
     pub value: HeadRows<'a>,
+    /// The same rows as kernels read them.
+    pub rows: &'a QueryRows,
     pub scale: f64,
     pub softcap: Option<f64>,
 }
@@ -72,8 +75,9 @@ impl Task<'_> {
 
 /// What comes of it for each row.
 pub(super) struct Partial {
-    /// Σ p·v, D floats a row.
+    /// Σ p·v: rows of `width` floats as values are read, and of D in order in the end.
     pub out: Vec<f32>,
+    pub width: usize,
     /// The largest score.
     pub max: Vec<f64>,
     /// Σ p = Σ exp(score - max).
@@ -82,7 +86,7 @@ pub(super) struct Partial {
 
 impl Partial {
     /// Of nothing.
-    pub fn new(rows: usize, d: usize) -> Self {
-        Partial { out: vec![0.0; rows * d], max: vec![f64::NEG_INFINITY; rows], sum: vec![0.0; rows] }
+    pub fn new(rows: usize, width: usize) -> Self {
+        Partial { out: vec![0.0; rows * width], width, max: vec![f64::NEG_INFINITY; rows], sum: vec![0.0; rows] }
     }
 }

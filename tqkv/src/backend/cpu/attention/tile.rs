@@ -23,6 +23,8 @@ pub(super) struct Tile {
     pub ahead: [*const u8; MAX_TILE],
     pub scores: [[f64; MAX_TILE]; ROWS],
     pub weights: [[f32; MAX_TILE]; ROWS],
+    /// Weights as words.
+    pub words: [[i16; MAX_TILE]; ROWS],
     pub key_factors: [f64; MAX_TILE],
     pub value_factors: [f32; MAX_TILE],
     /// |k| · scale, or near it.
@@ -38,6 +40,7 @@ impl Tile {
             ahead: [std::ptr::null(); MAX_TILE],
             scores: [[0.0; MAX_TILE]; ROWS],
             weights: [[0.0; MAX_TILE]; ROWS],
+            words: [[0; MAX_TILE]; ROWS],
             key_factors: [0.0; MAX_TILE],
             value_factors: [0.0; MAX_TILE],
             key_norms: [0.0; MAX_TILE],

@@ -2,30 +2,62 @@
 
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
-use super::kernel::{Kernel, for_one, for_rows};
+use super::kernel::{ForOne, ForRows, Kernel};
 use super::task::{Partial, Task};
-use super::tile::{Tile, ask};
+use super::tile::{MAX_TILE, Tile, ask};
+use super::words::{self, Units};
 use crate::backend::cpu::codec::{Read, RowTables, Way};
 use crate::backend::cpu::isa::Simd;
 
-/// out += Σ weight · value for rows from `r` on, whose values `find` has found.
+/// Prepares the weights of rows of the tile for values that are read this way; gives what a unit of each row and block
+/// counts.
+#[inline(always)]
+pub(super) fn weigh<S: Simd>(isa: S, t: &mut Tile, way: Way, seen: &[(usize, usize)]) -> Units {
+    let mut units = Units::default();
+    if way.words().is_some() {
+        let (from, to) = all_seen(seen);
+        let within = (from / 16 * 16, to.next_multiple_of(16));
+        for (row, &seen) in seen.iter().enumerate() {
+            units[row] = words::weigh(isa, t, row, seen, within);
+        }
+    }
+    units
+}
+
+/// From the first to the last position that any row sees.
+#[inline(always)]
+pub(super) fn all_seen(seen: &[(usize, usize)]) -> (usize, usize) {
+    let some = seen.iter().filter(|(a, b)| a < b);
+    let (from, to) = some.fold((MAX_TILE, 0), |(from, to), &(a, b)| (from.min(a), to.max(b)));
+    (from.min(to), to)
+}
+
+/// out += Σ weight · value for rows from `r` on, whose values `find` has found and whose weights `weigh` has prepared.
 #[inline(always)]
 pub(super) fn add<S: Simd>(
     isa: S,
     task: &Task,
     t: &Tile,
-    way: Way,
+    (way, units): (Way, Units),
     partial: &mut Partial,
     r: usize,
     seen: &[(usize, usize)],
 ) {
-    let (d, tables, ahead) = (task.d(), task.value.tables, task.key.tables.row_bytes);
-    let out = &mut partial.out[r * d..][..seen.len() * d];
-    if seen.iter().all(|s| *s == seen[0]) {
-        return for_rows(isa, way, seen.len(), Sums { tables, tile: t, row: 0, seen: seen[0], ahead, out });
+    let (tables, width) = (task.value.tables, partial.width);
+    let ahead = if way.asks_ahead() { task.key.tables.row_bytes } else { 0 };
+    let out = &mut partial.out[r * width..][..seen.len() * width];
+    let rows = seen.len();
+    if way.words().is_some() {
+        let (from, to) = all_seen(seen);
+        let kernel = words::Sums { tables, tile: t, from: from / 2 * 2, to, ahead, units, out, width };
+        return way.visit_words(isa, ForRows { rows, kernel });
     }
-    for (row, (&seen, out)) in seen.iter().zip(out.chunks_exact_mut(d)).enumerate() {
-        for_one(isa, way, Sums { tables, tile: t, row, seen, ahead, out });
+    if seen.iter().all(|s| *s == seen[0]) {
+        let kernel = Sums { tables, tile: t, row: 0, seen: seen[0], ahead, out };
+        return way.visit(isa, ForRows { rows, kernel });
+    }
+    for (row, (&seen, out)) in seen.iter().zip(out.chunks_exact_mut(width)).enumerate() {
+        way.visit(isa, ForOne(Sums { tables, tile: t, row, seen, ahead, out }));
     }
 }
 

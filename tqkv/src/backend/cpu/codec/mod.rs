@@ -10,10 +10,12 @@ mod levels;
 mod planes;
 mod rotate;
 mod tables;
+mod words;
 
 pub(super) use coder::RowCoder;
 pub(super) use interface::{Read, Visit};
 pub(super) use tables::RowTables;
+pub(super) use words::{VisitWords, WORDS, WordWay, Words};
 
 use crate::backend::cpu::isa::Simd;
 use crate::format::{DType, Packing, RowFormat};
@@ -62,10 +64,33 @@ pub(super) enum Way {
     Planes,
     /// Decoded to f32.
     Decoded,
+    /// As words, from the pool, or from nibbles that are made of planes; and decoded to words.
+    Words(WordWay),
+    PlaneWords(WordWay),
+    ReadyWords(WordWay),
 }
 
 impl Way {
-    pub fn of<S: Simd>(row: &RowFormat) -> Self {
+    /// For up to four rows of queries; `words` says whether their precision allows words.
+    pub fn of_keys<S: Simd>(row: &RowFormat, words: bool) -> Self {
+        Way::of::<S>(row, WordWay::of_keys::<S>(row).filter(|_| words))
+    }
+
+    /// As `of_keys`.
+    pub fn of_values<S: Simd>(row: &RowFormat, words: bool) -> Self {
+        Way::of::<S>(row, WordWay::of_values::<S>(row).filter(|_| words))
+    }
+
+    /// What words are made from, row by row, for many rows of queries.
+    pub fn of_rows<S: Simd>(row: &RowFormat) -> Self {
+        Way::of::<S>(row, WordWay::of::<S>(row))
+    }
+
+    fn of<S: Simd>(row: &RowFormat, words: Option<WordWay>) -> Self {
+        if let Some(way) = words {
+            let nibbles = row.packing() == Packing::Planes && way.reads_nibbles();
+            return if nibbles { Way::PlaneWords(way) } else { Way::Words(way) };
+        }
         let runs = row.row_dim().is_multiple_of(8 * S::LANES);
         // Four vectors at a time, sixteen sums and a codebook fill 32 registers.
         let groups = S::LANES == 16 && row.row_dim().is_multiple_of(4 * S::LANES);
@@ -84,11 +109,30 @@ impl Way {
         }
     }
 
+    /// For more rows of queries, all of which read what was decoded once.
+    pub fn of_many<S: Simd>(row: &RowFormat, words: bool) -> Self {
+        WordWay::of::<S>(row).filter(|_| words).map_or(Way::Decoded, Way::ReadyWords)
+    }
+
+    /// How words are made, if rows are read as words.
+    pub fn words(self) -> Option<WordWay> {
+        match self {
+            Way::Words(way) | Way::PlaneWords(way) | Way::ReadyWords(way) => Some(way),
+            _ => None,
+        }
+    }
+
+    /// Elements of a row of D as kernels read it.
+    pub fn width(self, d: usize) -> usize {
+        self.words().map_or(d, |way| way.width(d))
+    }
+
     /// Bytes of a row of D elements once it is prepared; 0 if it is read from the pool.
     pub fn prepared_bytes(self, d: usize) -> usize {
         match self {
             Way::Decoded => 4 * d,
-            Way::Planes => d / 2,
+            Way::Planes | Way::PlaneWords(_) => d / 2,
+            Way::ReadyWords(way) => 2 * way.width(d),
             _ => 0,
         }
     }
@@ -106,19 +150,17 @@ impl Way {
         factors: Option<&[f32]>,
         to: &mut [f32],
     ) {
-        if self != Way::Planes {
+        if !matches!(self, Way::Planes | Way::PlaneWords(_)) {
             // SAFETY: the caller's promise.
             return unsafe { decode(isa, tables, codes, factors, to) };
         }
-        for (i, to) in to.chunks_exact_mut(tables.d / 8).enumerate() {
-            // SAFETY: the caller's promise about the rows; d / 2 bytes are d / 8 floats.
-            unsafe { planes::prepare(isa, codes.add(i * tables.row_bytes), tables.d, to.as_mut_ptr().cast()) };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { planes::prepare(isa, codes, tables.d, bytemuck::cast_slice_mut(to)) };
     }
 
     /// Whether rows lie in the pool, so that those ahead are asked for while these are read.
     pub fn asks_ahead(self) -> bool {
-        self != Way::Decoded
+        !matches!(self, Way::Decoded | Way::ReadyWords(_))
     }
 
     /// Whether kernels sum the squares of rows as they read them.
@@ -156,6 +198,16 @@ impl Way {
             Way::Groups8 if S::LANES == 16 => visitor.visit::<S, dense::Groups<8>>(isa),
             Way::Halves if S::LANES == 16 => visitor.visit::<S, float::Halves>(isa),
             _ => visitor.visit::<S, float::Decoded>(isa),
+        }
+    }
+
+    /// Does it for the rows that are read this way, as words.
+    #[inline(always)]
+    pub fn visit_words<S: Simd, V: VisitWords>(self, isa: S, visitor: V) -> V::Output {
+        match self {
+            Way::Words(way) | Way::PlaneWords(way) => way.visit(isa, visitor),
+            _ if S::WORDS => visitor.visit::<S, words::Ready>(isa),
+            _ => unreachable!("`WordWay::of` gives no way then"),
         }
     }
 }

@@ -10,7 +10,12 @@ use crate::backend::cpu::isa::Simd;
 #[inline(always)]
 unsafe fn nibbles<S: Simd>(isa: S, planes: [*const u8; 3]) -> S::I {
     // SAFETY: the caller's promise.
-    let (a, b, c) = unsafe { (isa.load_bytes(planes[0]), isa.load_bytes(planes[1]), isa.load_bytes(planes[2])) };
+    unsafe { join(isa, [isa.load_bytes(planes[0]), isa.load_bytes(planes[1]), isa.load_bytes(planes[2])]) }
+}
+
+/// The same from bytes as integers.
+#[inline(always)]
+fn join<S: Simd>(isa: S, [a, b, c]: [S::I; 3]) -> S::I {
     let rest = isa.or(
         isa.and(isa.right(a, 3), isa.integers(0x11)),
         isa.or(isa.and(isa.right(b, 2), isa.integers(0x22)), isa.and(isa.right(c, 1), isa.integers(0x44))),
@@ -18,17 +23,44 @@ unsafe fn nibbles<S: Simd>(isa: S, planes: [*const u8; 3]) -> S::I {
     isa.or(isa.or(a, isa.left(b, 8)), isa.or(isa.left(c, 16), isa.left(rest, 24)))
 }
 
-/// Rewrites a row of `d` codes, a multiple of `8 · LANES`, as d / 2 bytes of nibbles.
+/// Rewrites consecutive rows of `d` codes as d / 2 bytes of nibbles each, as many as `to` takes.
 ///
 /// # Safety
-/// `row` must be a row, and `to` writable for d / 2 bytes.
+/// `rows` must be as many rows, readable for 64 bytes past their end.
 #[inline(always)]
-pub(super) unsafe fn prepare<S: Simd>(isa: S, row: *const u8, d: usize, to: *mut u8) {
-    for k in (0..d / 8).step_by(S::LANES) {
-        // SAFETY: the caller's promise; whole vectors within each plane.
-        unsafe {
-            let x = nibbles(isa, [row.add(k), row.add(d / 8 + k), row.add(2 * (d / 8) + k)]);
-            isa.store_integers(to.add(4 * k), x);
+pub(super) unsafe fn prepare<S: Simd>(isa: S, rows: *const u8, d: usize, to: &mut [u8]) {
+    let (plane, bytes) = (d / 8, to.len());
+    let to = to.as_mut_ptr();
+    if 2 * plane == S::LANES && bytes.is_multiple_of(d) {
+        // Two rows fill a vector.
+        for i in (0..bytes / (d / 2)).step_by(2) {
+            // SAFETY: the caller's promise; two rows of nibbles are a vector.
+            unsafe {
+                let row = rows.add(3 * i * plane);
+                let halves = [0, 1, 2].map(|p| [row.add(p * plane), row.add((3 + p) * plane)]);
+                let [a, b, c] = halves;
+                let x = join(isa, [isa.load_half_bytes(a), isa.load_half_bytes(b), isa.load_half_bytes(c)]);
+                isa.store_integers(to.add(4 * i * plane), x);
+            }
+        }
+        return;
+    }
+    for i in 0..bytes / (d / 2) {
+        for k in (0..plane).step_by(S::LANES) {
+            let at = 4 * (i * plane + k);
+            // SAFETY: the caller's promise; within each plane, and past the last one by less than a vector.
+            unsafe {
+                let row = rows.add(3 * i * plane + k);
+                let x = nibbles(isa, [row, row.add(plane), row.add(2 * plane)]);
+                if at + 4 * S::LANES <= bytes {
+                    // What is past a row's end is overwritten with the next one.
+                    isa.store_integers(to.add(at), x);
+                } else {
+                    let mut last = [0u8; 64];
+                    isa.store_integers(last.as_mut_ptr(), x);
+                    last.as_ptr().copy_to_nonoverlapping(to.add(at), bytes - at);
+                }
+            }
         }
     }
 }

@@ -62,6 +62,11 @@ impl RowTables {
         &self.made.levels
     }
 
+    /// What a unit of a level's word counts.
+    pub fn word(&self) -> f32 {
+        self.made.levels.word
+    }
+
     pub(super) fn bounds(&self) -> &[f32; 256] {
         &self.made.bounds
     }

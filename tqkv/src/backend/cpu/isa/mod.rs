@@ -12,5 +12,5 @@ mod table;
 mod token;
 
 pub(super) use choice::Isa;
-pub(super) use table::LevelTable;
-pub(super) use token::{Job, Simd};
+pub(super) use table::{LARGEST_WORD, LevelTable};
+pub(super) use token::{Job, Simd, word_of_pair};

@@ -14,6 +14,12 @@ pub(in crate::backend::cpu) trait Job {
     fn run<S: Simd>(self, isa: S) -> Self::Output;
 }
 
+/// Which word each lane of two vectors of pairs holds: words are paired within each 128 bits, the lower half first.
+pub(in crate::backend::cpu) const fn word_of_pair(lane: usize) -> usize {
+    let (vector, lane) = (lane / 16, lane % 16);
+    lane / 4 * 8 + vector * 4 + lane % 4
+}
+
 /// A vector of f32 lanes and what is done with it.
 ///
 /// Pointers need no more alignment than their elements. Code pointers must be readable for 16 bytes, whatever a row holds, and
@@ -23,6 +29,8 @@ pub(in crate::backend::cpu) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// How many bits `look_up` looks up quickly; 0 if none.
     const LOOK_UP: usize = 0;
+    /// Whether integers of 16 bits ("words", two a lane) are looked up and multiplied quickly: the methods of words are there.
+    const WORDS: bool = false;
     type F: Copy;
     /// As many integers of 32 bits.
     type I: Copy;
@@ -78,6 +86,21 @@ pub(in crate::backend::cpu) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// Readable for so many lanes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::I;
+    /// Bytes of two places, each as an integer: half of the lanes from each.
+    ///
+    /// # Safety
+    /// Readable for half so many lanes.
+    #[inline(always)]
+    unsafe fn load_half_bytes(self, from: [*const u8; 2]) -> Self::I {
+        let mut bytes = [0u8; 16];
+        let half = Self::LANES / 2;
+        // SAFETY: the caller's promise; both halves are within sixteen bytes.
+        unsafe {
+            from[0].copy_to_nonoverlapping(bytes.as_mut_ptr(), half);
+            from[1].copy_to_nonoverlapping(bytes.as_mut_ptr().add(half), half);
+            self.load_bytes(bytes.as_ptr())
+        }
+    }
     /// Integers of 16 bits, each as one of 32.
     ///
     /// # Safety
@@ -153,6 +176,110 @@ pub(in crate::backend::cpu) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn look_up(self, _levels: Self::F, _n: Self::I) -> Self::F {
         unreachable!("nothing is looked up quickly")
+    }
+    /// To the nearest integers.
+    #[inline(always)]
+    fn nearest(self, _x: Self::F) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Integers as floats.
+    #[inline(always)]
+    fn float(self, _x: Self::I) -> Self::F {
+        unreachable!("no words")
+    }
+    /// Stores lanes as words; those that are too large become the largest.
+    ///
+    /// # Safety
+    /// Writable for so many words as there are lanes.
+    #[inline(always)]
+    unsafe fn store_words(self, _to: *mut i16, _x: Self::I) {
+        unreachable!("no words")
+    }
+    /// Bytes, each as a word: two for each lane.
+    ///
+    /// # Safety
+    /// Readable for so many bytes.
+    #[inline(always)]
+    unsafe fn load_bytes_as_words(self, _from: *const u8) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Densely packed codes, two for each lane, each in the low bits of its word. Others follow it there.
+    ///
+    /// # Safety
+    /// Readable for 64 bytes.
+    #[inline(always)]
+    unsafe fn spread_words<const BITS: usize>(self, _codes: *const u8) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Words shifted right; zeros come in.
+    #[inline(always)]
+    fn right_words(self, _x: Self::I, _by: i32) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Sixteen bytes of each row, one after the other.
+    ///
+    /// # Safety
+    /// Readable for so many.
+    #[inline(always)]
+    unsafe fn load_quarters(self, _rows: [*const u8; 4]) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Eight bytes of each row, as words.
+    ///
+    /// # Safety
+    /// Readable for so many.
+    #[inline(always)]
+    unsafe fn load_quarters_as_words(self, _rows: [*const u8; 4]) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Sixteen bytes of two rows by turns, as words.
+    ///
+    /// # Safety
+    /// Readable for so many.
+    #[inline(always)]
+    unsafe fn load_paired_as_words(self, _rows: [*const u8; 2]) -> Self::I {
+        unreachable!("no words")
+    }
+    /// The same sixteen bytes four times.
+    ///
+    /// # Safety
+    /// Readable for so many.
+    #[inline(always)]
+    unsafe fn load_quarter(self, _from: *const u8) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Words of 32 bytes of two rows by turns.
+    ///
+    /// # Safety
+    /// Readable for so many.
+    #[inline(always)]
+    unsafe fn load_paired(self, _rows: [*const u8; 2]) -> Self::I {
+        unreachable!("no words")
+    }
+    /// The sums of the quarters of four vectors: of each vector, by its quarters.
+    #[inline(always)]
+    fn sum_quarters(self, _x: [Self::F; 4]) -> [f32; 16] {
+        unreachable!("no words")
+    }
+    /// What `look_up_words` needs.
+    #[inline(always)]
+    fn word_levels<const BITS: usize>(self, _table: &LevelTable) -> [Self::I; 4] {
+        unreachable!("no words")
+    }
+    /// The levels of the low BITS bits of words; codes of 8 bits are bytes, with nothing above.
+    #[inline(always)]
+    fn look_up_words<const BITS: usize>(self, _levels: &[Self::I; 4], _n: Self::I) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Adds to each lane the products of its two words.
+    #[inline(always)]
+    fn dot_words(self, _sum: Self::I, _a: Self::I, _b: Self::I) -> Self::I {
+        unreachable!("no words")
+    }
+    /// Words of a beside those of b, in the order of `word_of_pair`.
+    #[inline(always)]
+    fn pair_words(self, _a: Self::I, _b: Self::I) -> [Self::I; 2] {
+        unreachable!("no words")
     }
     /// Lane `from` of x shifted right by `by`; there where `LOOK_UP` is not 0.
     #[inline(always)]
