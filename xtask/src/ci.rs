@@ -34,6 +34,9 @@ const STAGES: &[Stage] = &[
     Stage { name: "sources", run: sources },
     Stage { name: "features", run: features },
     Stage { name: "tests", run: tests },
+    // Seven seconds a target, and a minute with the same seed in every run.
+    Stage { name: "fuzz", run: |root| cargo(root, "test --workspace --test fuzz", &[("TQKV_FUZZ_SECONDS", "7")]) },
+    Stage { name: "soak", run: |root| soak(root, &["--minutes", "1", "--device", "cpu", "--seed", "1"]) },
     Stage { name: "models", run: models },
     Stage {
         name: "python",
@@ -102,6 +105,14 @@ fn tests(root: &Path) -> Result<()> {
         ("TQKV_CUDA_ARCHITECTURES", "sm_80,sm_86,sm_90a,sm_120"),
     ];
     cargo(root, "test --workspace", &environment)
+}
+
+/// The soak test, built as `tests` builds all.
+pub fn soak(root: &Path, options: &[&str]) -> Result<()> {
+    cargo(root, "build --workspace --bin tqkv-checks", &[])?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let program = target.join("debug/tqkv-checks");
+    command(root, &program.to_string_lossy(), &[&["soak"], options].concat(), &[])
 }
 
 /// Tests with real models, which `.ci/models` fetches.

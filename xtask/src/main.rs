@@ -26,6 +26,7 @@ fn main() -> Result<()> {
         ["links"] => links::check(root)?,
         ["plots"] => plots::write(root)?,
         ["plots", "--check"] => plots::check(root)?,
+        ["soak", ref options @ ..] => ci::soak(root, options).map(|()| String::new())?,
         ["sizes"] => sizes::check(root)?,
         ["stage", name] => {
             format!("filled {}; run its run.sh on the remote machine", stage::stage(root, name)?.display())
@@ -41,7 +42,7 @@ fn main() -> Result<()> {
         }
         _ => bail!(
             "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, links, plots [--check], python-test [--only PART] \
-             [--release], sizes, stage NAME"
+             [--release], sizes, soak [--minutes N] [--device D] [--seed S], stage NAME"
         ),
     };
     println!("{said}");

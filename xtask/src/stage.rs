@@ -13,9 +13,10 @@ pub fn stage(root: &Path, name: &str) -> Result<PathBuf> {
     fs::create_dir_all(&folder)?;
 
     // Cargo says on standard error which executable each test target became: `Executable tests/golden.rs (path)`.
-    let tests = cargo(root, &["test", "--release", "--no-run", "-p", "tqkv"])?;
+    let own = cargo(root, &["test", "--release", "--no-run", "-p", "tqkv"])?;
+    let schedules = cargo(root, &["test", "--release", "--no-run", "-p", "tqkv-checks", "--test", "schedules"])?;
     let mut names = vec![];
-    for line in tests.lines().filter_map(|l| l.trim().strip_prefix("Executable ")) {
+    for line in own.lines().chain(schedules.lines()).filter_map(|l| l.trim().strip_prefix("Executable ")) {
         let (target, path) = line.rsplit_once(" (").context("cargo's list of executables")?;
         let source = target.trim_start_matches("unittests ");
         let stem = Path::new(source).file_stem().context("a test's name")?.to_string_lossy().into_owned();

@@ -1,17 +1,13 @@
-//! The cache: random schedules against a plain model, and its rules one by one.
+//! The cache's rules one by one. Random schedules are in `checks/tests/schedules.rs`.
 
 mod rules;
-mod schedules;
 #[path = "../support/mod.rs"]
 mod support;
 
-use proptest::prelude::*;
-use std::collections::HashMap;
 use support::*;
 use tqkv::cache::{Heads, LayerKind, Side, Sinks};
-use tqkv::format::RowFormat;
 use tqkv::ops::*;
-use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId, reference};
+use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, Error, KvCache, SequenceId};
 
 const KV_HEADS: usize = 2;
 const HEADS: usize = 4;
@@ -46,33 +42,6 @@ fn config() -> CacheConfig {
 /// The layer whose positions a layer reads.
 fn source(layer: usize) -> usize {
     if let LayerKind::Shared(source) = config().layer_kind(layer) { source } else { layer }
-}
-
-/// The oldest position, sinks apart, that a layer's query at `position` sees.
-fn window_start(layer: usize, position: usize) -> usize {
-    match config().layer_kind(source(layer)) {
-        LayerKind::Window(window) => (position + 1).saturating_sub(window),
-        _ => 0,
-    }
-}
-
-/// Rolling back to `len` may fail only because a window has dropped positions that the next token would see: there must be
-/// some.
-fn expect_dropped(error: &Error, len: usize) {
-    let Error::Positions { start, first, .. } = *error else { panic!("{error}") };
-    assert!(start < len && start < first, "{error}: nothing stands in the way of {len}");
-}
-
-/// How many first positions a layer keeps apart.
-fn sinks(layer: usize) -> usize {
-    config().layer_sinks(source(layer)).map_or(0, |s| s.positions)
-}
-
-/// How a layer stores one side of a position.
-fn row(layer: usize, side: Side, position: usize) -> RowFormat {
-    let sinks = config().layer_sinks(layer).filter(|s| position < s.positions);
-    let pair = sinks.map_or(config().layer_codec(layer), |s| s.codec);
-    RowFormat::new(if side == Side::Key { pair.key } else { pair.value }, D).unwrap()
 }
 
 fn number(id: SequenceId) -> u64 {
