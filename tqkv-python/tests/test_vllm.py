@@ -121,18 +121,13 @@ CALIBRATION = pathlib.Path(__file__).parent / "byte-llama-4m.calibration"
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_calibrations(tmp_path, stock, ranks):
-    """Rows of f32 pass through the calibration's shift and scale and come out as they were, whichever heads a rank has; with few bits more
-    tokens stay as they are."""
+    """Rows of f32 pass through the calibration's shift and scale and come out as they were, whichever heads a rank has."""
     many, want = stock
-    some, parallel = many[:12], {"tensor_parallel_size": ranks, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}} if ranks > 1 else {}
-    got = {}
-    for codec, calibration in [("f32", CALIBRATION), ("k3v8", CALIBRATION)] + ([("k3v8", None)] if ranks == 1 else []):
-        result, log = run(tmp_path, some, codec, calibration=calibration, **parallel)
-        pairs = zip(tokens(result, log), want)
-        got[codec, calibration is None] = sum(a == b for x, y in pairs for a, b in zip(x, y)) / (32 * len(some))
-        assert result["implementations"] == [[IMPLEMENTATION] * 4] * ranks
-    assert got["f32", False] > 0.9, got
-    assert ranks > 1 or got["k3v8", False] > got["k3v8", True], got
+    parallel = {"tensor_parallel_size": ranks, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}} if ranks > 1 else {}
+    result, log = run(tmp_path, many[:12], "f32", calibration=CALIBRATION, **parallel)
+    same = [a == b for x, y in zip(tokens(result, log), want) for a, b in zip(x, y)]
+    assert len(same) == 32 * 12 and sum(same) > 0.9 * len(same)
+    assert result["implementations"] == [[IMPLEMENTATION] * 4] * ranks
 
 
 def test_a_calibration_of_another_model(tmp_path):

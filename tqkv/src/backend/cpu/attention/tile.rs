@@ -95,14 +95,14 @@ pub(super) fn find<S: Simd>(
 ) {
     let (tables, d) = (side.tables, side.tables.d);
     let prepared = way.prepared_bytes(d) / 4;
+    // Several factors a row cannot be pulled out of its sums.
+    let mut wide = if tables.scales_per_row > 1 { vec![0f32; (to - from) * tables.scales_per_row] } else { vec![] };
     for (i, Run { rows: n, codes, scales }) in task.runs(side, start, (from, to)) {
         if prepared == 0 {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * tables.row_bytes));
             continue;
         }
         let room = &mut room[(i - from) * prepared..][..n * prepared];
-        // Several factors a row cannot be pulled out of its sums.
-        let mut wide = [0f32; MAX_TILE * 4];
         let factors = (tables.scales_per_row > 1).then(|| &mut wide[..n * tables.scales_per_row]);
         let factors = factors.map(|factors| {
             tables.factors(scales, factors);
