@@ -240,7 +240,7 @@ mod tests {
                 assert_eq!(got.dims(), expected.dims());
                 let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 // Sums of 512 terms of about 1, in another order; an activation of 16 bits is off by 2^-16 of about 3 at most.
-                assert!(error < if tokens < MANY { 2.5e-3 } else { 2e-4 }, "{dtype:?}, {tokens} tokens: {error}");
+                assert!(error < if tokens < MANY { 4e-3 } else { 2e-4 }, "{dtype:?}, {tokens} tokens: {error}");
             }
         }
     }
