@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use candle_core::{CpuStorage, DType, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use tqkv::cache::Step;
-use tqkv::compute::Element;
+use tqkv::compute::{DeviceKind, Element};
 use tqkv::ops::AttentionParams;
 use tqkv::{Buffer, CacheConfig, Device, KvCache, SequenceId};
 
@@ -62,7 +62,9 @@ impl Attention {
     /// # Errors
     /// Those of [`KvCache::step`]. Nothing has changed then.
     pub fn step(&mut self, new: &[(SequenceId, usize)]) -> Result<AttentionStep<'_>> {
-        Ok(AttentionStep { step: self.cache.step(new)?, tap: self.tap.as_deref_mut().map(|tap| tap as &mut dyn Tap) })
+        let step = self.cache.step(new)?;
+        let on_cpu = step.device().info().kind == DeviceKind::Cpu;
+        Ok(AttentionStep { step, on_cpu, tap: self.tap.as_deref_mut().map(|tap| tap as &mut dyn Tap) })
     }
 
     /// Lets all rows to come pass through a tap.
@@ -78,6 +80,7 @@ impl Attention {
 #[must_use = "a step that is dropped appends nothing"]
 pub struct AttentionStep<'a> {
     step: Step<'a>,
+    on_cpu: bool,
     tap: Option<&'a mut dyn Tap>,
 }
 
@@ -103,13 +106,60 @@ impl AttentionStep<'_> {
             None => None,
         };
         let [k, v] = passed.as_ref().map_or([k, v], |[k, v]| [k, v]);
+        if self.on_cpu && [q, k, v].iter().all(|x| x.device().is_cpu()) {
+            return match q.dtype() {
+                DType::F16 => self.attend_in_place::<f16>(layer, q, k, v, params),
+                DType::BF16 => self.attend_in_place::<bf16>(layer, q, k, v, params),
+                _ => self.attend_in_place::<f32>(layer, q, k, v, params),
+            };
+        }
         let device = self.step.device().clone();
         let out = device.zeros(dtype(q)?, q.dims())?;
         let (q_buffer, k, v) = (hand_over(&device, q)?, hand_over(&device, k)?, hand_over(&device, v)?);
-        let mut encoder = device.encoder()?;
-        self.step.append_and_attend(&mut encoder, layer, &k, &v, &q_buffer, &out, None, params)?;
-        encoder.submit_and_wait()?;
+        self.attend(layer, &q_buffer, &k, &v, &out, params)?;
         take_back(&out, q)
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        out: &Buffer,
+        params: &AttentionParams,
+    ) -> Result<()> {
+        let mut encoder = self.step.device().encoder()?;
+        self.step.append_and_attend(&mut encoder, layer, k, v, q, out, None, params)?;
+        Ok(encoder.submit_and_wait()?)
+    }
+
+    /// Where both are on the CPU: tensors are read where they are, and the result, of type `T` as `q`, is written where its
+    /// tensor will be.
+    fn attend_in_place<T: Element + WithDType>(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let device = self.step.device().clone();
+        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        // Until the end nobody writes there.
+        let (q_storage, k_storage, v_storage) =
+            (q.storage_and_layout().0, k.storage_and_layout().0, v.storage_and_layout().0);
+        let mut out = vec![T::zeroed(); q.elem_count()];
+        // SAFETY: the tensors and the vector outlive the buffers, which end with this function, and so do the guards that keep others
+        // from writing to the tensors; only `out` is written to, and nobody else has it. Work on the CPU ends before `attend` does.
+        unsafe {
+            let [q_buffer, k, v] =
+                [borrow(&device, &q_storage, &q)?, borrow(&device, &k_storage, &k)?, borrow(&device, &v_storage, &v)?];
+            let start = out.as_mut_ptr().cast();
+            let out = Buffer::from_host_ptr(&device, start, <T as Element>::DTYPE, q.dims(), Box::new(()))?;
+            self.attend(layer, &q_buffer, &k, &v, &out, params)?;
+        }
+        Ok(Tensor::from_vec(out, q.dims(), q.device())?)
     }
 
     /// Says that all layers are done: the tokens count from now on.
@@ -130,7 +180,26 @@ fn dtype(x: &Tensor) -> Result<tqkv::DType> {
     }
 }
 
-/// A tensor as a buffer. The only place where one becomes the other.
+/// A contiguous tensor's own memory as a buffer of the CPU.
+///
+/// # Safety
+/// The tensor outlives the buffer, nothing writes to its memory meanwhile, and nothing is written through the buffer.
+unsafe fn borrow(device: &Device, storage: &Storage, x: &Tensor) -> Result<Buffer> {
+    fn start<T>(all: &[T], x: &Tensor) -> *mut u8 {
+        let start = x.layout().start_offset();
+        all[start..start + x.elem_count()].as_ptr().cast_mut().cast()
+    }
+    let (start, dtype) = match storage {
+        Storage::Cpu(CpuStorage::F32(all)) => (start(all, x), tqkv::DType::F32),
+        Storage::Cpu(CpuStorage::F16(all)) => (start(all, x), tqkv::DType::F16),
+        Storage::Cpu(CpuStorage::BF16(all)) => (start(all, x), tqkv::DType::BF16),
+        _ => return Err(Error::TensorType { got: x.dtype() }),
+    };
+    // SAFETY: the slice above is what the buffer has; the rest is the caller's promise.
+    Ok(unsafe { Buffer::from_host_ptr(device, start, dtype, x.dims(), Box::new(()))? })
+}
+
+/// A copy of a tensor as a buffer.
 fn hand_over(device: &Device, x: &Tensor) -> Result<Buffer> {
     fn upload<T: Element>(device: &Device, all: &[T], x: &Tensor) -> Result<Buffer> {
         let start = x.layout().start_offset();

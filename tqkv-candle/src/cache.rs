@@ -16,7 +16,7 @@ pub struct SequenceCache {
 
 impl SequenceCache {
     /// An empty cache; start from [`ModelConfig::cache_config`].
-    pub fn new(device: &Device, config: CacheConfig, _model: &ModelConfig) -> Result<Self> {
+    pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
         let mut attention = Attention::new(device, config)?;
         let sequence = attention.cache_mut().add_sequence();
         Ok(Self { attention, sequence })
@@ -28,7 +28,7 @@ impl SequenceCache {
     /// Those of [`SequenceCache::new`], and [`Error::PeerHeadDim`](crate::Error::PeerHeadDim).
     pub fn emulating(peer: Peer, config: CacheConfig, model: &ModelConfig) -> Result<Self> {
         peer.bits_per_element(model.head_dim)?;
-        let mut cache = Self::new(&Device::cpu(), config.codec(CodecPair::both(Codec::F32)), model)?;
+        let mut cache = Self::new(&Device::cpu(), config.codec(CodecPair::both(Codec::F32)))?;
         cache.attention.set_tap(peer);
         Ok(cache)
     }

@@ -35,6 +35,12 @@ pub enum Error {
     /// A calibration that cannot be made, or is not for the model or the cache at hand.
     #[error("calibration: {0}")]
     Calibration(crate::calibration::CalibrationError),
+    /// A draft that proposes too few tokens at a time, or too many.
+    #[error("{got} tokens drafted at a time, expected 1 to {}", tqkv::cache::RECENT_SLACK)]
+    DraftTokens {
+        /// How many.
+        got: usize,
+    },
     /// A JSON file is no JSON, or not what it should be.
     #[error("{}: {cause}", path.display())]
     Json {

@@ -14,8 +14,9 @@ pub fn fingerprint(model: &Path) -> Result<String> {
     let mut buffer = vec![0; 1 << 20];
     for path in files(model)? {
         let failed = |cause| Error::Read { path: path.clone(), cause };
-        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
         let mut file = std::fs::File::open(&path).map_err(failed)?;
+        // Where one ends and the next begins. What they are called is no part of the model.
+        hash.update(&file.metadata().map_err(failed)?.len().to_le_bytes());
         loop {
             match file.read(&mut buffer).map_err(failed)? {
                 0 => break,

@@ -1,6 +1,8 @@
 //! Text generation, token by token.
 
+use crate::attention::Attention;
 use crate::cache::SequenceCache;
+use crate::draft::{Draft, Proposal};
 use crate::error::{Error, Result};
 use crate::models::Model;
 use crate::room;
@@ -8,6 +10,7 @@ use crate::sampling::Sampler;
 use candle_core::IndexOp;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
+use tqkv::SequenceId;
 
 /// How to generate.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,8 +86,26 @@ pub struct Generated {
     pub prompt_tokens: usize,
     /// What the prompt took.
     pub prompt_time: Duration,
-    /// What the new tokens after the first took: each of them one run of the model.
+    /// What the new tokens after the first took: each of them one run of the model, or several with a draft.
     pub decode_time: Duration,
+    /// Tokens that a [`Draft`] proposed.
+    pub drafted: usize,
+    /// Those of them that the model took.
+    pub accepted: usize,
+}
+
+impl Default for Generated {
+    fn default() -> Self {
+        Self {
+            tokens: Vec::new(),
+            stop: StopReason::Callback,
+            prompt_tokens: 0,
+            prompt_time: Duration::ZERO,
+            decode_time: Duration::ZERO,
+            drafted: 0,
+            accepted: 0,
+        }
+    }
 }
 
 impl Generated {
@@ -137,65 +158,201 @@ pub fn generate_with(
     options: &GenerateOptions,
     mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let mut sampler = Sampler::new(options)?;
-    let held = cache.tokens()?;
-    check_prompt(model, cache, held, prompt, options)?;
-    let limit = model.config().max_position_embeddings.min(room::positions(cache)?);
-    sampler.see(&options.history);
-    sampler.see(prompt);
+    Run { model, draft: None, options }.generate(cache, prompt, &mut on_progress)
+}
 
-    let started = Instant::now();
-    let logits = run_prompt(model, cache, prompt, options.chunk, |done| on_progress(Progress::Prompt(done)));
-    let (logits, prompt_tokens) = logits.or_else(|error| {
-        cache.truncate(held)?;
-        Err(error)
-    })?;
-    let prompt_time = started.elapsed();
-    let mut generated = Generated {
-        tokens: Vec::new(),
-        stop: StopReason::Callback,
-        prompt_tokens,
-        prompt_time,
-        decode_time: Duration::ZERO,
-    };
-    let Some(mut logits) = logits else { return Ok(generated) };
+/// The same with a small model that proposes tokens, which the large one checks several at a time. The text is distributed as
+/// without it; where `options` take the likeliest token it is the same text, but where two tokens are as likely up to rounding.
+///
+/// The small model reads [`GenerateOptions::history`] and the prompt. Its proposals are its own draws with the same options.
+///
+/// # Errors
+/// Those of [`generate_with`], for either model.
+pub fn generate_with_draft(
+    model: &Model,
+    cache: &mut SequenceCache,
+    draft: &mut Draft<'_>,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Generated> {
+    Run { model, draft: Some(draft), options }.generate(cache, prompt, &mut on_progress)
+}
 
-    let started = Instant::now();
-    let tokens = &mut generated.tokens;
-    generated.stop = loop {
-        if tokens.len() == options.max_tokens {
-            break StopReason::MaxTokens;
+type OnProgress<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
+
+/// One generation of one text.
+pub(crate) struct Run<'a, 'd> {
+    pub model: &'a Model,
+    pub draft: Option<&'a mut Draft<'d>>,
+    pub options: &'a GenerateOptions,
+}
+
+impl Run<'_, '_> {
+    pub fn generate(
+        mut self,
+        cache: &mut SequenceCache,
+        prompt: &[u32],
+        on_progress: OnProgress<'_>,
+    ) -> Result<Generated> {
+        let (model, options) = (self.model, self.options);
+        let held = cache.tokens()?;
+        let limit = model.config().max_position_embeddings.min(room::positions(cache)?);
+        let mut writer = Writer::new(model, options, held, prompt, limit)?;
+        check_prompt(model, held, prompt, options)?;
+        room::expect(cache, held, prompt.len(), options.chunk)?;
+
+        let started = Instant::now();
+        let ran = self.prompt(cache, prompt, on_progress).or_else(|error| {
+            cache.truncate(held)?;
+            Err(error)
+        });
+        let (logits, prompt_tokens) = ran?;
+        writer.generated.prompt_tokens = prompt_tokens;
+        writer.generated.prompt_time = started.elapsed();
+        let Some(logits) = logits else { return Ok(writer.generated) };
+
+        let started = Instant::now();
+        let mut known = [&options.history[..], prompt].concat();
+        let mut tokens = if options.max_tokens == 0 { vec![] } else { vec![writer.draw(&logits)?] };
+        writer.generated.stop = loop {
+            if options.max_tokens == 0 {
+                break StopReason::MaxTokens;
+            }
+            known.extend(&tokens);
+            if let Some(stop) = tokens.into_iter().find_map(|token| writer.push(token, &mut *on_progress)) {
+                break stop;
+            }
+            tokens = self.round(cache, &known, &mut writer)?;
+        };
+        writer.generated.decode_time = started.elapsed();
+        // Proposals that hold may have run, though the text ends before them.
+        cache.truncate(writer.ran().min(cache.tokens()?))?;
+        Ok(writer.generated)
+    }
+
+    /// The logits after the prompt, unless `on_progress` ends it before; and how many tokens have run.
+    fn prompt(
+        &mut self,
+        cache: &mut SequenceCache,
+        prompt: &[u32],
+        on_progress: OnProgress<'_>,
+    ) -> Result<(Option<Vec<f32>>, usize)> {
+        let (sequence, chunk) = (cache.sequence(), self.options.chunk);
+        let on_chunk = |done| on_progress(Progress::Prompt(done));
+        let ran = run_prompt(self.model, cache.attention_mut(), sequence, prompt, chunk, on_chunk)?;
+        if let (Some(draft), (Some(_), _)) = (&mut self.draft, &ran) {
+            draft.read(&[&self.options.history[..], prompt].concat(), chunk)?;
         }
-        let position = held + prompt.len() + tokens.len() - 1;
-        let token = sampler.sample(&logits).ok_or(Error::NonFiniteLogits { position })?;
-        if model.config().eos_tokens.contains(&token) {
-            break StopReason::EndToken;
+        Ok(ran)
+    }
+
+    /// Runs the last of the known tokens, which the cache lacks, with what is proposed to follow it: the tokens that do follow.
+    fn round(&mut self, cache: &mut SequenceCache, known: &[u32], writer: &mut Writer<'_>) -> Result<Vec<u32>> {
+        let held = cache.tokens()?;
+        let proposals = match &mut self.draft {
+            Some(draft) => draft.propose(known, writer.left().saturating_sub(1), &writer.sampler, self.model)?,
+            None => vec![],
+        };
+        let last = known.last().copied().ok_or(Error::NoTokens)?;
+        let run: Vec<u32> = std::iter::once(last).chain(proposals.iter().map(|p| p.token)).collect();
+        let rows = self.model.logits(&self.model.forward(&run, cache)?)?.to_vec2::<f32>()?;
+        let tokens = writer.judge(&rows, &proposals, held)?;
+        cache.truncate(held + tokens.len())?;
+        if let Some(draft) = &mut self.draft {
+            draft.keep(known.len() + tokens.len() - 1)?;
         }
-        tokens.push(token);
-        sampler.see(&[token]);
+        Ok(tokens)
+    }
+}
+
+/// A text as it is generated.
+pub(crate) struct Writer<'a> {
+    model: &'a Model,
+    max_tokens: usize,
+    sampler: Sampler,
+    /// Positions before the first new token, and how many there can be.
+    start: usize,
+    limit: usize,
+    pub generated: Generated,
+}
+
+impl<'a> Writer<'a> {
+    /// `limit` positions can be held.
+    pub fn new(model: &'a Model, options: &GenerateOptions, held: usize, prompt: &[u32], limit: usize) -> Result<Self> {
+        let mut sampler = Sampler::new(options)?;
+        sampler.see(&options.history);
+        sampler.see(prompt);
+        let (start, max_tokens) = (held.saturating_add(prompt.len()), options.max_tokens);
+        Ok(Self { model, max_tokens, sampler, start, limit, generated: Generated::default() })
+    }
+
+    /// The token that follows; `logits` are those of the last one.
+    pub fn draw(&mut self, logits: &[f32]) -> Result<u32> {
+        let position = self.start + self.generated.tokens.len() - 1;
+        let token = self.sampler.sample(logits).ok_or(Error::NonFiniteLogits { position })?;
+        self.sampler.see(&[token]);
+        Ok(token)
+    }
+
+    /// Which proposals hold, and the token that follows them; `rows` are the logits of the token at `position` and of each
+    /// proposal.
+    fn judge(&mut self, rows: &[Vec<f32>], proposals: &[Proposal], position: usize) -> Result<Vec<u32>> {
+        let mut tokens = Vec::with_capacity(rows.len());
+        self.generated.drafted += proposals.len();
+        for (i, logits) in rows.iter().enumerate() {
+            let drawn = match proposals.get(i) {
+                Some(proposal) => self.sampler.judge(logits, proposal),
+                None => self.sampler.sample(logits).map(|token| (token, false)),
+            };
+            let (token, holds) = drawn.ok_or(Error::NonFiniteLogits { position: position + i })?;
+            self.sampler.see(&[token]);
+            tokens.push(token);
+            if !holds {
+                break;
+            }
+            self.generated.accepted += 1;
+        }
+        Ok(tokens)
+    }
+
+    /// Positions before the first new token.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// How many more tokens can come.
+    fn left(&self) -> usize {
+        let tokens = self.generated.tokens.len();
+        // The last one does not run.
+        (self.max_tokens - tokens).min(self.limit + 1 - self.start - tokens)
+    }
+
+    /// Adds a token, unless it ends the text. Why the text ends, if it does.
+    pub fn push(&mut self, token: u32, on_progress: OnProgress<'_>) -> Option<StopReason> {
+        if self.model.config().eos_tokens.contains(&token) {
+            return Some(StopReason::EndToken);
+        }
+        self.generated.tokens.push(token);
         if on_progress(Progress::Token(token)).is_break() {
-            break StopReason::Callback;
+            return Some(StopReason::Callback);
         }
-        if tokens.len() == options.max_tokens {
-            break StopReason::MaxTokens;
+        let tokens = self.generated.tokens.len();
+        if tokens == self.max_tokens {
+            return Some(StopReason::MaxTokens);
         }
-        if position + 1 == limit {
-            break StopReason::ContextFull;
-        }
-        logits = model.logits(&model.forward(&[token], cache)?)?.flatten_all()?.to_vec1()?;
-    };
-    generated.decode_time = started.elapsed();
-    Ok(generated)
+        (self.start + tokens > self.limit).then_some(StopReason::ContextFull)
+    }
+
+    /// Positions that have run by the end: all, or all but the last.
+    fn ran(&self) -> usize {
+        let last = usize::from(self.generated.stop != StopReason::EndToken && !self.generated.tokens.is_empty());
+        self.start + self.generated.tokens.len() - last
+    }
 }
 
 /// Before any work is done, and not after the chunks that fit.
-fn check_prompt(
-    model: &Model,
-    cache: &SequenceCache,
-    held: usize,
-    prompt: &[u32],
-    options: &GenerateOptions,
-) -> Result<()> {
+pub(crate) fn check_prompt(model: &Model, held: usize, prompt: &[u32], options: &GenerateOptions) -> Result<()> {
     if prompt.is_empty() {
         return Err(Error::NoTokens);
     }
@@ -207,16 +364,17 @@ fn check_prompt(
         return Err(Error::ContextOverflow { got: held.saturating_add(prompt.len()), limit });
     }
     let vocab_size = model.config().vocab_size;
-    if let Some(&got) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
-        return Err(Error::Token { got, vocab_size });
+    match prompt.iter().find(|&&token| token as usize >= vocab_size) {
+        Some(&got) => Err(Error::Token { got, vocab_size }),
+        None => Ok(()),
     }
-    room::expect(cache, held, prompt.len(), options.chunk)
 }
 
 /// The logits after a prompt, which runs chunk by chunk; none if `on_chunk` ends it before. And how many tokens have run.
-fn run_prompt(
+pub(crate) fn run_prompt(
     model: &Model,
-    cache: &mut SequenceCache,
+    attention: &mut Attention,
+    sequence: SequenceId,
     prompt: &[u32],
     chunk: usize,
     mut on_chunk: impl FnMut(usize) -> ControlFlow<()>,
@@ -224,14 +382,14 @@ fn run_prompt(
     let mut done = 0usize;
     loop {
         let chunk = &prompt[done..prompt.len().min(done.saturating_add(chunk))];
-        let hidden = model.forward(chunk, cache)?;
+        let hidden = model.forward_batch(&[(sequence, chunk)], attention)?;
         done += chunk.len();
         let stop = on_chunk(done).is_break();
         if done == prompt.len() {
             // Only the last token's are used, and with a large vocabulary all would be much work.
             let logits: Vec<f32> = model.logits(&hidden.i(chunk.len() - 1..)?)?.flatten_all()?.to_vec1()?;
             if logits.iter().any(|l| l.is_nan()) {
-                return Err(Error::NonFiniteLogits { position: cache.tokens()?.saturating_sub(1) });
+                return Err(Error::NonFiniteLogits { position: attention.cache().len(sequence)?.saturating_sub(1) });
             }
             return Ok(((!stop).then_some(logits), done));
         }

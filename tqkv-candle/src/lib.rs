@@ -14,7 +14,7 @@
 //! let vocabulary = Vocabulary::load(dir, model.config())?;
 //! // Keys in 5 bits, values in 4; room for 4096 tokens.
 //! let config = model.config().cache_config().codec("k5v4".parse()?).capacity(4096);
-//! let mut cache = SequenceCache::new(&tqkv::Device::cpu(), config, model.config())?;
+//! let mut cache = SequenceCache::new(&tqkv::Device::cpu(), config)?;
 //!
 //! let prompt = vocabulary.encode_prompt("Once upon a time")?;
 //! let mut decoder = vocabulary.decoder();
@@ -26,8 +26,10 @@
 //! ```
 
 mod attention;
+mod batch;
 mod cache;
 mod calibration;
+mod draft;
 mod error;
 mod eval;
 mod fields;
@@ -40,13 +42,22 @@ mod text;
 mod tokenizer;
 
 pub use attention::{Attention, AttentionStep};
+pub use batch::generate_batch;
 pub use cache::SequenceCache;
 pub use calibration::{Calibration, CalibrationError, Origin, Plan, Search, Tried};
+pub use draft::Draft;
 pub use error::{Error, Result};
 pub use eval::{Fidelity, Found, Needle, Peer, Windows, evaluate, find_needle, first_difference, run_freely};
 pub use fingerprint::fingerprint;
-pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with};
+pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with, generate_with_draft};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};
 pub use sampling::Sampler;
-pub use text::{TextProgress, generate_text};
+pub use text::{TextProgress, TextStream, generate_text};
 pub use tokenizer::{ChatTemplate, Decoder, Encoded, GgufTokenizer, Message, Tokenizer, Vocabulary};
+
+/// The guide's snippets, compiled and run by `cargo test --doc`.
+#[cfg(doctest)]
+mod guides {
+    #[doc = include_str!("../../docs/candle.md")]
+    struct Candle;
+}

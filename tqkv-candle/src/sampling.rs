@@ -1,10 +1,11 @@
 //! Which token comes next.
 
+use crate::draft::Proposal;
 use crate::error::{Error, Result};
 use crate::generate::GenerateOptions;
-use rand::SeedableRng;
 use rand::distr::Distribution;
 use rand::distr::weighted::WeightedIndex;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashSet;
 
@@ -64,11 +65,50 @@ impl Sampler {
 
     /// A token, or none if the logits have no finite maximum.
     pub fn sample(&mut self, logits: &[f32]) -> Option<u32> {
-        let (tokens, weights): (Vec<u32>, Vec<f64>) = self.distribution(logits)?.into_iter().unzip();
-        match tokens[..] {
-            [token] => Some(token),
-            _ => Some(tokens[WeightedIndex::new(weights).ok()?.sample(&mut self.rng)]),
+        Some(self.propose(logits)?.token)
+    }
+
+    /// A token with what it is drawn from, or none if the logits have no finite maximum.
+    pub(crate) fn propose(&mut self, logits: &[f32]) -> Option<Proposal> {
+        let distribution = self.distribution(logits)?;
+        let token = match distribution[..] {
+            [(token, _)] => token,
+            _ => {
+                let weights = WeightedIndex::new(distribution.iter().map(|t| t.1)).ok()?;
+                distribution[weights.sample(&mut self.rng)].0
+            }
+        };
+        Some(Proposal { token, distribution })
+    }
+
+    /// A sampler of the same kind that draws otherwise, for proposals.
+    pub(crate) fn for_drafts(&self) -> Self {
+        let mut other = self.clone();
+        other.rng.set_stream(1);
+        other
+    }
+
+    /// Takes over which tokens another one has seen.
+    pub(crate) fn see_what(&mut self, other: &Self) {
+        self.seen.clone_from(&other.seen);
+    }
+
+    /// The token that comes after all, and whether it is the proposal: the token is distributed as [`Sampler::sample`]'s if the
+    /// proposal was drawn from its distribution (arXiv:2211.17192). None if the logits have no finite maximum.
+    pub(crate) fn judge(&mut self, logits: &[f32], proposal: &Proposal) -> Option<(u32, bool)> {
+        let own = self.distribution(logits)?;
+        let probability =
+            |of: &[(u32, f64)], token: u32| of.binary_search_by_key(&token, |t| t.0).map_or(0.0, |i| of[i].1);
+        let (p, q) = (probability(&own, proposal.token), probability(&proposal.distribution, proposal.token));
+        if self.rng.random::<f64>() * q < p {
+            return Some((proposal.token, true));
         }
+        // What the proposals have too little of.
+        let missing = own.iter().map(|&(token, p)| (p - probability(&proposal.distribution, token)).max(0.0));
+        let missing: Vec<f64> = missing.collect();
+        // Nothing is missing up to rounding: the distributions are the same.
+        let weights = WeightedIndex::new(missing).or_else(|_| WeightedIndex::new(own.iter().map(|t| t.1))).ok()?;
+        Some((own[weights.sample(&mut self.rng)].0, false))
     }
 
     /// The tokens that can be drawn, in order, with their probabilities. None if the logits have no finite maximum.
@@ -133,4 +173,43 @@ impl Sampler {
 /// Of equals the first.
 fn likelier(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens that come of proposals from another distribution are distributed as without them.
+    #[test]
+    fn judged_proposals_keep_the_distribution() {
+        let options = GenerateOptions { temperature: 1.0, top_k: 4, seed: 11, ..GenerateOptions::default() };
+        let mut sampler = Sampler::new(&options).unwrap();
+        let mut drafts = sampler.for_drafts();
+        // Tokens that only one of them draws, and some that both draw.
+        let own = [0.1f32, 0.4, 1e-9, 0.3, 0.2].map(f32::ln);
+        let others = [0.5f32, 0.1, 0.2, 1e-9, 0.2].map(f32::ln);
+        let (n, mut counts, mut held) = (40_000, [0; 5], 0);
+        for _ in 0..n {
+            let proposal = drafts.propose(&others).unwrap();
+            let (token, holds) = sampler.judge(&own, &proposal).unwrap();
+            assert!(!holds || token == proposal.token);
+            counts[token as usize] += 1;
+            held += usize::from(holds);
+        }
+        // Four standard deviations of the largest share.
+        let near = |count: usize, share: f64| (count as f64 / n as f64 - share).abs() < 4.0 * (0.25 / n as f64).sqrt();
+        assert!(counts.iter().zip([0.1, 0.4, 0.0, 0.3, 0.2]).all(|(&count, share)| near(count, share)), "{counts:?}");
+        // The sum of the smaller probability of each token.
+        assert!(near(held, 0.4), "{held}");
+    }
+
+    #[test]
+    fn greedy_judgement_is_equality() {
+        let mut sampler = Sampler::new(&GenerateOptions::default()).unwrap();
+        for (token, expected) in [(1, (1, true)), (0, (1, false))] {
+            let proposal = Proposal { token, distribution: vec![(token, 1.0)] };
+            assert_eq!(sampler.judge(&[0.0, 2.0, 1.0], &proposal), Some(expected));
+            assert_eq!(sampler.judge(&[0.0, f32::NAN], &proposal), None);
+        }
+    }
 }

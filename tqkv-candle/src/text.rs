@@ -1,8 +1,9 @@
 //! Text as it is generated.
 
 use crate::cache::SequenceCache;
+use crate::draft::Draft;
 use crate::error::{Error, Result};
-use crate::generate::{GenerateOptions, Generated, Progress, StopReason, generate_with};
+use crate::generate::{GenerateOptions, Generated, Progress, Run, StopReason};
 use crate::models::Model;
 use crate::tokenizer::Decoder;
 use std::ops::ControlFlow;
@@ -16,41 +17,71 @@ pub enum TextProgress<'a> {
     Text(&'a str),
 }
 
-/// Generates as [`generate_with`] does, and hands over text: each piece as soon as no later token can change it, and no
-/// further than to the first of the strings in `stop`, at which the generation ends.
-///
-/// `decoder` has decoded what stands before the prompt, if the text goes on within a word or a character.
+/// The text of tokens that arrive one by one: each piece as soon as no later token can change it, and no further than to the
+/// first of the stop strings.
+pub struct TextStream<'a> {
+    decoder: Decoder<'a>,
+    until: Until<'a>,
+}
+
+impl<'a> TextStream<'a> {
+    /// `decoder` has decoded what stands before, if the text goes on within a word or a character.
+    ///
+    /// # Errors
+    /// [`Error::StopString`] for an empty one.
+    pub fn new(decoder: Decoder<'a>, stop: &'a [String]) -> Result<Self> {
+        Ok(Self { decoder, until: Until::new(stop)? })
+    }
+
+    /// The text that a token brings. A token that the vocabulary does not have brings none.
+    pub fn push(&mut self, token: u32) -> String {
+        self.until.push(&self.decoder.push(token).unwrap_or_default())
+    }
+
+    /// Whether a stop string came. There is no text after it.
+    pub fn stopped(&self) -> bool {
+        self.until.found
+    }
+
+    /// The text that was held back, when no more comes; and why the text ended, if a stop string ended it.
+    pub fn finish(self) -> (String, Option<StopReason>) {
+        let Self { decoder, mut until } = self;
+        let rest = until.push(&decoder.finish());
+        (rest + &until.finish(), until.found.then_some(StopReason::StopString))
+    }
+}
+
+/// Generates as [`generate_with`](crate::generate_with) does, or with a draft, and hands over the text of a [`TextStream`]; the
+/// generation ends at the first of the strings in `stop`.
 ///
 /// # Errors
-/// Those of [`generate_with`], and [`Error::StopString`] for an empty one.
+/// Those of [`generate_with`](crate::generate_with), and [`Error::StopString`] for an empty one.
+#[allow(clippy::too_many_arguments)] // Each is a thing of its own.
 pub fn generate_text(
     model: &Model,
     cache: &mut SequenceCache,
+    draft: Option<&mut Draft<'_>>,
     prompt: &[u32],
     options: &GenerateOptions,
-    mut decoder: Decoder<'_>,
+    decoder: Decoder<'_>,
     stop: &[String],
     mut on_progress: impl FnMut(TextProgress<'_>) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let mut until = Until::new(stop)?;
-    let mut generated = generate_with(model, cache, prompt, options, |progress| match progress {
+    let mut stream = TextStream::new(decoder, stop)?;
+    let mut on_tokens = |progress| match progress {
         Progress::Prompt(done) => on_progress(TextProgress::Prompt(done)),
-        // Every token was checked to be the model's, and the vocabulary is the model's too: else it has no text.
         Progress::Token(token) => {
-            let text = until.push(&decoder.push(token).unwrap_or_default());
-            let flow = on_progress(TextProgress::Text(&text));
-            if until.found { ControlFlow::Break(()) } else { flow }
+            let flow = on_progress(TextProgress::Text(&stream.push(token)));
+            if stream.stopped() { ControlFlow::Break(()) } else { flow }
         }
-    })?;
-    let rest = decoder.finish();
-    let rest = until.push(&rest) + &until.finish();
+    };
+    let mut generated = Run { model, draft, options }.generate(cache, prompt, &mut on_tokens)?;
+    let (rest, stopped) = stream.finish();
     if !rest.is_empty() {
         // The generation has ended.
         let _ = on_progress(TextProgress::Text(&rest));
     }
-    if until.found {
-        generated.stop = StopReason::StopString;
-    }
+    generated.stop = stopped.unwrap_or(generated.stop);
     Ok(generated)
 }
 

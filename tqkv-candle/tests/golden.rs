@@ -16,7 +16,7 @@ fn tokens() -> Vec<u32> {
 
 fn cache(model: &Model) -> SequenceCache {
     let config = model.config().cache_config().codec("f32".parse().unwrap());
-    SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+    SequenceCache::new(&Device::cpu(), config).unwrap()
 }
 
 fn logits(model: &Model, chunk: usize) -> Vec<Vec<f32>> {
@@ -86,10 +86,11 @@ fn quantized_weights_are_what_they_stand_for() {
             let expected = logits(&Model::load_dequantized(&path).unwrap(), 64);
             let model = Model::load(&path).unwrap();
             // Many tokens at once and few go different ways.
-            for chunk in [64, 3] {
+            // Activations of few are rounded to 16 bits.
+            for (chunk, bound) in [(64, 1e-4), (3, 1e-3)] {
                 let got = logits(&model, chunk).concat();
                 let error = got.iter().zip(expected.concat()).map(|(g, e)| (g - e).abs()).fold(0.0, f32::max);
-                assert!(error < 1e-4, "{name} {dtype:?}, chunks of {chunk}: {error:e}");
+                assert!(error < bound, "{name} {dtype:?}, chunks of {chunk}: {error:e}");
             }
             assert!(error(&expected, name) > if dtype == GgmlDType::F16 { 0.0 } else { 1e-3 }, "{name} {dtype:?}");
         }
@@ -197,7 +198,7 @@ fn windows_take_no_more_than_they_need() {
     let model = Model::load(dir.path()).unwrap();
     for step in [1, 8, 40] {
         let config = model.config().cache_config_for(1, 128, step).codec("f32".parse().unwrap()).page_size(8);
-        let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+        let mut cache = SequenceCache::new(&Device::cpu(), config).unwrap();
         let expected = logits(&model, 64);
         let mut got = Vec::new();
         for chunk in tokens().chunks(step) {

@@ -25,7 +25,7 @@ fn cache(model: &Model) -> SequenceCache {
 
 fn cache_with(model: &Model, codec: &str) -> SequenceCache {
     let codec: CodecPair = codec.parse().unwrap();
-    SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec), model.config()).unwrap()
+    SequenceCache::new(&Device::cpu(), model.config().cache_config().codec(codec)).unwrap()
 }
 
 /// Logits of the last token, computed in f64 with plain loops, one position at a time.
@@ -260,7 +260,7 @@ fn windowed_layers_are_emptied_between_windows_of_text() {
     let model = load(&TinyModel::new());
     let text = Vocabulary::Bytes.encode(b"The quick brown fox jumps over the lazy dog, and so on and on.").unwrap();
     let config = |window| model.config().cache_config().page_size(8).kind_at(1, LayerKind::Window(window));
-    let cache = |window| SequenceCache::new(&Device::cpu(), config(window), model.config()).unwrap();
+    let cache = |window| SequenceCache::new(&Device::cpu(), config(window)).unwrap();
     for window in [1, 4] {
         let run = |text: &Encoded, windows| {
             let windows = Windows::new(text, windows, 30, Some(0)).unwrap();
@@ -318,7 +318,7 @@ fn more_bits_diverge_less() {
 fn a_full_cache_is_an_error_and_keeps_its_tokens() {
     let model = load(&TinyModel::new());
     let config = model.config().cache_config().page_size(16).capacity(32);
-    let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+    let mut cache = SequenceCache::new(&Device::cpu(), config).unwrap();
     model.forward(&[1; 30], &mut cache).unwrap();
     let error = model.forward(&[1; 3], &mut cache);
     assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
@@ -330,7 +330,7 @@ fn a_full_cache_is_an_error_and_keeps_its_tokens() {
 fn a_cache_for_another_model_is_an_error() {
     let model = load(&TinyModel::new());
     for config in [tqkv::CacheConfig::new(1, 2, 64), tqkv::CacheConfig::new(2, 1, 64)] {
-        let mut cache = SequenceCache::new(&Device::cpu(), config, model.config()).unwrap();
+        let mut cache = SequenceCache::new(&Device::cpu(), config).unwrap();
         assert!(matches!(model.forward(&[1, 2], &mut cache), Err(Error::Cache(_))));
         assert_eq!(cache.tokens().unwrap(), 0);
     }
@@ -344,7 +344,7 @@ fn a_prompt_without_room_is_refused_before_anything_is_appended() {
     let run = |cache: &mut SequenceCache, prompt: &[u32]| {
         generate(&model, cache, prompt, &options, |_| ControlFlow::Continue(()))
     };
-    let mut cache = SequenceCache::new(&Device::cpu(), config.clone(), model.config()).unwrap();
+    let mut cache = SequenceCache::new(&Device::cpu(), config.clone()).unwrap();
     model.forward(&[1; 3], &mut cache).unwrap();
     let error = run(&mut cache, &[1; 30]);
     assert!(matches!(error, Err(Error::Cache(tqkv::Error::OutOfPages { needed: 2, free: 1, pages: 2 }))), "{error:?}");
@@ -360,7 +360,7 @@ fn a_prompt_without_room_is_refused_before_anything_is_appended() {
     let windows = |capacity| {
         let window = tqkv::cache::LayerKind::Window(16);
         let config = config.clone().capacity(64).window_capacity(capacity).kind_at(0, window);
-        SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+        SequenceCache::new(&Device::cpu(), config).unwrap()
     };
     let (mut narrow, mut wide) = (windows(16), windows(48));
     assert!(matches!(run(&mut narrow, &[1; 40]), Err(Error::Cache(tqkv::Error::OutOfPages { .. }))));
@@ -400,13 +400,14 @@ fn text_is_generated_up_to_a_stop_string() {
         let (mut text, mut done) = (String::new(), Vec::new());
         let prompt = [0, 65, 66, 67, 68];
         let decoder = Vocabulary::Bytes.decoder();
-        let generated = generate_text(&model, &mut cache(&model), &prompt, &options, decoder, &stop, |progress| {
-            match progress {
-                TextProgress::Prompt(tokens) => done.push(tokens),
-                TextProgress::Text(piece) => text += piece,
-            }
-            ControlFlow::Continue(())
-        });
+        let generated =
+            generate_text(&model, &mut cache(&model), None, &prompt, &options, decoder, &stop, |progress| {
+                match progress {
+                    TextProgress::Prompt(tokens) => done.push(tokens),
+                    TextProgress::Text(piece) => text += piece,
+                }
+                ControlFlow::Continue(())
+            });
         assert_eq!(done, [2, 4, 5]);
         (generated.unwrap(), text)
     };
@@ -423,6 +424,7 @@ fn text_is_generated_up_to_a_stop_string() {
     let result = generate_text(
         &model,
         &mut cache(&model),
+        None,
         &[65],
         &options,
         Vocabulary::Bytes.decoder(),

@@ -52,7 +52,7 @@ impl Golden {
 
 fn cache(model: &Model) -> SequenceCache {
     let config = model.config().cache_config().codec("f32".parse().unwrap()).capacity(256);
-    SequenceCache::new(&Device::cpu(), config, model.config()).unwrap()
+    SequenceCache::new(&Device::cpu(), config).unwrap()
 }
 
 fn logits(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {

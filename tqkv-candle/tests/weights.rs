@@ -12,7 +12,7 @@ use tqkv_candle::{Error, Model, ModelConfig, SequenceCache, Vocabulary, Weights}
 const TOKENS: [u32; 5] = [0, 72, 101, 108, 255];
 
 fn logits(model: &Model) -> Vec<f32> {
-    let mut cache = SequenceCache::new(&tqkv::Device::cpu(), model.config().cache_config(), model.config()).unwrap();
+    let mut cache = SequenceCache::new(&tqkv::Device::cpu(), model.config().cache_config()).unwrap();
     let hidden = model.forward(&TOKENS, &mut cache).unwrap();
     model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }

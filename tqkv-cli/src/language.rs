@@ -2,15 +2,15 @@
 
 use crate::codecs::Choice;
 use crate::{codecs, interrupt, output};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use tqkv::cache::RECENT_SLACK;
-use tqkv::{CacheConfig, Codec, CodecPair, Device};
+use tqkv::{CacheConfig, Codec, CodecPair, Device, KvCache};
 use tqkv_candle::{
-    Calibration, Decoder, GenerateOptions, Generated, Model, SequenceCache, StopReason, TextProgress, Vocabulary,
-    fingerprint, generate_text,
+    Calibration, Decoder, Draft, GenerateOptions, Generated, Model, SequenceCache, StopReason, TextProgress,
+    Vocabulary, fingerprint, generate_text,
 };
 
 /// The model, and what its cache is.
@@ -27,9 +27,63 @@ pub struct Source {
     /// Shifts and scales of the keys that `tqkv calibrate` measured
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
+    /// Without a calibration: subtract the mean of the keys of the first prompt, which is read twice for that (its first 2048
+    /// tokens). It is kept with what is saved
+    #[arg(long, value_enum, value_name = "OF", conflicts_with = "calibration")]
+    pub center: Option<Center>,
     /// Device of the cache: cpu, wgpu, wgpu:N, cuda or cuda:N
     #[arg(long, value_name = "D", default_value = "cpu")]
     pub device: String,
+}
+
+/// What the mean of the keys is taken from.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
+pub enum Center {
+    /// The first prompt
+    Prompt,
+}
+
+/// A small model that proposes what the large one checks.
+#[derive(clap::Args)]
+pub struct Drafting {
+    /// Small model with the same vocabulary that proposes tokens, which the model checks several at a time: the same text, sooner
+    /// if most proposals hold
+    #[arg(long, value_name = "PATH")]
+    draft: Option<PathBuf>,
+    /// Tokens that are proposed at a time, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "draft")]
+    draft_tokens: usize,
+}
+
+impl Drafting {
+    /// Whether there is one.
+    pub fn drafts(&self) -> bool {
+        self.draft.is_some()
+    }
+
+    /// With room for so many tokens of a text.
+    pub fn load(&self, language: &Language, tokens: usize) -> Result<Option<Drafter>> {
+        let Some(path) = &self.draft else { return Ok(None) };
+        let small = Language::load(path, None).context("draft")?;
+        for text in ["Text and (code): a[0] += 1;\n", "\u{e9}\u{4e2d}\u{1f600} 0123"] {
+            let same = small.vocabulary.encode_prompt(text)? == language.vocabulary.encode_prompt(text)?;
+            ensure!(same, "{} has another vocabulary than {}", path.display(), language.path.display());
+        }
+        let config = small.model.config();
+        // Windows are kept whole, so that proposals can be taken back. Few bits would cost proposals.
+        let cache = CacheConfig::new(config.layers, config.kv_heads, config.head_dim)
+            .capacity(tokens.min(config.max_position_embeddings))
+            .codec(CodecPair::both(Codec::F16));
+        let cache = SequenceCache::new(&Device::cpu(), cache)?;
+        Ok(Some(Drafter { model: small.model, cache, tokens: self.draft_tokens }))
+    }
+}
+
+/// A small model with its cache.
+pub struct Drafter {
+    model: Model,
+    pub cache: SequenceCache,
+    tokens: usize,
 }
 
 /// How tokens are drawn, and when the text ends.
@@ -74,8 +128,13 @@ impl Drawing {
         Ok(())
     }
 
+    /// Strings that end the text.
+    pub fn stop(&self) -> &[String] {
+        &self.stop
+    }
+
     /// `history` are the tokens before the prompt.
-    fn options(&self, history: &[u32]) -> GenerateOptions {
+    pub fn options(&self, history: &[u32]) -> GenerateOptions {
         GenerateOptions {
             max_tokens: self.max_tokens,
             temperature: self.temperature,
@@ -96,6 +155,8 @@ pub struct Language {
     pub model: Model,
     pub vocabulary: Vocabulary,
     pub calibration: Option<Calibration>,
+    /// Whether the calibration was made of a prompt.
+    centered: bool,
 }
 
 impl Language {
@@ -111,7 +172,32 @@ impl Language {
         let model = Model::load(path).context("cannot load the model")?;
         let vocabulary = Vocabulary::load(path, model.config())?;
         spinner.finish_and_clear();
-        Ok(Self { path: path.into(), model, vocabulary, calibration })
+        Ok(Self { calibration, ..Self::new(path.into(), model, vocabulary) })
+    }
+
+    /// Without a calibration.
+    pub fn new(path: PathBuf, model: Model, vocabulary: Vocabulary) -> Self {
+        Self { path, model, vocabulary, calibration: None, centered: false }
+    }
+
+    /// Makes a calibration of the first prompt, unless there is one.
+    pub fn center_on(&mut self, prompt: &[u32]) -> Result<()> {
+        if self.calibration.is_none() {
+            let spinner = output::spinner("looking at the prompt's keys");
+            self.center_as(Calibration::of_prompt(&self.model, prompt).context("--center prompt")?);
+            spinner.finish_and_clear();
+        }
+        Ok(())
+    }
+
+    /// Takes a calibration that was made of a prompt before.
+    pub fn center_as(&mut self, calibration: Calibration) {
+        (self.calibration, self.centered) = (Some(calibration), true);
+    }
+
+    /// The calibration, if it was made of a prompt.
+    pub fn center(&self) -> Option<&Calibration> {
+        self.calibration.as_ref().filter(|_| self.centered)
     }
 
     /// The token that a text begins with, where there is one.
@@ -121,8 +207,8 @@ impl Language {
 
     /// A cache with room for so many tokens.
     pub fn cache(&self, device: &Device, codec: impl Into<Choice>, tokens: usize) -> Result<SequenceCache> {
-        let config = self.cache_config(codec.into(), tokens)?;
-        Ok(SequenceCache::new(device, config, self.model.config())?)
+        let config = self.cache_config(codec.into(), 1, tokens)?;
+        Ok(SequenceCache::new(device, config)?)
     }
 
     /// Whether a cache's keys are calibrated: f32 has nothing to gain.
@@ -130,11 +216,10 @@ impl Language {
         self.calibration.is_some() && codec != CodecPair::both(Codec::F32).into()
     }
 
-    /// What such a cache is.
-    pub fn cache_config(&self, codec: Choice, tokens: usize) -> Result<CacheConfig> {
+    /// What a cache is with room for so many sequences of so many tokens.
+    pub fn cache_config(&self, codec: Choice, sequences: usize, tokens: usize) -> Result<CacheConfig> {
         let step = GenerateOptions::default().chunk;
-        // There is one sequence.
-        let config = self.model.config().cache_config_for(1, tokens, step).sink_sequences(1);
+        let config = self.model.config().cache_config_for(sequences, tokens, step).sink_sequences(sequences);
         let plan = self.calibration.as_ref().and_then(Calibration::plan);
         let config = match (codec, plan) {
             (Choice::Codec(codec), _) => config.cache_codec(codec),
@@ -143,7 +228,9 @@ impl Language {
         };
         let newest = config.layer_recent(0).map_or(1, |recent| recent.positions.saturating_add(RECENT_SLACK));
         let held = newest.saturating_add(step + config.positions_per_page());
-        let config = config.recent_capacity(held.min(tokens).max(1));
+        let page = config.positions_per_page();
+        let held = held.min(tokens).max(1).div_ceil(page).saturating_mul(page);
+        let config = config.recent_capacity(held.saturating_mul(sequences));
         match &self.calibration {
             Some(calibration) if self.calibrates(codec) => Ok(calibration.apply(config)?),
             _ => Ok(config),
@@ -155,6 +242,7 @@ impl Language {
     pub fn go_on(
         &self,
         cache: &mut SequenceCache,
+        drafter: Option<&mut Drafter>,
         tokens: &[u32],
         drawing: &Drawing,
         decoder: Decoder<'_>,
@@ -164,7 +252,10 @@ impl Language {
         let options = drawing.options(history);
         let bar = (prompt.len() > options.chunk).then(|| output::progress("reading", prompt.len())).transpose()?;
         let (mut text, mut emitted) = (String::new(), Ok(()));
-        let generated = generate_text(&self.model, cache, prompt, &options, decoder, &drawing.stop, |progress| {
+        let draft = drafter.map(|d| Draft::new(&d.model, &mut d.cache, d.tokens)).transpose()?;
+        let (draft, stop) = (&mut { draft }, drawing.stop());
+        let draft = draft.as_mut();
+        let generated = generate_text(&self.model, cache, draft, prompt, &options, decoder, stop, |progress| {
             match progress {
                 TextProgress::Prompt(done) => {
                     if let Some(bar) = &bar {
@@ -186,20 +277,19 @@ impl Language {
         if let Some(bar) = bar {
             bar.finish_and_clear();
         }
-        let report = self.report(cache, &text, &generated)?;
+        let report = self.report(cache.kv(), cache.tokens()?, text, &generated)?;
         let mut tokens = tokens[..history.len() + generated.prompt_tokens].to_vec();
         tokens.extend(&generated.tokens);
         Ok(Answer { tokens, report, emitted })
     }
 
-    fn report(&self, cache: &SequenceCache, text: &str, generated: &Generated) -> Result<Report> {
-        let kv = cache.kv();
-        let config = kv.config();
-        let (positions, held) = (cache.tokens()?, kv.usage().used);
+    /// Of a text whose sequence has so many positions.
+    pub fn report(&self, kv: &KvCache, positions: usize, text: String, generated: &Generated) -> Result<Report> {
+        let (config, held) = (kv.config(), kv.usage().used);
         // What f16 would take for as many pages.
         let f16 = held as f64 * 16.0 / config.bits_per_element(positions)?;
         Ok(Report {
-            text: text.into(),
+            text,
             stop: match generated.stop {
                 StopReason::MaxTokens => "max_tokens",
                 StopReason::EndToken => "end_token",
@@ -215,6 +305,14 @@ impl Language {
             tokens_per_second: generated.decode_tokens_per_second(),
             cache_bytes: held,
             cache_bytes_f16: f16.round() as usize,
+            cache_reserved_bytes: kv.bytes(),
+            weight_bytes: self.model.weight_bytes(),
+            peak_bytes: peak_bytes(),
+            draft: (generated.drafted > 0).then(|| Drafted {
+                proposed: generated.drafted,
+                accepted: generated.accepted,
+                acceptance: generated.accepted as f64 / generated.drafted as f64,
+            }),
         })
     }
 }
@@ -238,15 +336,42 @@ pub struct Report {
     pub tokens: usize,
     pub prompt_tokens_per_second: f64,
     pub tokens_per_second: f64,
+    /// Of all texts that were generated together.
     pub cache_bytes: usize,
     pub cache_bytes_f16: usize,
+    /// What the cache took when it was made, for all that it has room for.
+    pub cache_reserved_bytes: usize,
+    pub weight_bytes: usize,
+    /// The most memory that the program has had by then, where the system says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draft: Option<Drafted>,
+}
+
+/// What became of a draft's proposals.
+#[derive(Serialize)]
+pub struct Drafted {
+    proposed: usize,
+    accepted: usize,
+    acceptance: f64,
+}
+
+/// The largest resident set so far.
+fn peak_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
 }
 
 impl Report {
     /// A line beside the text.
     pub fn line(&self) -> String {
+        let draft = self.draft.as_ref().map_or(String::new(), |d| {
+            format!("; {} of {} drafted tokens held ({:.0} %)", d.accepted, d.proposed, d.acceptance * 100.0)
+        });
         format!(
-            "{} tokens after {} of the prompt ({}); {:.0} tokens/s (prompt {:.0}); cache {} in {} (f16 would take {})",
+            "{} tokens after {} of the prompt ({}); {:.0} tokens/s (prompt {:.0}){draft}; cache {} in {} (f16 would take {})",
             self.tokens,
             self.prompt_tokens,
             self.stop,

@@ -1,7 +1,10 @@
 //! The `tqkv` program.
 
+mod batch;
 mod codecs;
 mod commands;
+#[cfg(test)]
+mod guide;
 mod interrupt;
 mod language;
 mod output;

@@ -45,6 +45,47 @@ fn fewer_candidates_make_greedy_text() {
     }
 }
 
+#[test]
+fn a_draft_changes_no_text_and_says_what_it_was_worth() {
+    let greedy = ["--temperature", "0", "--max-tokens", "50", "--codec", "k8v8"];
+    let plain = generate(&greedy);
+    assert!(plain["draft"].is_null());
+    let drafted = generate(&[&greedy[..], &["--draft", MODEL, "--draft-tokens", "6"]].concat());
+    assert_eq!((&drafted["text"], &drafted["stop"]), (&plain["text"], &plain["stop"]));
+    let count = |field: &str| drafted["draft"][field].as_u64().unwrap();
+    assert!(count("proposed") >= 42 && count("accepted") * 10 > count("proposed") * 9, "{drafted}");
+
+    let dir = tempdir().unwrap();
+    write_model(dir.path(), 281, 80);
+    std::fs::copy(LLAMA2, dir.path().join("tokenizer.json")).unwrap();
+    let other = dir.path().to_str().unwrap();
+    let common = ["generate", "--model", MODEL, "--prompt", "x"];
+    fails(&[&common[..], &["--draft", other]].concat(), &["another vocabulary"]);
+    fails(&[&common[..], &["--draft", MODEL, "--draft-tokens", "65"]].concat(), &["65 tokens drafted", "1 to 64"]);
+    fails(&[&common[..], &["--draft", "no/such/model"]].concat(), &["draft", "no/such/model"]);
+    fails(&[&common[..], &["--draft", MODEL, "--prompt", "y"]].concat(), &["several prompts"]);
+}
+
+#[test]
+fn several_prompts_give_the_texts_that_each_gives() {
+    let dir = tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "# Drawbacks\nSome").unwrap();
+    let prompts = ["## Motivation\n", "fn main() {", "# Drawbacks\nSome"];
+    let common = ["generate", "--model", MODEL, "--json", "--max-tokens", "30", "--temperature", "0.8", "--seed", "4"];
+    let alone: Vec<Value> =
+        prompts.iter().map(|prompt| json(&[&common[..], &["--prompt", prompt]].concat()).remove(0)).collect();
+    let [first, second, _] = prompts;
+    let file = file.to_str().unwrap();
+    let together = json(&[&common[..], &["--prompt", first, "--prompt", second, "--prompt-file", file]].concat());
+    assert_eq!(together.len(), 3);
+    for (together, alone) in together.iter().zip(&alone) {
+        for field in ["text", "stop", "prompt_tokens", "tokens"] {
+            assert_eq!(together[field], alone[field], "{field}");
+        }
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interruption_ends_the_text_and_saves_it() {
@@ -179,4 +220,41 @@ fn a_real_model_answers() {
     assert_eq!((&generated[0]["tokens"], text(&generated[0]).is_empty()), (&8.into(), false), "{generated:?}");
     let output = run(&["chat", "--model", model]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("has no chat template"));
+}
+
+/// What `generate` has beside the weights and the cache: the program, the vocabulary, activations of 512 tokens.
+#[cfg(target_os = "linux")]
+#[test]
+fn generate_takes_little_more_than_weights_and_cache() {
+    const REST: f64 = 64.0 * 1048576.0;
+    let Some(model) = real_model("SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
+    let dir = tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "The quick brown fox jumps over the lazy dog, twice. ".repeat(170)).unwrap();
+    let (model, file) = (model.to_str().unwrap(), file.to_str().unwrap());
+    let report =
+        json(&["generate", "--model", model, "--prompt-file", file, "--codec", "k4v4", "--json", "--max-tokens", "8"]);
+    let bytes = |field: &str| report[0][field].as_f64().unwrap();
+    assert!(bytes("prompt_tokens") > 2000.0);
+    let known = bytes("weight_bytes") + bytes("cache_reserved_bytes");
+    assert!(bytes("peak_bytes") < 1.1 * known + REST, "{report:?}");
+}
+
+#[test]
+fn a_center_is_taken_from_the_prompt_and_kept() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("saved");
+    let file = path.to_str().unwrap();
+    let common = ["generate", "--model", MODEL, "--temperature", "0", "--json", "--codec", "k3v3"];
+    let prompt = ["--prompt", "## Motivation\nThis RFC proposes", "--center", "prompt"];
+    let whole = json(&[&common[..], &prompt, &["--max-tokens", "40"]].concat()).remove(0);
+    let first = json(&[&common[..], &prompt, &["--max-tokens", "15", "--save", file]].concat()).remove(0);
+    let rest = json(&[&common[..], &["--load", file, "--max-tokens", "25"]].concat()).remove(0);
+    let text = |report: &Value| report["text"].as_str().unwrap().to_owned();
+    assert_eq!(text(&first) + &text(&rest), text(&whole));
+    let plain = json(&[&common[..], &prompt[..2], &["--max-tokens", "15", "--save", file]].concat()).remove(0);
+    assert_eq!(plain["tokens"], 15);
+    fails(&[&common[..], &["--load", file, "--center", "prompt"]].concat(), &["has no center"]);
+    fails(&[&common[..], &["--prompt", "x", "--center", "prompt"]].concat(), &["--center prompt", "tokens"]);
+    fails(&[&common[..], &prompt, &["--calibration", "x"]].concat(), &["--calibration"]);
 }

@@ -3,10 +3,12 @@
 use crate::array::Arg;
 use crate::device::{Device, codec};
 use crate::error::{OrRaise, raise};
-use crate::ops::{Asked, Outputs, decoded, domain, order, positions, run};
+use crate::ops::{Asked, decoded, domain, order, positions, run};
+use crate::pool::floats;
 use ouroboros::self_referencing;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -64,8 +66,9 @@ impl State {
 }
 
 impl PyKvCache {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Without the GIL while it waits: who has the lock may be waiting for that.
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, State> {
+        self.state.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -76,12 +79,6 @@ fn by_layer<'py, T>(
 ) -> PyResult<Vec<(usize, T)>> {
     let items = dict.into_iter().flat_map(|d| d.iter());
     items.map(|(layer, x)| Ok((layer.extract()?, value(&x)?))).collect()
-}
-
-/// The numbers of an array, row after row.
-fn floats(array: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
-    let flat = array.call_method1("reshape", (-1,))?;
-    flat.call_method0("tolist")?.extract()
 }
 
 fn side(name: &str) -> PyResult<Side> {
@@ -147,33 +144,33 @@ impl PyKvCache {
     }
 
     #[getter]
-    fn sequences(&self) -> Vec<u64> {
-        self.lock().sequences.keys().copied().collect()
+    fn sequences(&self, py: Python<'_>) -> Vec<u64> {
+        self.lock(py).sequences.keys().copied().collect()
     }
 
-    fn add_sequence(&self) -> PyResult<u64> {
-        let mut state = self.lock();
+    fn add_sequence(&self, py: Python<'_>) -> PyResult<u64> {
+        let mut state = self.lock(py);
         let id = state.cache()?.add_sequence();
         Ok(state.name(id))
     }
 
     /// A sequence with the same content, which shares all pages until either writes.
-    fn fork(&self, sequence: u64) -> PyResult<u64> {
-        let mut state = self.lock();
+    fn fork(&self, py: Python<'_>, sequence: u64) -> PyResult<u64> {
+        let mut state = self.lock(py);
         let id = state.id(sequence)?;
         let twin = state.cache()?.fork(id).or_raise()?;
         Ok(state.name(twin))
     }
 
     /// Drops all positions from ``len`` on. Raises :class:`PositionsError` if a window has dropped what would be seen.
-    fn truncate(&self, sequence: u64, len: usize) -> PyResult<()> {
-        let mut state = self.lock();
+    fn truncate(&self, py: Python<'_>, sequence: u64, len: usize) -> PyResult<()> {
+        let mut state = self.lock(py);
         let id = state.id(sequence)?;
         state.cache()?.truncate(id, len).or_raise()
     }
 
-    fn free(&self, sequence: u64) -> PyResult<()> {
-        let mut state = self.lock();
+    fn free(&self, py: Python<'_>, sequence: u64) -> PyResult<()> {
+        let mut state = self.lock(py);
         let id = state.id(sequence)?;
         state.cache()?.free_sequence(id).or_raise()?;
         state.sequences.remove(&sequence);
@@ -181,27 +178,27 @@ impl PyKvCache {
     }
 
     /// Positions, the same in every layer. Raises :class:`UnevenLayersError` between the layers' appends.
-    fn len(&self, sequence: u64) -> PyResult<usize> {
-        let mut state = self.lock();
+    fn len(&self, py: Python<'_>, sequence: u64) -> PyResult<usize> {
+        let mut state = self.lock(py);
         let id = state.id(sequence)?;
         state.cache()?.len(id).or_raise()
     }
 
     /// Bytes of all pages.
     #[getter]
-    fn nbytes(&self) -> PyResult<usize> {
-        Ok(self.lock().cache()?.bytes())
+    fn nbytes(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.lock(py).cache()?.bytes())
     }
 
     /// In the kind of layers that has fewest.
     #[getter]
-    fn free_pages(&self) -> PyResult<usize> {
-        Ok(self.lock().cache()?.free_pages())
+    fn free_pages(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.lock(py).cache()?.free_pages())
     }
 
     /// ``capacity``, ``used`` and ``free`` in bytes, ``fragmentation`` as a share.
-    fn usage(&self) -> PyResult<BTreeMap<&'static str, f64>> {
-        let usage = self.lock().cache()?.usage();
+    fn usage(&self, py: Python<'_>) -> PyResult<BTreeMap<&'static str, f64>> {
+        let usage = self.lock(py).cache()?.usage();
         let bytes = [("capacity", usage.capacity), ("used", usage.used), ("free", usage.free)];
         let bytes = bytes.into_iter().map(|(name, n)| (name, n as f64));
         Ok(bytes.chain([("fragmentation", usage.fragmentation)]).collect())
@@ -218,7 +215,7 @@ impl PyKvCache {
         v: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let (k, v) = (Arg::input("k", k, &self.device)?, Arg::input("v", v, &self.device)?);
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let tokens = state.tokens(tokens)?;
         let cache = state.cache()?;
         run(py, &self.device, &[], |e| cache.append(e, layer, &tokens, &k.buffer, &v.buffer))
@@ -243,20 +240,11 @@ impl PyKvCache {
         out: Option<Bound<'py, PyAny>>,
         lse: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let asked = Asked { scale, causal, window, softcap, sink_logits, domain };
-        let arg = Arg::input("q", &q, &self.device)?;
-        let outputs = Outputs::new(&q, arg.buffer.shape(), out, lse, &self.device)?;
-        {
-            let mut state = self.lock();
-            let queries = state.tokens(queries)?;
-            let cache = state.cache()?;
-            let (params, _sinks) = asked.params(&self.device, cache.config().layer_heads(layer).head_dim)?;
-            run(py, &self.device, &outputs.args(), |e| {
-                let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
-                cache.attend(e, layer, &queries, &arg.buffer, &outputs.out_arg.buffer, lse, &params)
-            })?;
-        }
-        outputs.into_python(py)
+        let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
+        let mut state = self.lock(py);
+        let queries = state.tokens(queries)?;
+        let cache = state.cache()?;
+        asked.run(&q, &self.device, |e, a| cache.attend(e, layer, &queries, a.q, a.out, a.lse, a.params))
     }
 
     /// Decodes positions, all if none are named; as :func:`dequantize`.
@@ -273,7 +261,7 @@ impl PyKvCache {
         order: &str,
         out: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let id = state.id(sequence)?;
         let cache = state.cache()?;
         let (domain, order, side) = (self::domain(domain)?, self::order(order)?, self::side(side)?);
@@ -292,8 +280,8 @@ impl PyKvCache {
     }
 
     /// Whether there are pages for so many new tokens.
-    fn fits(&self, tokens: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let mut state = self.lock();
+    fn fits(&self, py: Python<'_>, tokens: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let mut state = self.lock(py);
         let tokens = state.tokens(tokens)?;
         match state.cache()?.step(&tokens) {
             Ok(_) => Ok(true),
@@ -305,7 +293,7 @@ impl PyKvCache {
     /// Starts a step: the new tokens of some sequences through all layers, as one thing. Until it is over, the cache takes no
     /// other call. Raises :class:`OutOfPagesError`, :class:`UnknownSequenceError`, :class:`RepeatedSequenceError`.
     fn step(slf: Bound<'_, Self>, tokens: &Bound<'_, PyAny>) -> PyResult<PyStep> {
-        let mut state = slf.get().lock();
+        let mut state = slf.get().lock(slf.py());
         let tokens = state.tokens(tokens)?;
         state.cache()?;
         let Some(cache) = state.cache.take() else { unreachable!("it was there") };
@@ -328,7 +316,7 @@ impl PyKvCache {
         sequences: Option<Vec<u64>>,
         fingerprint: Option<&[u8]>,
     ) -> PyResult<Vec<u64>> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let (names, ids) = state.saved(sequences)?;
         let cache = state.cache()?;
         py.detach(|| cache.save(&ids, path, fingerprint.unwrap_or(b""))).or_raise()?;
@@ -339,7 +327,7 @@ impl PyKvCache {
     /// :class:`NotASnapshotError`, :class:`TruncatedError`, :class:`OutOfPagesError`, :class:`IoError`.
     #[pyo3(signature = (path, fingerprint = None))]
     fn load(&self, py: Python<'_>, path: PathBuf, fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let cache = state.cache()?;
         let ids = py.detach(|| cache.load(path, fingerprint.unwrap_or(b""))).or_raise()?;
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
@@ -353,7 +341,7 @@ impl PyKvCache {
         sequences: Option<Vec<u64>>,
         fingerprint: Option<&[u8]>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let (_, ids) = state.saved(sequences)?;
         let cache = state.cache()?;
         let bytes = py.detach(|| snapshot(cache, &ids, fingerprint.unwrap_or(b""))).or_raise()?;
@@ -363,7 +351,7 @@ impl PyKvCache {
     /// As :meth:`load`, from bytes.
     #[pyo3(signature = (bytes, fingerprint = None))]
     fn loads(&self, py: Python<'_>, bytes: &[u8], fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let cache = state.cache()?;
         let ids = py.detach(|| cache.read_snapshot(bytes, fingerprint.unwrap_or(b""))).or_raise()?;
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
@@ -372,7 +360,7 @@ impl PyKvCache {
     /// Moves everything to a cache of this capacity. Sequences keep their numbers.
     #[pyo3(signature = (capacity, window_capacity = None))]
     fn grow(&self, py: Python<'_>, capacity: usize, window_capacity: Option<usize>) -> PyResult<()> {
-        let mut state = self.lock();
+        let mut state = self.lock(py);
         let (names, ids) = state.saved(None)?;
         let cache = state.cache()?;
         let mut config = cache.config().clone().capacity(capacity);
@@ -393,8 +381,8 @@ impl PyKvCache {
     }
 
     /// Sequences.
-    fn __len__(&self) -> usize {
-        self.lock().sequences.len()
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.lock(py).sequences.len()
     }
 }
 
@@ -432,43 +420,47 @@ pub struct PyStep {
 }
 
 impl PyStep {
-    fn with<T>(&self, f: impl FnOnce(&mut Step) -> PyResult<T>) -> PyResult<T> {
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Option<OpenStep>> {
+        self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, py: Python<'_>, f: impl FnOnce(&mut Step) -> PyResult<T>) -> PyResult<T> {
         let over = || PyRuntimeError::new_err("this step is over");
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.lock(py);
         let open = open.as_mut().ok_or_else(over)?;
         open.with_step_mut(|step| f(step.as_mut().ok_or_else(over)?))
     }
 
     /// Gives the cache back; what was not committed is undone.
-    fn close(&self, commit: bool) -> PyResult<()> {
-        let Some(mut open) = self.open.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+    fn close(&self, py: Python<'_>, commit: bool) -> PyResult<()> {
+        let Some(mut open) = self.lock(py).take() else {
             return Err(PyRuntimeError::new_err("this step is over"));
         };
         let committed = open.with_step_mut(|step| match step.take() {
             Some(step) if commit => step.commit(),
             _ => Ok(()),
         });
-        self.cache.get().lock().cache = Some(open.into_heads().cache);
+        self.cache.get().lock(py).cache = Some(open.into_heads().cache);
         committed.or_raise()
     }
 }
 
 impl Drop for PyStep {
     fn drop(&mut self) {
-        let _ = self.close(false);
+        let _ = Python::attach(|py| self.close(py, false));
     }
 }
 
 #[pymethods]
 impl PyStep {
     #[getter]
-    fn tokens(&self) -> PyResult<usize> {
-        self.with(|step| Ok(step.tokens()))
+    fn tokens(&self, py: Python<'_>) -> PyResult<usize> {
+        self.with(py, |step| Ok(step.tokens()))
     }
 
     /// The tokens' keys and values in one layer, [tokens, kv_heads, head_dim].
     fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.with(|step| {
+        self.with(py, |step| {
             let device = step.device().clone();
             let (k, v) = (Arg::input("k", k, &device)?, Arg::input("v", v, &device)?);
             run(py, &device, &[], |e| step.append(e, layer, &k.buffer, &v.buffer))
@@ -493,28 +485,20 @@ impl PyStep {
         out: Option<Bound<'py, PyAny>>,
         lse: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let asked = Asked { scale, causal, window, softcap, sink_logits, domain };
-        self.with(|step| {
+        let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
+        self.with(py, |step| {
             let device = step.device().clone();
-            let arg = Arg::input("q", &q, &device)?;
-            let head_dim = arg.buffer.shape().last().copied().unwrap_or(1);
-            let (params, _sinks) = asked.params(&device, head_dim)?;
-            let outputs = Outputs::new(&q, arg.buffer.shape(), out, lse, &device)?;
-            run(py, &device, &outputs.args(), |e| {
-                let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
-                step.attend(e, layer, &arg.buffer, &outputs.out_arg.buffer, lse, &params)
-            })?;
-            outputs.into_python(py)
+            asked.run(&q, &device, |e, a| step.attend(e, layer, a.q, a.out, a.lse, a.params))
         })
     }
 
     /// The tokens count from now on. Raises :class:`UnevenLayersError` if a layer was not appended.
-    fn commit(&self) -> PyResult<()> {
-        self.close(true)
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        self.close(py, true)
     }
 
-    fn abandon(&self) -> PyResult<()> {
-        self.close(false)
+    fn abandon(&self, py: Python<'_>) -> PyResult<()> {
+        self.close(py, false)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -529,8 +513,9 @@ impl PyStep {
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<bool> {
         // Over already if its block has committed or abandoned it.
-        if self.open.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
-            self.close(kind.is_none())?;
+        let py = kind.py();
+        if self.lock(py).is_some() {
+            self.close(py, kind.is_none())?;
         }
         Ok(false)
     }

@@ -11,6 +11,7 @@ mod ops;
 mod pool;
 
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -26,5 +27,14 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ops::attend, m)?)?;
     m.add_function(wrap_pyfunction!(ops::dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(ops::merge, m)?)?;
-    m.add_function(wrap_pyfunction!(ops::rotate, m)?)
+    m.add_function(wrap_pyfunction!(ops::rotate, m)?)?;
+    m.add_function(wrap_pyfunction!(xxh3_128, m)?)
+}
+
+/// XXH3-128 of parts, one after the other.
+#[pyfunction(name = "_xxh3_128")]
+fn xxh3_128(parts: Vec<PyBackedBytes>) -> u128 {
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    parts.iter().for_each(|part| hash.update(part));
+    hash.digest128()
 }

@@ -44,7 +44,7 @@ pub fn quantize(py: Python<'_>, batch: &Batch, parts: Vec<(Bound<'_, PyAny>, PyR
     run(py, &batch.device, &[], |encoder| ops::quantize(encoder, &pairs, batch_of))
 }
 
-/// How attention is asked for.
+/// What every `attend` is asked for by keywords.
 pub struct Asked<'py> {
     pub scale: Option<f32>,
     pub causal: bool,
@@ -52,20 +52,78 @@ pub struct Asked<'py> {
     pub softcap: Option<f32>,
     pub sink_logits: Option<Bound<'py, PyAny>>,
     pub domain: String,
+    pub out: Option<Bound<'py, PyAny>>,
+    pub lse: bool,
 }
 
-impl Asked<'_> {
-    /// The parameters, and what keeps the sinks alive.
-    pub fn params(&self, device: &tqkv::Device, head_dim: usize) -> PyResult<(AttentionParams, Option<Arg>)> {
-        let sinks = self.sink_logits.as_ref().map(|s| Arg::input("sink_logits", s, device)).transpose()?;
-        let mut params = match self.scale {
-            Some(scale) => AttentionParams::new(scale),
-            None => AttentionParams::for_head_dim(head_dim),
-        };
+/// What attention is recorded with.
+pub struct Attended<'a> {
+    pub q: &'a Buffer,
+    pub params: &'a AttentionParams,
+    pub out: &'a Buffer,
+    pub lse: Option<&'a Buffer>,
+}
+
+impl<'py> Asked<'py> {
+    /// Runs what `record` records of these queries. Gives `out`, new or given, or a pair of it and the log-sum-exps.
+    pub fn run(
+        self,
+        q: &Bound<'py, PyAny>,
+        device: &tqkv::Device,
+        record: impl FnOnce(&mut CommandEncoder, Attended) -> tqkv::Result<()> + Send,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = q.py();
+        let input = |what, x: &Bound<'py, PyAny>| Arg::input(what, x, device);
+        let (queries, sinks) = (input("q", q)?, self.sink_logits.map(|s| input("sink_logits", &s)).transpose()?);
+        let head_dim = queries.buffer.shape().last().map_or(1, |&n| n.max(1));
+        let mut params = self.scale.map_or_else(|| AttentionParams::for_head_dim(head_dim), AttentionParams::new);
         (params.causal, params.window, params.softcap) = (self.causal, self.window, self.softcap);
         params.sink_logits = sinks.as_ref().map(|s| s.buffer.clone());
         params.domain = domain(&self.domain)?;
-        Ok((params, sinks))
+
+        let outputs = Outputs::new(q, queries.buffer.shape(), self.out, self.lse, device)?;
+        run(py, device, &outputs.args(), |encoder| {
+            let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
+            record(encoder, Attended { q: &queries.buffer, params: &params, out: &outputs.out_arg.buffer, lse })
+        })?;
+        outputs.into_python(py)
+    }
+}
+
+/// The output of attention, new or given, and its log-sum-exps if they are asked for.
+struct Outputs<'py> {
+    out: Bound<'py, PyAny>,
+    lse: Option<Bound<'py, PyAny>>,
+    out_arg: Arg,
+    lse_arg: Option<Arg>,
+}
+
+impl<'py> Outputs<'py> {
+    fn new(
+        q: &Bound<'py, PyAny>,
+        shape: &[usize],
+        out: Option<Bound<'py, PyAny>>,
+        lse: bool,
+        device: &tqkv::Device,
+    ) -> PyResult<Self> {
+        let out = out.map_or_else(|| empty_like(q, shape, None), Ok)?;
+        let rows = &shape[..shape.len().saturating_sub(1)];
+        let lse = lse.then(|| empty_like(q, rows, Some(DType::F32))).transpose()?;
+        let out_arg = Arg::output("out", &out, device)?;
+        let lse_arg = lse.as_ref().map(|l| Arg::output("lse", l, device)).transpose()?;
+        Ok(Outputs { out, lse, out_arg, lse_arg })
+    }
+
+    fn args(&self) -> Vec<&Arg> {
+        std::iter::once(&self.out_arg).chain(&self.lse_arg).collect()
+    }
+
+    /// `out`, or `(out, lse)`.
+    fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        match self.lse {
+            Some(lse) => Ok((self.out, lse).into_pyobject(py)?.into_any()),
+            None => Ok(self.out),
+        }
     }
 }
 
@@ -85,43 +143,6 @@ pub fn order(name: &str) -> PyResult<RowOrder> {
     }
 }
 
-/// The output of attention, new or given, and its log-sum-exps if they are asked for.
-pub struct Outputs<'py> {
-    out: Bound<'py, PyAny>,
-    lse: Option<Bound<'py, PyAny>>,
-    pub out_arg: Arg,
-    pub lse_arg: Option<Arg>,
-}
-
-impl<'py> Outputs<'py> {
-    pub fn new(
-        q: &Bound<'py, PyAny>,
-        shape: &[usize],
-        out: Option<Bound<'py, PyAny>>,
-        lse: bool,
-        device: &tqkv::Device,
-    ) -> PyResult<Self> {
-        let out = out.map_or_else(|| empty_like(q, shape, None), Ok)?;
-        let rows = &shape[..shape.len().saturating_sub(1)];
-        let lse = lse.then(|| empty_like(q, rows, Some(DType::F32))).transpose()?;
-        let out_arg = Arg::output("out", &out, device)?;
-        let lse_arg = lse.as_ref().map(|l| Arg::output("lse", l, device)).transpose()?;
-        Ok(Outputs { out, lse, out_arg, lse_arg })
-    }
-
-    pub fn args(&self) -> Vec<&Arg> {
-        std::iter::once(&self.out_arg).chain(&self.lse_arg).collect()
-    }
-
-    /// `out`, or `(out, lse)`.
-    pub fn into_python(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        match self.lse {
-            Some(lse) => Ok((self.out, lse).into_pyobject(py)?.into_any()),
-            None => Ok(self.out),
-        }
-    }
-}
-
 /// Softmax(scale · q·Kᵀ)·V for the new positions of every sequence. ``q`` is [tokens, heads, head_dim], ``heads`` a multiple of
 /// the pools' kv_heads; ``scale`` 1/√head_dim if not given. Gives an array like ``q``, or ``out``; with ``lse`` a pair of it and
 /// float32 [tokens, heads], the logarithms of the softmax denominators, for :func:`merge`.
@@ -133,7 +154,6 @@ impl<'py> Outputs<'py> {
     sink_logits = None, domain = "original".to_owned(), out = None, lse = false))]
 #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
 pub fn attend<'py>(
-    py: Python<'py>,
     q: Bound<'py, PyAny>,
     key: &PagePool,
     value: &PagePool,
@@ -147,17 +167,9 @@ pub fn attend<'py>(
     out: Option<Bound<'py, PyAny>>,
     lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let device = &batch.device;
-    let asked = Asked { scale, causal, window, softcap, sink_logits, domain };
-    let (params, _sinks) = asked.params(device, key.pool.row().head_dim())?;
-    let arg = Arg::input("q", &q, device)?;
-    let outputs = Outputs::new(&q, arg.buffer.shape(), out, lse, device)?;
+    let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
     let (key, value, of) = (&key.pool, &value.pool, &batch.batch);
-    run(py, device, &outputs.args(), |encoder| {
-        let lse = outputs.lse_arg.as_ref().map(|l| &l.buffer);
-        ops::attention(encoder, &arg.buffer, key, value, of, &params, &outputs.out_arg.buffer, lse)
-    })?;
-    outputs.into_python(py)
+    asked.run(&q, &batch.device, |encoder, a| ops::attention(encoder, a.q, key, value, of, a.params, a.out, a.lse))
 }
 
 /// Which positions: all that are held, a range, or a list.

@@ -37,15 +37,19 @@ impl PagePool {
     /// [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (on a CPU), also of one
     /// tensor: pages of [page_size, kv_heads, bytes] are ``.transpose(1, 2)`` of a view.
     ///
-    /// Raises :class:`ShapeError`, :class:`MismatchError` for rows that overlap, :class:`AliasedError`, :class:`UnsupportedError`.
+    /// ``channels`` shifts and scales keys before they are stored, (shift, scale), both [kv_heads, head_dim].
+    ///
+    /// Raises :class:`ShapeError`, :class:`MismatchError` for rows that overlap, :class:`AliasedError`, :class:`UnsupportedError`,
+    /// :class:`ParameterError`.
     #[staticmethod]
-    #[pyo3(signature = (device, codec, head_dim, codes, scales = None))]
+    #[pyo3(signature = (device, codec, head_dim, codes, scales = None, channels = None))]
     fn from_arrays(
         device: &Device,
         codec: &str,
         head_dim: usize,
         codes: &Bound<'_, PyAny>,
         scales: Option<&Bound<'_, PyAny>>,
+        channels: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<Self> {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
         let (codes, owner) = (Array::new("codes", codes)?, codes.clone().unbind());
@@ -66,7 +70,12 @@ impl PagePool {
             }
         };
         let scales = scales.as_ref().map(|(buffer, strides)| (buffer, *strides));
-        let pool = ops::PagePool::strided(row, shape, (&code_bytes, code_strides), scales).or_raise()?;
+        let mut pool = ops::PagePool::strided(row, shape, (&code_bytes, code_strides), scales).or_raise()?;
+        if let Some((shift, scale)) = channels {
+            let (shift, scale) = (floats(&shift)?, floats(&scale)?);
+            let map = ops::ChannelMap::new(&device.0, shape[1], row.head_dim(), &shift, &scale).or_raise()?;
+            pool = pool.with_channels(&map).or_raise()?;
+        }
         Ok(PagePool { pool, _owners: owners })
     }
 
@@ -145,6 +154,12 @@ fn rows_of(what: &'static str, array: &Array, row_bytes: usize) -> PyResult<([us
 pub struct Batch {
     pub batch: ops::Batch,
     pub device: tqkv::Device,
+}
+
+/// The numbers of an array, row after row.
+pub fn floats(array: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
+    let flat = array.call_method1("reshape", (-1,))?;
+    flat.call_method0("tolist")?.extract()
 }
 
 /// Integers of a list or an array.

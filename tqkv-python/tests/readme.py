@@ -1,12 +1,12 @@
-"""The README's snippets."""
+"""Snippets of the README and of the guide."""
 
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
-def snippet(name):
-    """The text of the block that is marked so."""
-    (text,) = re.findall(rf"^```python {name}\n(.*?)^```", README.read_text(), re.M | re.S)
+def snippet(name, page="README.md"):
+    """The text of a page's block that is marked so."""
+    (text,) = re.findall(rf"^```python {name}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     return text

@@ -1,6 +1,9 @@
 """Operations and the cache against numpy."""
 
 import os
+import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -329,3 +332,74 @@ def test_the_readme(tmp_path, monkeypatch):
     exec(snippet("numpy"), names)
     assert names["out"].shape == (3, 32, 128) and np.abs(names["out"] - 0.1).max() < 0.03
     assert names["cache"].len(names["draft"]) == 3 and (tmp_path / "chat.tqkv").exists()
+
+
+CALIBRATION = pathlib.Path(__file__).parent / "byte-llama-4m.calibration"
+
+
+def test_calibrations(tmp_path):
+    calibration = tqkv.Calibration.load(CALIBRATION)
+    assert len(calibration.channels) == 4 and calibration.origin["tokens"] > 1000 and calibration.plan["codec"].startswith("k")
+    calibration.expect(4, 2, 128)
+    for shape in [(3, 2, 128), (4, 1, 128), (4, 2, 64)]:
+        with pytest.raises(tqkv.CalibrationError, match="made for"):
+            calibration.expect(*shape)
+    cache = tqkv.KvCache(DEVICE, 4, 2, 128, "k4v4", channels=calibration.channels)
+    assert cache.nbytes > 0
+    whole, other = CALIBRATION.read_bytes(), tmp_path / "other"
+    for i in [*range(0, 400, 7), *range(400, len(whole), 97), len(whole) - 1]:
+        for damaged in (whole[:i], whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :], whole + b"x"):
+            other.write_bytes(damaged)
+            with pytest.raises(tqkv.CalibrationError, match=str(other)):
+                tqkv.Calibration.load(other)
+    newer = whole.replace(rb'\"version\":1', rb'\"version\":2')
+    assert newer != whole
+    other.write_bytes(newer)
+    with pytest.raises(tqkv.CalibrationError, match="version 2: expected 1"):
+        tqkv.Calibration.load(other)
+    with pytest.raises(FileNotFoundError):
+        tqkv.Calibration.load(tmp_path / "none")
+
+
+def test_pools_with_channels():
+    """Keys with a mean, as a calibration has them, in a pool of one's own memory."""
+    k, v, q = normals(60, KV, D, seed=1), normals(60, KV, D, seed=2), normals(60, HEADS, D, seed=3)
+    k += 5 * normals(1, KV, D, seed=4)
+    want, errors = oracle(q, k, v)[0], []
+    row = pools("tq4")[0]
+    for channels in (None, (k.mean(0), np.sqrt(k.var(0)))):
+        memory = [(np.zeros((5, KV, PAGE, row.row_bytes), np.uint8), np.zeros((5, KV, PAGE, 1), np.float16)) for _ in "kv"]
+        key = tqkv.PagePool.from_arrays(DEVICE, "tq4", D, *memory[0], channels)
+        value = tqkv.PagePool.from_arrays(DEVICE, "tq4", D, *memory[1])
+        batch = tqkv.Batch(DEVICE, PAGE, [60], [60], [[4, 2, 0, 1]])
+        tqkv.quantize(batch, [(k, key), (v, value)])
+        errors.append(np.linalg.norm(tqkv.attend(q, key, value, batch) - want) / np.linalg.norm(want))
+    assert errors[1] < errors[0] / 2, errors
+    for channels, error in [((np.zeros((1, D)), np.ones((1, D))), tqkv.ShapeError), ((np.zeros((KV, D)), np.zeros((KV, D))), tqkv.ParameterError)]:
+        with pytest.raises(error):
+            tqkv.PagePool.from_arrays(DEVICE, "tq4", D, *memory[0], channels)
+
+
+MANY_THREADS = """
+import threading, numpy as np, tqkv
+cache = tqkv.KvCache(tqkv.Device(), 1, 2, 64, "k4v4", capacity=64 * 1024)
+k, q, done = np.ones((400, 2, 64), np.float32), np.ones((400, 6, 64), np.float32), []
+
+def run():
+    sequence = cache.add_sequence()
+    for _ in range(10):
+        cache.append(0, {sequence: 400}, k, k)
+        cache.attend(0, {sequence: 400}, q)
+        done.append(cache.len(sequence))
+
+threads = [threading.Thread(target=run) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert sorted(done) == sorted([400 * i for i in range(1, 11)] * 4), done
+"""
+
+
+def test_one_cache_in_many_threads():
+    """Who waits for the cache does not keep the GIL from who has it."""
+    done = subprocess.run([sys.executable, "-P", "-c", MANY_THREADS], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -237,12 +237,15 @@ def test_what_it_cannot_do_is_refused(model):
         cache(model, "k9v9")
 
 
-def test_the_readme(monkeypatch):
-    class Bytes:
-        def __call__(self, text, return_tensors):
-            tokens = ids(text)
-            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
 
+    def __call__(self, text, return_tensors):
+        tokens = ids(text)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def test_the_readme(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Bytes())
     names = {"name": MODEL}
     exec(snippet("transformers"), names)
@@ -271,7 +274,42 @@ def test_the_benchmark():
     import sys
 
     options = ["--layers", "1", "--shapes", "64x2", "--times", "1", "--dtype", "float32", "--codecs", "k4v4", "--json"]
+    options += ["--model", "--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
     done = subprocess.run([sys.executable, "-P", "-m", "tqkv.bench", *options], capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["what"] for row in rows] == ["torch float32", "tqkv k4v4"], done.stderr
-    assert all(row["ms_wall"] > 0 and row["context"] == 64 and row["batch"] == 2 for row in rows)
+    names = ["torch float32", "tqkv k4v4", "model, default cache", "model, tqkv k4v4"]
+    assert [row["what"] for row in rows] == names, done.stderr
+    assert all(row.get("ms_wall", 0) > 0 and row["context"] == 64 and row["batch"] == 2 for row in rows), rows
+
+
+CALIBRATION = pathlib.Path(__file__).parent / "byte-llama-4m.calibration"
+
+
+def test_calibrations(stock, model):
+    """Keys are stored better as the file says, also with extents; the plan's codecs by name."""
+    text = ids(" ".join(PROMPTS))
+    with torch.no_grad():
+        want = stock(text).logits
+
+        def lost(codec, **kwargs):
+            return float((model(text, past_key_values=cache(model, codec, **kwargs)).logits - want).norm())
+
+        calibrated = lost("k3v8", calibration=CALIBRATION)
+        assert calibrated < 0.9 * lost("k3v8")
+        assert lost("k3v8+s1f16+r16k8v8", calibration=CALIBRATION) < 0.5 * calibrated
+        assert lost("f32", calibration=CALIBRATION) < 1e-3 * float(want.norm())
+    calibration = tqkv.Calibration.load(CALIBRATION)
+    auto = cache(model, "auto", calibration=calibration)
+    assert str(auto._codec) == calibration.plan["codec"] and len(calibration.plan["layers"]) == 4
+    assert len(generate(model, text, cache=auto)[0]) == NEW
+    with pytest.raises(ValueError, match="budget"):
+        cache(model, "auto")
+    with pytest.raises(tqkv.CalibrationError, match="made for"):
+        TqkvCache(transformers.LlamaConfig(num_hidden_layers=2), calibration=calibration)
+
+
+def test_the_guide(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.calibration").write_bytes(CALIBRATION.read_bytes())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Bytes())
+    exec(snippet("transformers", "docs/transformers.md"), {"name": MODEL})

@@ -25,11 +25,12 @@ def prompts(n, longest, seed=7):
     return [list(text[(at := draw.randrange(len(TEXT))) : at + length]) for length in lengths]
 
 
-def run(tmp_path, prompts, codec=None, new=32, rounds=1, environment=None, **options):
+def run(tmp_path, prompts, codec=None, new=32, rounds=1, environment=None, calibration=None, **options):
     """The run's results, and what it logged."""
     options = {"model": str(MODEL)} | options
     if codec is not None:
-        options = {"attention_backend": "CUSTOM", "additional_config": {"tqkv": {"codec": codec}}} | options
+        asked = {"codec": codec} | ({} if calibration is None else {"calibration": str(calibration)})
+        options = {"attention_backend": "CUSTOM", "additional_config": {"tqkv": asked}} | options
     out = tmp_path / "out.json"
     asked = json.dumps({"options": options, "prompts": prompts, "new": new, "rounds": rounds})
     done = subprocess.run(
@@ -108,9 +109,33 @@ def test_the_readme(monkeypatch):
 
     asked = {}
     monkeypatch.setattr(vllm, "LLM", lambda *args, **kwargs: asked.update(kwargs, model=args[0]))
-    exec(snippet("vllm"), {"name": "a model"})
-    # What every run above is started with.
-    assert asked == {"model": "a model", "attention_backend": "CUSTOM", "additional_config": {"tqkv": {"codec": "k5v4"}}}
+    for page, options in [("README.md", {}), ("docs/vllm.md", {"calibration": "model.calibration"})]:
+        exec(snippet("vllm", page), {"name": "a model"})
+        # What every run above is started with.
+        want = {"attention_backend": "CUSTOM", "additional_config": {"tqkv": {"codec": "k5v4"} | options}}
+        assert asked == {"model": "a model"} | want
+
+
+CALIBRATION = pathlib.Path(__file__).parent / "byte-llama-4m.calibration"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_calibrations(tmp_path, stock, ranks):
+    """Rows of f32 pass through the calibration's shift and scale and come out as they were, whichever heads a rank has."""
+    many, want = stock
+    parallel = {"tensor_parallel_size": ranks, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}} if ranks > 1 else {}
+    result, log = run(tmp_path, many[:12], "f32", calibration=CALIBRATION, **parallel)
+    same = [a == b for x, y in zip(tokens(result, log), want) for a, b in zip(x, y)]
+    assert len(same) == 32 * 12 and sum(same) > 0.9 * len(same)
+    assert result["implementations"] == [[IMPLEMENTATION] * 4] * ranks
+
+
+def test_a_calibration_of_another_model(tmp_path):
+    import smollm2
+
+    folder = str(smollm2.convert(tmp_path / "smollm2"))
+    result, log = run(tmp_path, [[504]], "k4v4", new=1, calibration=CALIBRATION, model=folder)
+    assert result is None and "expected (30, 3, 64) as the model has" in log, log[-3000:]
 
 
 @pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
@@ -140,7 +165,7 @@ def test_nothing_else_is_taken_in_its_place(tmp_path):
         (custom, "is tqkv's: say additional_config"),
         ({"additional_config": {"tqkv": {"codec": "k5v4"}}}, "asks for tqkv, attention_backend is"),
         (custom | {"additional_config": {"tqkv": {"codec": "k9v9"}}}, "unknown codec"),
-        (custom | {"additional_config": {"tqkv": {"bits": 4}}}, "expected codec alone"),
+        (custom | {"additional_config": {"tqkv": {"bits": 4}}}, "expected codec and calibration alone"),
     ]:
         result, log = run(tmp_path, [[65]], new=1, **options)
         assert result is None and words in log, log[-3000:]

@@ -415,3 +415,22 @@ pub(crate) fn checked_product(what: &'static str, factors: &[usize]) -> Result<u
 pub(crate) fn to_u32(what: &'static str, n: usize) -> Result<u32> {
     u32::try_from(n).map_err(|_| Error::SizeOverflow { what, limit: "u32" })
 }
+
+#[cfg(test)]
+mod tests {
+    /// `docs/troubleshooting.md` names every variant.
+    #[test]
+    fn every_variant_is_in_the_guide() {
+        let (source, guide) = (include_str!("error.rs"), include_str!("../../docs/troubleshooting.md"));
+        let (_, variants) = source.split_once("pub enum Error {\n").unwrap();
+        let (variants, _) = variants.split_once("\n}\n").unwrap();
+        let names = variants.lines().filter_map(|line| {
+            let name = line.strip_prefix("    ")?.trim_end_matches([' ', '{', ',']);
+            name.starts_with(|c: char| c.is_ascii_uppercase()).then_some(name)
+        });
+        let names: Vec<_> = names.collect();
+        assert!(names.len() > 40 && names.contains(&"OutdatedBatch") && names.contains(&"Io"), "{names:?}");
+        let missing: Vec<_> = names.iter().filter(|name| !guide.contains(&format!("| `{name}` |"))).collect();
+        assert!(missing.is_empty(), "docs/troubleshooting.md lacks {missing:?}");
+    }
+}

@@ -38,6 +38,12 @@ pub use wgpu;
 mod guides {
     #[doc = include_str!("../../README.md")]
     struct Readme;
+    #[doc = include_str!("../README.md")]
+    struct OwnReadme;
+    #[doc = include_str!("../../docs/rust.md")]
+    struct Rust;
+    #[doc = include_str!("../../docs/turboquant.md")]
+    struct TurboQuant;
     #[cfg(feature = "mlx")]
     #[doc = include_str!("../../docs/from-mlx-native.md")]
     struct FromMlxNative;

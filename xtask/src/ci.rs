@@ -1,7 +1,8 @@
 //! What CI runs after it has installed its tools: a list of stages, one after the other, each with its time.
 
-use crate::{codebooks, codec_files, layers, python, sizes};
+use crate::{codebooks, codec_files, layers, links, plots, python, sizes};
 use anyhow::{Context, Result, bail, ensure};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,6 +14,12 @@ const SANITIZED: &str = "test -p tqkv --no-default-features --target x86_64-unkn
 /// Every feature without the others, and none.
 const FEATURES: [&str; 5] = ["", "cuda", "wgpu", "mlx", "prefix-store"];
 
+/// In the order in which they are published.
+const PACKAGES: [&str; 3] = ["tqkv", "tqkv-candle", "tqkv-cli"];
+
+/// What crates.io takes.
+const PACKAGE_LIMIT: u64 = 10 << 20;
+
 struct Stage {
     name: &'static str,
     run: fn(&Path) -> Result<()>,
@@ -21,6 +28,8 @@ struct Stage {
 const STAGES: &[Stage] = &[
     Stage { name: "spelling", run: spelling },
     Stage { name: "format", run: |root| cargo(root, "fmt --all --check", &[]) },
+    Stage { name: "guide", run: |root| command(root, "mdbook", &["build", "docs"], &[]) },
+    Stage { name: "dependencies", run: dependencies },
     Stage { name: "clippy", run: |root| cargo(root, "clippy --workspace --all-targets -- -D warnings", &[]) },
     Stage { name: "sources", run: sources },
     Stage { name: "features", run: features },
@@ -34,7 +43,8 @@ const STAGES: &[Stage] = &[
         run: |root| python::test(root, &["numpy", "transformers"], false).map(|said| println!("{said}")),
     },
     Stage { name: "sanitizer", run: sanitizer },
-    Stage { name: "docs", run: |root| cargo(root, "doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")]) },
+    Stage { name: "docs", run: docs },
+    Stage { name: "package", run: package },
     Stage { name: "macos", run: macos },
 ];
 
@@ -68,8 +78,15 @@ fn sources(root: &Path) -> Result<()> {
     println!("{}", codebooks::check(root)?);
     println!("{}", layers::check(root)?);
     println!("{}", codec_files::check(root)?);
+    println!("{}", links::check(root)?);
+    println!("{}", plots::check(root)?);
     println!("{}", sizes::check(root)?);
     Ok(())
+}
+
+/// Licences, duplicates and sources; not advisories, whose database is on GitHub.
+fn dependencies(root: &Path) -> Result<()> {
+    command(root, "cargo-deny", &["--locked", "check", "--hide-inclusion-graph", "licenses", "bans", "sources"], &[])
 }
 
 fn features(root: &Path) -> Result<()> {
@@ -79,9 +96,15 @@ fn features(root: &Path) -> Result<()> {
     })
 }
 
-/// wgpu (through Mesa's Vulkan) and NVRTC must be there.
+/// wgpu (through Mesa's Vulkan) and NVRTC must be there. Of CUDA's architectures, one of each kind that kernels and plans tell apart:
+/// sm_89 and sm_100 have the text and the shared memory of sm_86 and sm_90a.
 fn tests(root: &Path) -> Result<()> {
-    cargo(root, "test --workspace", &[("TQKV_REQUIRE", "wgpu,nvrtc"), ("TQKV_CUDA_HEAD_DIMS", "128")])
+    let environment = [
+        ("TQKV_REQUIRE", "wgpu,nvrtc"),
+        ("TQKV_CUDA_HEAD_DIMS", "128"),
+        ("TQKV_CUDA_ARCHITECTURES", "sm_80,sm_86,sm_90a,sm_120"),
+    ];
+    cargo(root, "test --workspace", &environment)
 }
 
 /// The soak test, built as `tests` builds all.
@@ -112,6 +135,33 @@ fn sanitizer(root: &Path) -> Result<()> {
     cargo(root, SANITIZED, &environment)
 }
 
+/// As docs.rs has it: every feature, and no driver.
+fn docs(root: &Path) -> Result<()> {
+    cargo(root, "doc --workspace --no-deps --all-features", &[("RUSTDOCFLAGS", "-D warnings")])
+}
+
+/// What the registry would be given. `cargo publish --workspace --dry-run` compiles it too.
+fn package(root: &Path) -> Result<()> {
+    cargo(root, "package --workspace --exclude xtask --exclude tqkv-python --no-verify --allow-dirty --quiet", &[])?;
+    for name in PACKAGES {
+        let listed = format!("package --list --allow-dirty -p {name}");
+        let listed = Command::new(cargo_program()).args(listed.split(' ')).current_dir(root).output()?;
+        let files = String::from_utf8(listed.stdout)?;
+        for needed in ["README.md", "LICENSE-MIT", "LICENSE-APACHE", "src/"] {
+            ensure!(files.lines().any(|file| file.starts_with(needed)), "{name} is packed without {needed}");
+        }
+        let test =
+            files.lines().find(|file| ["tests/", "testdata/", "benches/"].iter().any(|dir| file.starts_with(dir)));
+        ensure!(test.is_none(), "{name} is packed with {test:?}");
+        let version = env!("CARGO_PKG_VERSION");
+        let path = root.join(format!("target/package/{name}-{version}.crate"));
+        let bytes = fs::metadata(&path).with_context(|| path.display().to_string())?.len();
+        ensure!(bytes < PACKAGE_LIMIT, "{} has {bytes} bytes, the registry takes {PACKAGE_LIMIT}", path.display());
+        println!("{name}: {} files, {bytes} bytes", files.lines().count());
+    }
+    Ok(())
+}
+
 /// Types on macOS, with a standard library made from Debian's source of it.
 fn macos(root: &Path) -> Result<()> {
     let environment = [("RUSTC", "/usr/bin/rustc"), ("RUSTC_BOOTSTRAP", "1"), ("CARGO_TARGET_DIR", "target/macos")];
@@ -119,9 +169,12 @@ fn macos(root: &Path) -> Result<()> {
 }
 
 fn cargo(root: &Path, arguments: &str, environment: &[(&str, &str)]) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
     let arguments: Vec<_> = arguments.split_whitespace().collect();
-    command(root, &cargo.to_string_lossy(), &arguments, environment)
+    command(root, &cargo_program().to_string_lossy(), &arguments, environment)
+}
+
+fn cargo_program() -> PathBuf {
+    std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
 }
 
 fn command(root: &Path, program: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {

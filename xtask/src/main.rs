@@ -4,6 +4,8 @@ mod ci;
 mod codebooks;
 mod codec_files;
 mod layers;
+mod links;
+mod plots;
 mod python;
 mod sizes;
 mod sources;
@@ -21,6 +23,9 @@ fn main() -> Result<()> {
         ["codebooks", "--check"] => codebooks::check(root)?,
         ["codec-files"] => codec_files::check(root)?,
         ["layers"] => layers::check(root)?,
+        ["links"] => links::check(root)?,
+        ["plots"] => plots::write(root)?,
+        ["plots", "--check"] => plots::check(root)?,
         ["soak", ref options @ ..] => ci::soak(root, options).map(|()| String::new())?,
         ["sizes"] => sizes::check(root)?,
         ["stage", name] => {
@@ -36,8 +41,8 @@ fn main() -> Result<()> {
             }
         }
         _ => bail!(
-            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, python-test [--only PART] [--release], sizes, \
-             soak [--minutes N] [--device D] [--seed S], stage NAME"
+            "commands: ci [STAGE ...], codebooks [--check], codec-files, layers, links, plots [--check], python-test [--only PART] \
+             [--release], sizes, soak [--minutes N] [--device D] [--seed S], stage NAME"
         ),
     };
     println!("{said}");

@@ -77,7 +77,11 @@ impl Calibration {
         Self::from_bytes(&bytes).map_err(|cause| Error::CalibrationFile { path: path.into(), cause })
     }
 
-    fn to_bytes(&self) -> Result<Vec<u8>, CalibrationError> {
+    /// What a file of it holds.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Json`] and [`CalibrationError::File`], which no calibration is known to bring about.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, CalibrationError> {
         let (layers, origin, plan) = (self.layers.len(), self.origin.clone(), self.plan.clone());
         let about = About { version: VERSION, layers, origin, plan };
         let about = serde_json::value::to_raw_value(&about).map_err(CalibrationError::Json)?;
@@ -96,7 +100,11 @@ impl Calibration {
         file_of(&about, &views)
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self, CalibrationError> {
+    /// A calibration from what a file of it holds.
+    ///
+    /// # Errors
+    /// A [`CalibrationError`] for bytes that are damaged, of another version, or of something else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, CalibrationError> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(CalibrationError::File)?;
         let entry = header.metadata().as_ref().and_then(|m| m.get(ENTRY));
         let entry = entry.ok_or(CalibrationError::Metadata { missing: ENTRY })?;

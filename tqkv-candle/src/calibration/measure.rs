@@ -131,7 +131,7 @@ pub fn measure(
     let layers = vec![Sums::new(kv_heads * head_dim); config.layers];
     let statistics = Arc::new(Mutex::new(Statistics { layers, skip: 0, group, head_dim }));
     let cache_config = config.cache_config_for(1, longest, CHUNK).codec(CodecPair::both(Codec::F32));
-    let mut cache = SequenceCache::new(&Device::cpu(), cache_config, config)?;
+    let mut cache = SequenceCache::new(&Device::cpu(), cache_config)?;
     cache.attention_mut().set_tap(statistics.clone());
     let lock = || statistics.lock().unwrap_or_else(PoisonError::into_inner);
     let mut done = 0;

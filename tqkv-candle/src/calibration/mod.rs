@@ -52,6 +52,9 @@ pub struct Calibration {
     plan: Option<Plan>,
 }
 
+/// Tokens of a prompt that are looked at.
+const PROMPT: usize = 2048;
+
 /// Where a calibration comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,6 +100,22 @@ impl Calibration {
         on_tokens: impl FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Self>> {
         measure::measure(model, pieces, origin, on_tokens)
+    }
+
+    /// Only the shift, as the mean of a prompt's keys: the beginning of the prompt runs with an uncompressed cache for that. For
+    /// caches that go on from this prompt, where no texts were measured before.
+    ///
+    /// # Errors
+    /// Those of [`Calibration::measure`]; a prompt must have five tokens at least.
+    pub fn of_prompt(model: &Model, prompt: &[u32]) -> Result<Self> {
+        let piece = prompt[..prompt.len().min(PROMPT)].to_vec();
+        let origin = Origin::new(String::new(), vec!["the prompt".into()]);
+        let measured = Self::measure(model, &[piece], origin, |_| ControlFlow::Continue(()))?;
+        let mut calibration = measured.ok_or(CalibrationError::Tokens { got: 0, expected: 1 })?;
+        for layer in &mut calibration.layers {
+            layer.scale = vec![1.0; layer.scale.len()].into();
+        }
+        Ok(calibration)
     }
 
     /// Where it comes from.

@@ -186,7 +186,7 @@ impl Search<'_> {
     /// Mean divergences with these plans.
     fn measure(&self, plans: &[Plan], windows: &Windows) -> Result<Vec<f64>> {
         let length = windows.run_length();
-        let cache = |config| SequenceCache::new(&Device::cpu(), config, self.model.config());
+        let cache = |config| SequenceCache::new(&Device::cpu(), config);
         let mut caches = vec![];
         for plan in plans {
             caches.push(cache(self.calibration.apply(plan.apply(self.config(length))?)?)?);

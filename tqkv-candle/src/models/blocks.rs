@@ -55,13 +55,13 @@ fn each<const BYTES: usize, const ELEMENTS: usize>(
 
 /// So many bytes from here on; their number is known to the compiler, which has nothing to check in loops over them.
 #[inline(always)]
-fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
+pub(super) fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
     bytes[at..].first_chunk().unwrap_or(&[0; N])
 }
 
 /// A half precision number. As `half` has it, but inlined.
 #[inline(always)]
-fn half(bytes: &[u8], at: usize) -> f32 {
+pub(super) fn half(bytes: &[u8], at: usize) -> f32 {
     let bits = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     // The exponent's bias grows by 112; the product makes subnormal numbers right too.
     let finite = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
@@ -129,7 +129,7 @@ fn q3k(b: &[u8; 110], out: &mut [f32; 256]) {
 
 /// The i-th scale and minimum, of 6 bits each, of eight pairs in 12 bytes.
 #[inline(always)]
-fn scale_and_min(i: usize, s: &[u8]) -> (f32, f32) {
+pub(super) fn scale_and_min(i: usize, s: &[u8]) -> (f32, f32) {
     let (scale, min) = match i < 4 {
         true => (s[i] & 63, s[i + 4] & 63),
         false => (s[i + 4] & 15 | s[i - 4] >> 6 << 4, s[i + 4] >> 4 | s[i] >> 6 << 4),

@@ -5,7 +5,7 @@ use super::rope::Rope;
 use crate::error::{Error, Result};
 use tqkv::CacheConfig;
 use tqkv::cache::LayerKind;
-use tqkv::ops::AttentionParams;
+use tqkv::ops::{AttentionParams, Precision};
 
 /// What a model is: read from a `config.json` or from a GGUF file's metadata, checked, with the defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
@@ -101,6 +101,8 @@ impl ModelConfig {
         let mut params = AttentionParams::new(self.attention_scale);
         params.softcap = self.attention_softcap;
         params.window = self.windows.get(layer).copied().flatten();
+        // Far below what any codec loses, and faster on a CPU.
+        params.precision = Precision::Half;
         params
     }
 

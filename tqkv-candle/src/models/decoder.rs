@@ -94,6 +94,16 @@ impl Model {
         &self.config
     }
 
+    /// Bytes of the weight matrices, as they are kept. Norms and biases come to little besides.
+    pub fn weight_bytes(&self) -> usize {
+        let of_layer = |layer: &Layer| {
+            let Layer { q, k, v, output, gate, up, down, .. } = layer;
+            [q, k, v, output, gate, up, down].map(|linear| linear.matrix.bytes()).iter().sum::<usize>()
+        };
+        let output = if self.config.tie_word_embeddings { 0 } else { self.output.bytes() };
+        self.embedding.bytes() + output + self.layers.iter().map(of_layer).sum::<usize>()
+    }
+
     /// Runs `tokens` after what `cache` already holds, and appends them to it. Returns their final hidden states,
     /// `[tokens, hidden_size]`, for [`Model::logits`].
     ///

@@ -31,6 +31,14 @@ impl Matrix {
         })
     }
 
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(matrix) => matrix.elem_count() * size_of::<f32>(),
+            Self::Packed(matrix) => matrix.storage_size_in_bytes(),
+        }
+    }
+
     /// The rows of these numbers, `[numbers, inputs]`.
     pub fn rows(&self, numbers: &Tensor) -> Result<Tensor> {
         Ok(match self {

@@ -5,6 +5,8 @@ mod architecture;
 mod blocks;
 mod config;
 mod decoder;
+#[cfg(target_arch = "x86_64")]
+mod dot;
 mod gguf;
 mod json;
 mod linear;

@@ -1,9 +1,11 @@
 //! Products of f32 with weights in blocks or in 16 bits, which are decoded on the way.
 //!
 //! candle's own products round activations to 8 bits, which costs SmolLM2 0.0025 nats a token, and have no vector code on
-//! x86 for Q4_1, Q5_0 and Q5_1.
+//! x86 for Q4_1, Q5_0 and Q5_1. Here few tokens are rounded to 16 bits where `dot` has the type, many not at all.
 
 use super::blocks::decode;
+#[cfg(target_arch = "x86_64")]
+use super::dot;
 use crate::error::Result;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, Device, Storage, Tensor};
@@ -16,7 +18,7 @@ const MANY: usize = 8;
 const TASK: usize = 16;
 
 /// Rows that are decoded at a time for a matrix product.
-const TILE: usize = 1024;
+const TILE: usize = 2048;
 
 /// `x`, `[tokens, inputs]`, times `weights`, `[outputs, inputs]`: `[tokens, outputs]`.
 pub(super) fn product(x: &Tensor, weights: &QTensor) -> Result<Tensor> {
@@ -38,19 +40,24 @@ pub(super) fn product(x: &Tensor, weights: &QTensor) -> Result<Tensor> {
                 return Err(candle_core::Error::Msg("a product with f32 on the CPU".into()).into());
             };
             let x = &all[layout.start_offset()..][..tokens * inputs];
-            let tasks = out.par_chunks_mut(TASK * tokens).zip(bytes.par_chunks(TASK * row_bytes));
-            tasks.for_each_init(|| vec![0.0; inputs], |row, (out, rows)| decoder.dot_rows(rows, x, row, out));
+            decoder.dot(&bytes, x, &mut out);
+        }
+        if tokens == 1 {
+            return Ok(Tensor::from_vec(out, (1, outputs), &Device::Cpu)?);
         }
         let out = Tensor::from_vec(out, (outputs, tokens), &Device::Cpu)?;
         return Ok(out.t()?.contiguous()?);
     }
-    let mut out = vec![0.0; tokens * outputs];
+    let mut out = if outputs > TILE { vec![0.0; tokens * outputs] } else { vec![] };
     for (i, rows) in bytes.chunks(TILE * row_bytes).enumerate() {
         let count = rows.len() / row_bytes;
         let mut decoded = vec![0.0; count * inputs];
         let tasks = decoded.par_chunks_mut(TASK * inputs).zip(rows.par_chunks(TASK * row_bytes));
         tasks.for_each(|(out, rows)| decoder.decode(rows, out));
         let tile = x.matmul(&Tensor::from_vec(decoded, (count, inputs), &Device::Cpu)?.t()?)?;
+        if count == outputs {
+            return Ok(tile);
+        }
         let tile: Vec<f32> = tile.flatten_all()?.to_vec1()?;
         for (out, tile) in out.chunks_exact_mut(outputs).zip(tile.chunks_exact(count)) {
             out[i * TILE..][..count].copy_from_slice(tile);
@@ -75,6 +82,19 @@ impl Decoder {
             return unsafe { decode_wide(self.dtype, rows, out) };
         }
         decode(self.dtype, rows, out);
+    }
+
+    /// The products of all rows with every token of `x`, `[rows, tokens]`.
+    fn dot(&self, bytes: &[u8], x: &[f32], out: &mut [f32]) {
+        let tokens = x.len() / self.inputs;
+        let tasks = out.par_chunks_mut(TASK * tokens).zip(bytes.par_chunks(TASK * self.row_bytes));
+        #[cfg(target_arch = "x86_64")]
+        if dot::knows(self.dtype) {
+            let x = dot::Group::all(x);
+            // SAFETY: the type is known, and `x` has whole rows.
+            return tasks.for_each(|(out, rows)| unsafe { dot::dot_rows(self.dtype, rows, self.row_bytes, &x, out) });
+        }
+        tasks.for_each_init(|| vec![0.0; self.inputs], |row, (out, rows)| self.dot_rows(rows, x, row, out));
     }
 
     /// The products of whole rows with every token of `x`, `[rows, tokens]`; `row` is memory for one.
@@ -162,8 +182,8 @@ mod tests {
                 let (got, expected) = (product(&x, &quantized).unwrap(), x.matmul(&decoded.t().unwrap()).unwrap());
                 assert_eq!(got.dims(), expected.dims());
                 let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                // Sums of 512 terms of about 1, in another order.
-                assert!(error < 2e-4, "{dtype:?}, {tokens} tokens: {error}");
+                // Sums of 512 terms of about 1, in another order; an activation of 16 bits is off by 2^-16 of about 3 at most.
+                assert!(error < if tokens < MANY { 2.5e-3 } else { 2e-4 }, "{dtype:?}, {tokens} tokens: {error}");
             }
         }
     }

@@ -1,6 +1,7 @@
 //! `tqkv chat`
 
-use crate::language::{Drawing, Language, Report, Source};
+use crate::codecs::Choice;
+use crate::language::{Drafter, Drafting, Drawing, Language, Report, Source};
 use crate::session::Session;
 use crate::{interrupt, output};
 use anyhow::{Context, Result};
@@ -31,10 +32,19 @@ pub struct Chat {
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     #[command(flatten)]
+    drafting: Drafting,
+    #[command(flatten)]
     drawing: Drawing,
     /// Print one JSON object an answer instead of the text as it comes
     #[arg(long)]
     json: bool,
+}
+
+/// What a cache is made of.
+struct CacheOf {
+    device: Device,
+    codec: Choice,
+    room: usize,
 }
 
 /// A conversation and its cache.
@@ -42,6 +52,10 @@ struct Conversation {
     language: Language,
     template: ChatTemplate,
     cache: SequenceCache,
+    remake: CacheOf,
+    drafter: Option<Drafter>,
+    /// What the drafter's cache belongs to.
+    drafted: Vec<u32>,
     session: Session,
     /// Of the model, where there is a file to keep.
     model_id: String,
@@ -79,19 +93,25 @@ impl Chat {
     }
 
     /// A new conversation, or the one in the session's file.
-    fn open(&self, language: Language, template: ChatTemplate, device: &Device) -> Result<Conversation> {
+    fn open(&self, mut language: Language, template: ChatTemplate, device: &Device) -> Result<Conversation> {
         let context = language.model.config().max_position_embeddings;
         let room = self.context.unwrap_or(8192).min(context);
         let model_id = if self.session.is_some() { fingerprint(&language.path)? } else { String::new() };
         let kept = self.session.as_deref().filter(|path| path.exists());
         let loaded = kept.map(Session::open).transpose()?;
         let codec = self.source.codec.or(loaded.as_ref().and_then(|(_, codec)| *codec));
+        if let Some(center) = loaded.as_ref().map(|(session, _)| session.center()).transpose()?.flatten() {
+            language.center_as(center);
+        }
         let mut cache = language.cache(device, codec, room)?;
         if let Some(path) = kept {
             cache.load(path, model_id.as_bytes()).with_context(|| path.display().to_string())?;
         }
         let session = loaded.map_or_else(Session::default, |(session, _)| session);
-        let mut conversation = Conversation { language, template, cache, session, model_id };
+        let drafter = self.drafting.load(&language, room)?;
+        let remake = CacheOf { device: device.clone(), codec, room };
+        let mut conversation =
+            Conversation { language, template, cache, remake, drafter, drafted: vec![], session, model_id };
         if let Some(system) = self.system.as_deref().filter(|_| conversation.session.messages.is_empty()) {
             conversation.session.messages.push(message("system", system));
         }
@@ -119,17 +139,26 @@ impl Chat {
 
     /// Says what the model answers, and keeps it.
     fn answer(&self, conversation: &mut Conversation, said: &str) -> Result<()> {
-        let Conversation { language, template, cache, session, model_id } = conversation;
+        let Conversation { language, template, cache, remake, drafter, drafted, session, model_id } = conversation;
         let mut messages = session.messages.clone();
         messages.push(message("user", said));
         let tokens = language.vocabulary.encode_chat(&template.render(&messages, true)?)?;
+        if self.source.center.is_some() && language.center().is_none() {
+            // The keys of all that has been said are those of the first prompt.
+            language.center_on(&tokens)?;
+            *cache = language.cache(&remake.device, remake.codec, remake.room)?;
+        }
         keep_common(cache, &session.tokens, &tokens)?;
+        if let Some(drafter) = drafter {
+            keep_common(&mut drafter.cache, drafted, &tokens)?;
+        }
         let decoder = language.vocabulary.decoder();
-        let answer = language.go_on(cache, &tokens, &self.drawing, decoder, |piece| {
+        let answer = language.go_on(cache, drafter.as_mut(), &tokens, &self.drawing, decoder, |piece| {
             if self.json { Ok(()) } else { output::print(piece) }
         })?;
         messages.push(message("assistant", &answer.report.text));
-        *session = Session { tokens: answer.tokens, messages };
+        drafted.clone_from(&answer.tokens);
+        *session = Session::new(answer.tokens, messages).centered(language.center())?;
         if let Some(path) = &self.session {
             session.write(cache, path, model_id)?;
         }

@@ -51,7 +51,7 @@ fn built_in() -> Result<Language> {
     let config = ModelConfig::parse(CONFIG, Path::new("byte-llama-4m/config.json"))?;
     let weights = Weights::parse(WEIGHTS, Path::new("byte-llama-4m/model.safetensors"))?;
     let model = Model::new(config, weights)?;
-    Ok(Language { path: "byte-llama-4m".into(), model, vocabulary: Vocabulary::Bytes, calibration: None })
+    Ok(Language::new("byte-llama-4m".into(), model, Vocabulary::Bytes))
 }
 
 /// Tokens of a window.
@@ -78,7 +78,7 @@ fn show_text(language: &Language, device: &Device) -> Result<()> {
     let options = GenerateOptions { max_tokens: SHOWN_TOKENS, temperature: 0.6, seed: 2, ..GenerateOptions::default() };
     let prompt = vocabulary.encode_prompt(PROMPT)?;
     let mut printed = Ok(());
-    let generated = generate_text(model, &mut cache, &prompt, &options, vocabulary.decoder(), &[], |progress| {
+    let generated = generate_text(model, &mut cache, None, &prompt, &options, vocabulary.decoder(), &[], |progress| {
         if let (TextProgress::Text(text), true) = (progress, printed.is_ok()) {
             printed = output::print(text);
         }

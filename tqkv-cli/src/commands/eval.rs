@@ -1,7 +1,7 @@
 //! `tqkv eval`
 
 use crate::codecs::Compared;
-use crate::language::Language;
+use crate::language::{Center, Language};
 use crate::{codecs, output, plot};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -33,6 +33,9 @@ pub struct Eval {
     /// Shifts and scales of the keys that `tqkv calibrate` measured, for all codecs but f32
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    /// Without a calibration: subtract the mean of the keys of the first window, for all codecs but f32
+    #[arg(long, value_enum, value_name = "OF", conflicts_with = "calibration")]
+    center: Option<Center>,
     /// Windows of the text [default: as many as it holds, at most 120]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
@@ -167,7 +170,7 @@ impl Eval {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn evaluation(&self, language: Language, device: Device, text: &[u8]) -> Result<Evaluation> {
+    fn evaluation(&self, mut language: Language, device: Device, text: &[u8]) -> Result<Evaluation> {
         let config = language.model.config();
         let text = language.vocabulary.encode(text)?;
         let length = self.length.unwrap_or(config.max_position_embeddings.min(2048));
@@ -176,6 +179,9 @@ impl Eval {
         let windows = Windows::new(&text, count, length, start)?;
         windows.expect_context(config.max_position_embeddings)?;
         let chunk = GenerateOptions::default().chunk;
+        if let (Some(Center::Prompt), Some(window)) = (self.center, windows.iter().next()) {
+            language.center_on(window)?;
+        }
         Ok(Evaluation { language, device, windows, text, start, length, chunk })
     }
 
@@ -241,7 +247,7 @@ impl Evaluation {
     fn bits(&self, codec: Compared) -> Result<[f64; 2]> {
         match codec {
             Compared::Cache(codec) => {
-                let config = self.language.cache_config(codec, self.length)?;
+                let config = self.language.cache_config(codec, 1, self.length)?;
                 Ok([config.bits_per_element(usize::MAX)?, config.bits_per_element(self.windows.run_length())?])
             }
             Compared::Peer(peer) => Ok([peer.bits_per_element(self.language.model.config().head_dim)?; 2]),

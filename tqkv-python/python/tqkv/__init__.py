@@ -6,6 +6,7 @@ Arrays are numpy's, torch's, or anything with ``__dlpack__``; on their own devic
 
 from ._native import *  # noqa: F403
 from ._native import Step, __version__
+from .calibration import Calibration, CalibrationError
 
 
 def _append_and_attend(self, layer, k, v, q, **kwargs):

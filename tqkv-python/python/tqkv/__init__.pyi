@@ -2,3 +2,4 @@
 
 from ._native import *
 from ._native import __version__ as __version__
+from .calibration import Calibration as Calibration, CalibrationError as CalibrationError

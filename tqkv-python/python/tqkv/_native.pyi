@@ -69,13 +69,23 @@ class PagePool:
     def __init__(self, device: Device, codec: str, head_dim: int, kv_heads: int, page_size: int, pages: int) -> None:
         """A pool of zeros. Raises :class:`ZeroError`, :class:`SizeOverflowError`, :class:`OutOfMemoryError`."""
     @staticmethod
-    def from_arrays(device: Device, codec: str, head_dim: int, codes: Array, scales: Array | None = None) -> PagePool:
+    def from_arrays(
+        device: Device,
+        codec: str,
+        head_dim: int,
+        codes: Array,
+        scales: Array | None = None,
+        channels: tuple[Array, Array] | None = None,
+    ) -> PagePool:
         """A pool in memory of someone else's, without a copy, which it keeps alive: ``codes`` is
         uint8 [pages, kv_heads, page_size, row_bytes] (or the floats themselves of a dense codec) and ``scales``
         [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (on a CPU), also of one
         tensor: pages of [page_size, kv_heads, bytes] are ``.transpose(1, 2)`` of a view.
 
-        Raises :class:`ShapeError`, :class:`MismatchError` for rows that overlap, :class:`AliasedError`, :class:`UnsupportedError`."""
+        ``channels`` shifts and scales keys before they are stored, (shift, scale), both [kv_heads, head_dim].
+
+        Raises :class:`ShapeError`, :class:`MismatchError` for rows that overlap, :class:`AliasedError`, :class:`UnsupportedError`,
+        :class:`ParameterError`."""
     @property
     def codec(self) -> str: ...
     @property

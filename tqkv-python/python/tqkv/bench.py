@@ -1,7 +1,8 @@
 """``python -m tqkv.bench``: a decoding step's attention, through all layers, on one machine in one run: torch's over an uncompressed
 cache, and tqkv's over a compressed one. Wall time in milliseconds, the median of several steps; JSON by ``--json``.
 
-On a GPU torch runs eagerly and in a CUDA graph, and FlashInfer where it is installed."""
+On a GPU torch runs eagerly and in a CUDA graph, and FlashInfer where it is installed. With ``--model`` also a step of a whole Llama of these
+sizes and random weights in transformers, with its default cache and with ``tqkv.transformers.TqkvCache``."""
 
 from __future__ import annotations
 
@@ -124,8 +125,46 @@ def compressed(shape: Shape, codec: str) -> Callable[[], Any]:
     return step
 
 
+def llama(args: argparse.Namespace) -> Any:
+    """A model of random weights."""
+    import transformers
+
+    hidden = args.heads * args.head_dim
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=7 * hidden // 2, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_dim,
+        max_position_embeddings=max(context for context, _ in args.shapes),
+    )
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    try:
+        with torch.device(args.device):
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def decoding(model: Any, context: int, batch: int, codec: str | None) -> Callable[[], Any]:
+    """One new token a row after a prompt, taken back after each step; over transformers' own cache if there is no codec."""
+    from transformers import DynamicCache
+
+    from tqkv.transformers import TqkvCache
+
+    model.set_attn_implementation("sdpa" if codec is None else "tqkv")
+    cache = DynamicCache(config=model.config) if codec is None else TqkvCache(model.config, codec, capacity=batch * (context + 64))
+    tokens = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
+    for part in tokens[:, :-1].split(512, dim=1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+
+    def step() -> None:
+        model(tokens[:, -1:], past_key_values=cache)
+        cache.crop(-1)
+
+    return step
+
+
 def rows(args: argparse.Namespace):
     """Every measurement: context, batch, what, and how it went."""
+    model = llama(args) if args.model else None
     for context, batch in args.shapes:
         shape = Shape(args, context, batch)
         ways: list[tuple[str, Callable[[], Callable[[], Any]]]] = [(f"torch {args.dtype}", lambda: sdpa(shape))]
@@ -133,6 +172,9 @@ def rows(args: argparse.Namespace):
             ways.append((f"torch {args.dtype}, graph", lambda: graphed(sdpa(shape))))
             ways.append((f"flashinfer {args.dtype}", lambda: flashinfer(shape)))
         ways += [(f"tqkv {codec}", lambda codec=codec: compressed(shape, codec)) for codec in args.codecs]
+        for codec in [None, *args.codecs] if args.model else []:
+            name = f"model, {'default cache' if codec is None else f'tqkv {codec}'}"
+            ways.append((name, lambda codec=codec: decoding(model, context, batch, codec)))
         for name, make in ways:
             row = {"context": context, "batch": batch, "layers": args.layers, "what": name}
             try:
@@ -160,6 +202,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--model", action="store_true", help="also a whole model of random weights")
     parser.add_argument("--times", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -135,11 +135,12 @@ class TqkvCache(Cache):
     """The K and V of a decoder, compressed.
 
     ``codec`` names the codecs of keys and values (``k5v4``, ``f32``, ``k4v4+s1f16+r64k8v8``; see :class:`tqkv.Codec`), ``codec_at``
-    others for some layers, and ``channels`` how keys are shifted and scaled by layer (see :class:`tqkv.KvCache`). ``capacity`` counts
-    the positions of all rows for which there is room from the start; the cache grows by itself. Padding on the left is not stored.
+    others for some layers. ``calibration`` is a file of ``tqkv calibrate`` or a :class:`tqkv.Calibration`: keys are shifted and scaled
+    as it says, and ``codec="auto"`` means the codecs that it found best. ``capacity`` counts the positions of all rows for which there is room from the start; the cache grows by itself. Padding on the left is not stored.
     ``device`` is the one that holds the model's tensors if not given: the CPU, or an NVIDIA GPU on torch's current stream.
 
-    Raises ``ValueError`` for layers other than full and sliding attention, and tqkv's errors for codecs that do not fit.
+    Raises ``ValueError`` for layers other than full and sliding attention, :class:`tqkv.CalibrationError` for a calibration that is damaged
+    or another model's, and tqkv's errors for codecs that do not fit.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class TqkvCache(Cache):
         capacity: int = 1024,
         page_size: int = 64,
         codec_at: dict[int, str | tqkv.Codec] | None = None,
-        channels: dict[int, Any] | None = None,
+        calibration: str | os.PathLike[str] | tqkv.Calibration | None = None,
         device: tqkv.Device | None = None,
     ) -> None:
         config = config.get_text_config(decoder=True)
@@ -159,8 +160,17 @@ class TqkvCache(Cache):
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._shape = (getattr(config, "num_key_value_heads", None) or heads, head_dim)
+        if calibration is not None and not isinstance(calibration, tqkv.Calibration):
+            calibration = tqkv.Calibration.load(calibration)
+        if calibration is not None:
+            calibration.expect(len(windows), *self._shape)
+        if codec == "auto":
+            if calibration is None or calibration.plan is None:
+                raise ValueError('codec is "auto": expected a calibration of `tqkv calibrate --budget`')
+            codec, codec_at = calibration.plan["codec"], dict(enumerate(calibration.plan["layers"])) | (codec_at or {})
         self._device, self._codec = device, tqkv.Codec(codec)
         self._windows = windows
+        channels = None if calibration is None else calibration.channels
         self._options = {"page_size": page_size, "codec_at": codec_at, "channels": channels}
         self._made: tqkv.KvCache | None = None
         self._capacity = capacity

@@ -1,6 +1,6 @@
 """A plugin for vLLM 0.32 on the CPU: its pages hold keys and values as tqkv stores them, and attention reads them there.
 
-    LLM(model, attention_backend="CUSTOM", additional_config={"tqkv": {"codec": "k5v4"}})
+    LLM(model, attention_backend="CUSTOM", additional_config={"tqkv": {"codec": "k5v4", "calibration": FILE}})
 
 vLLM finds the plugin by its entry point. Who asks for tqkv in one of both places only, or for what it does not do, gets an error at
 the start: nothing else is taken in its place.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,7 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 import tqkv
 
-from .config import codec
+from .config import asked, rank
 
 logger = init_logger(__name__)
 
@@ -56,7 +58,7 @@ class TqkvBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if spec.state_content_bytes is not None:
             return spec
-        content = sum(map(sum, codec().row_bytes(spec.head_size)))
+        content = sum(map(sum, asked().codec.row_bytes(spec.head_size)))
         return replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 
@@ -115,14 +117,27 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.window, self.softcap = sliding_window, logits_soft_cap or None
         self.sinks = None if sinks is None else sinks.detach().float()
-        self.shares = kv_sharing_target_layer_name is not None
-        self.codec = codec()
+        self.source = kv_sharing_target_layer_name
+        self.codec, self.calibration = asked().codec, asked().calibration
+        self.rank = rank()
         self.device = tqkv.Device()
         self.pools: tuple[int, tqkv.PagePool, tqkv.PagePool] | None = None
         rows = self.codec.row_bytes(head_size)
         logger.info_once("tqkv stores keys and values as %s: %d bytes a token and KV head", self.codec, sum(map(sum, rows)))
 
-    def pools_in(self, kv_cache: torch.Tensor) -> tuple[tqkv.PagePool, tqkv.PagePool]:
+    def channels_of(self, layer_name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The calibration's shift and scale of the keys of this layer, and of this process's heads."""
+        if self.calibration is None:
+            return None
+        layer = extract_layer_index(layer_name)
+        shift, scale = self.calibration.channels[layer]
+        (rank, ranks), total = self.rank, len(shift)
+        # More processes than heads: several have the same one.
+        first = rank * total // ranks
+        heads = slice(first, first + max(1, total // ranks))
+        return shift[heads], scale[heads]
+
+    def pools_in(self, kv_cache: torch.Tensor, layer_name: str) -> tuple[tqkv.PagePool, tqkv.PagePool]:
         """vLLM's [pages, kv_heads, page_size, bytes] as pools of keys and of values, made once."""
         if self.pools is None or self.pools[0] != kv_cache.data_ptr():
             pages, heads, slots, content = kv_cache.shape
@@ -130,7 +145,8 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
                 raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
             page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
             at, made = 0, []
-            for name, (codes, scales) in zip((self.codec.key, self.codec.value), self.codec.row_bytes(self.head_size)):
+            sides = (self.codec.key, self.channels_of(layer_name)), (self.codec.value, None)
+            for (name, channels), (codes, scales) in zip(sides, self.codec.row_bytes(self.head_size)):
                 views = []
                 for width in (codes, scales):
                     size = heads * slots * width
@@ -138,7 +154,7 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
                     at += size
                 if views[1] is not None:
                     views[1] = views[1].view(torch.float16)
-                made.append(tqkv.PagePool.from_arrays(self.device, name, self.head_size, *views))
+                made.append(tqkv.PagePool.from_arrays(self.device, name, self.head_size, *views, channels))
             self.pools = (kv_cache.data_ptr(), *made)
         return self.pools[1:]
 
@@ -151,8 +167,8 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
             return output.fill_(0)
         batch, n = attn_metadata.batch, attn_metadata.tokens
         heads = lambda x, count: x[:n].view(n, count, self.head_size)  # noqa: E731
-        keys, values = self.pools_in(kv_cache)
-        if not self.shares and key is not None:
+        keys, values = self.pools_in(kv_cache, self.source or layer.layer_name)
+        if self.source is None and key is not None:
             tqkv.quantize(batch, [(heads(key, self.num_kv_heads), keys), (heads(value, self.num_kv_heads), values)])
         tqkv.attend(
             heads(query, self.num_heads),

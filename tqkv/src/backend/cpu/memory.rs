@@ -13,6 +13,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[repr(C, align(64))]
 pub(super) struct Line(pub [u8; 64]);
 
+/// Floats that start where a cache's line does, as a vector across two costs two accesses; and a line that may be read after.
+pub(super) fn lines(floats: usize) -> Vec<Line> {
+    vec![Line([0; 64]); floats / 16 + 1]
+}
+
 /// How far kernels may read past a row, as they read whole vectors.
 pub(super) const OVERREAD: usize = size_of::<Line>();
 

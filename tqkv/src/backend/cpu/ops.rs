@@ -8,7 +8,7 @@ use super::{float, memory};
 use crate::compute::{DType, KernelSource};
 use crate::error::Result;
 use crate::problem::op::{Copy, Custom, Dequantize, Quantize, Rotate};
-use crate::problem::{Direction, Domain, RowOrder};
+use crate::problem::{Direction, Domain, Positions, RowOrder};
 use rayon::prelude::*;
 
 /// Rows that one task encodes, decodes or rotates.
@@ -118,19 +118,21 @@ pub(super) fn dequantize(op: &Dequantize, isa: Isa) -> Result<()> {
         RowOrder::TokenMajor => (r % kv_heads, r / kv_heads),
         RowOrder::HeadMajor => (r / n, r % n),
     };
-    let row_at = |r: usize| {
+    // The rows from `r` on that lie one after the other, at most so many.
+    let run_at = |r: usize, most: usize| {
         let (head, i) = head_at(r);
         let (page, slot) = op.batch.locate(op.sequence, op.positions.get(i));
-        rows.at(page, head, slot)
+        let most = match (op.order, &op.positions) {
+            (RowOrder::HeadMajor, Positions::Range(_)) => most.min(n - i).min(op.batch.page_size() - slot),
+            _ => 1,
+        };
+        rows.run(rows.at(page, head, slot), rows.in_a_row(most))
     };
     // Rows from `start` on, in f32.
     let fill = |start: usize, v: &mut [f32], factors: &mut [f32]| {
         let (mut runs, mut held, mut i) = ([(std::ptr::null(), 0); ROWS_PER_TASK], 0, 0);
         while i < v.len() / d {
-            // As many rows as lie one after the other.
-            let first = row_at(start + i);
-            let n = (1..v.len() / d - i).take_while(|&j| rows.follows(first, row_at(start + i + j), j)).count() + 1;
-            let run = rows.run(first, n);
+            let run = run_at(start + i, v.len() / d - i);
             if per_row > 0 {
                 coder.factors(run.scales, &mut factors[i * per_row..][..run.rows * per_row]);
             }

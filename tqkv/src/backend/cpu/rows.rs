@@ -64,11 +64,6 @@ impl<'a> PoolView<'a> {
         (self.strides.0.at(page, head, slot), self.strides.1.at(page, head, slot))
     }
 
-    /// Whether the second row follows the first one `n` rows later.
-    pub fn follows(&self, first: (usize, usize), second: (usize, usize), n: usize) -> bool {
-        second == (first.0 + n * self.bytes.0, first.1 + n * self.bytes.1)
-    }
-
     /// How many of `most` slots of a page from one on lie one after the other.
     pub fn in_a_row(&self, most: usize) -> usize {
         let dense = self.strides.0.row == self.bytes.0 && self.strides.1.row == self.bytes.1;

@@ -1,7 +1,8 @@
 //! A task, done with an instruction set.
 
+use super::query::ROWS;
 use super::task::{Partial, Task};
-use super::tile::{ROWS, Tile};
+use super::tile::Tile;
 use super::{few, many};
 use crate::backend::cpu::isa::{Job, Simd};
 

@@ -1,9 +1,11 @@
 //! Up to four rows of queries.
 
+use super::query::ROWS;
 use super::task::{Partial, Task};
-use super::tile::{MAX_TILE, ROWS, Tile, ask, find, lines, stretch};
+use super::tile::{MAX_TILE, Tile, ask, find, stretch};
 use super::{scores, softmax, values};
 use crate::backend::cpu::isa::Simd;
+use crate::backend::cpu::memory::lines;
 
 /// In long tiles, so that it is rare to wait for a tile's weights. What must be prepared before it is used is prepared in
 /// stretches.

@@ -1,13 +1,14 @@
 //! More rows of queries than share the registers.
 
 use super::kernel::ForOne;
+use super::query::ROWS;
 use super::task::{HeadRows, Partial, Task};
-use super::tile::{MAX_TILE, ROWS, Tile, find, lines, prefetch, stretch};
+use super::tile::{MAX_TILE, Tile, find, prefetch, stretch};
 use super::words::MakeReady;
 use super::{scores, softmax, values};
 use crate::backend::cpu::codec::Way;
 use crate::backend::cpu::isa::Simd;
-use crate::backend::cpu::memory::Line;
+use crate::backend::cpu::memory::{Line, lines};
 
 /// In short tiles, decoded once for all of them.
 #[inline(always)]

@@ -1,10 +1,12 @@
 //! What is the same for all pieces of a unit: how rows are read, and its queries as kernels read them.
 
-use super::tile::{ROWS, lines};
-use super::words;
 use crate::backend::cpu::codec::{RowTables, Way};
-use crate::backend::cpu::isa::{Job, Simd};
-use crate::backend::cpu::memory::Line;
+use crate::backend::cpu::isa::{Job, LARGEST_WORD, Simd};
+use crate::backend::cpu::memory::{Line, lines};
+use crate::format::MAX_HEAD_DIM;
+
+/// Rows of queries that share the registers.
+pub(super) const ROWS: usize = 4;
 
 /// A unit's queries for keys that are read in some way: floats or words, in the order of its elements.
 pub(super) struct QueryRows {
@@ -54,7 +56,7 @@ impl Job for Prepare<'_> {
         let word = self.keys.word() as f64;
         let mut units = Vec::with_capacity(n);
         for ((row, q), unit) in rows.zip(self.q.chunks_exact(d)).zip(self.units) {
-            units.push(words::query(isa, q, row, &order) * word * unit);
+            units.push(as_words(isa, q, row, &order) * word * unit);
         }
         QueryRows { key_way, value_way, lines, width, units, sums }
     }
@@ -88,4 +90,53 @@ impl QueryRows {
             }
         }
     }
+}
+
+/// The largest sum of words' sizes whose products with levels fit 32 bits, less one for each of as many words as there may be.
+pub(super) const ROOM: f32 = (i32::MAX / LARGEST_WORD - MAX_HEAD_DIM as i32) as f32;
+
+/// A query as words, `order` giving the element of each; gives what a unit of it counts.
+#[inline(always)]
+fn as_words<S: Simd>(isa: S, q: &[f32], words: &mut [i16], order: &[usize]) -> f64 {
+    let (sum, largest) = sum_and_largest(q);
+    if largest == 0.0 || !sum.is_finite() {
+        words.fill(0);
+        return if sum == 0.0 { 1.0 } else { f64::NAN };
+    }
+    // Words are summed in pairs, in four lanes or more.
+    let mut lanes = [0f32; 4];
+    for (at, x) in order.iter().enumerate().filter_map(|(at, &i)| Some((at, q.get(i)?))) {
+        lanes[at / 2 % 4] += x.abs();
+    }
+    let gain = (i16::MAX as f32 / largest.max(TINY)).min(ROOM / lanes.into_iter().fold(0.0, f32::max));
+    // One element more, for those that there are not.
+    let mut in_order = [0i16; MAX_HEAD_DIM + 1];
+    for i in (0..q.len()).step_by(S::LANES) {
+        // SAFETY: whole vectors, as rows are multiples of 16.
+        unsafe {
+            let x = isa.mul(isa.load(q.as_ptr().add(i)), isa.splat(gain));
+            isa.store_words(in_order.as_mut_ptr().add(i), isa.nearest(x));
+        }
+    }
+    in_order[q.len()] = 0;
+    for (word, &element) in words.iter_mut().zip(order) {
+        *word = in_order[element.min(q.len())];
+    }
+    1.0 / gain as f64
+}
+
+/// Below this the gain that makes words would overflow.
+pub(super) const TINY: f32 = 1e-33;
+
+/// The sum of sizes, and the largest; of rows of whole vectors. The sum is not finite if any element is not.
+#[inline(always)]
+pub(super) fn sum_and_largest(x: &[f32]) -> (f32, f32) {
+    let (mut sums, mut largest) = ([0f32; 16], [0f32; 16]);
+    for x in x.chunks_exact(16) {
+        for ((sum, largest), x) in sums.iter_mut().zip(&mut largest).zip(x) {
+            *sum += x.abs();
+            *largest = if x.abs() > *largest { x.abs() } else { *largest };
+        }
+    }
+    (sums.iter().sum(), largest.iter().fold(0f32, |a, &b| a.max(b)))
 }

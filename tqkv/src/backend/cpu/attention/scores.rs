@@ -3,8 +3,9 @@
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
 use super::kernel::{ForRows, Kernel};
+use super::query::ROWS;
 use super::task::Task;
-use super::tile::{ROWS, Tile, ask};
+use super::tile::{Tile, ask};
 use super::values::all_seen;
 use super::words;
 use crate::backend::cpu::codec::{Read, Way};

@@ -1,15 +1,13 @@
 //! Some consecutive positions: where their rows are, their factors, scores and weights.
 
+use super::query::ROWS;
 use super::task::{HeadRows, Task};
 use crate::backend::cpu::codec::Way;
 use crate::backend::cpu::isa::Simd;
-use crate::backend::cpu::memory::Line;
 use crate::backend::cpu::rows::Run;
 
 /// Positions of the largest tile; every tile is a multiple of 16.
 pub(super) const MAX_TILE: usize = 256;
-/// Rows of queries that share the registers.
-pub(super) const ROWS: usize = 4;
 /// Bytes of prepared keys, and as many of values: a quarter of a first-level cache.
 const PREPARED_BYTES: usize = 16 << 10;
 
@@ -84,11 +82,6 @@ pub(super) fn stretch(prepared_bytes: usize) -> usize {
     }
 }
 
-/// Floats that start where a cache's line does, as a vector across two costs two accesses; and a line that may be read after.
-pub(super) fn lines(floats: usize) -> Vec<Line> {
-    vec![Line([0; 64]); floats / 16 + 1]
-}
-
 /// Finds the rows of positions `from..to` of the tile from `start` on, prepared in `room` if they are read so.
 #[inline(always)]
 pub(super) fn find<S: Simd>(
@@ -102,14 +95,14 @@ pub(super) fn find<S: Simd>(
 ) {
     let (tables, d) = (side.tables, side.tables.d);
     let prepared = way.prepared_bytes(d) / 4;
+    // Several factors a row cannot be pulled out of its sums.
+    let mut wide = if tables.scales_per_row > 1 { vec![0f32; (to - from) * tables.scales_per_row] } else { vec![] };
     for (i, Run { rows: n, codes, scales }) in task.runs(side, start, (from, to)) {
         if prepared == 0 {
             (0..n).for_each(|j| rows[i + j] = codes.wrapping_add(j * tables.row_bytes));
             continue;
         }
         let room = &mut room[(i - from) * prepared..][..n * prepared];
-        // Several factors a row cannot be pulled out of its sums.
-        let mut wide = [0f32; MAX_TILE * 4];
         let factors = (tables.scales_per_row > 1).then(|| &mut wide[..n * tables.scales_per_row]);
         let factors = factors.map(|factors| {
             tables.factors(scales, factors);

@@ -7,65 +7,16 @@
 #![allow(clippy::needless_range_loop)] // Indices below a constant, so that arrays stay in registers.
 
 use super::kernel::WordKernel;
-use super::tile::{MAX_TILE, ROWS, Tile, ask};
+use super::query::{ROOM, ROWS, TINY, sum_and_largest};
+use super::tile::{MAX_TILE, Tile, ask};
 use crate::backend::cpu::codec::{RowTables, WORDS, Words};
-use crate::backend::cpu::isa::{LARGEST_WORD, Simd};
-use crate::format::MAX_HEAD_DIM;
-
-/// The largest sum of words' sizes whose products with levels fit 32 bits, less one for each of as many words as there may be.
-const ROOM: f32 = (i32::MAX / LARGEST_WORD - MAX_HEAD_DIM as i32) as f32;
+use crate::backend::cpu::isa::Simd;
 
 /// Positions whose weights have one unit, and whose products are summed in integers.
 pub(super) const BLOCK: usize = 64;
 
 /// What units of weights count, by row and block of the tile.
 pub(super) type Units = [[f32; MAX_TILE / BLOCK]; ROWS];
-
-/// A query as words, `order` giving the element of each; gives what a unit of it counts.
-#[inline(always)]
-pub(super) fn query<S: Simd>(isa: S, q: &[f32], words: &mut [i16], order: &[usize]) -> f64 {
-    let (sum, largest) = sum_and_largest(q);
-    if largest == 0.0 || !sum.is_finite() {
-        words.fill(0);
-        return if sum == 0.0 { 1.0 } else { f64::NAN };
-    }
-    // Words are summed in pairs, in four lanes or more.
-    let mut lanes = [0f32; 4];
-    for (at, x) in order.iter().enumerate().filter_map(|(at, &i)| Some((at, q.get(i)?))) {
-        lanes[at / 2 % 4] += x.abs();
-    }
-    let gain = (i16::MAX as f32 / largest.max(TINY)).min(ROOM / lanes.into_iter().fold(0.0, f32::max));
-    // One element more, for those that there are not.
-    let mut in_order = [0i16; MAX_HEAD_DIM + 1];
-    for i in (0..q.len()).step_by(S::LANES) {
-        // SAFETY: whole vectors, as rows are multiples of 16.
-        unsafe {
-            let x = isa.mul(isa.load(q.as_ptr().add(i)), isa.splat(gain));
-            isa.store_words(in_order.as_mut_ptr().add(i), isa.nearest(x));
-        }
-    }
-    in_order[q.len()] = 0;
-    for (word, &element) in words.iter_mut().zip(order) {
-        *word = in_order[element.min(q.len())];
-    }
-    1.0 / gain as f64
-}
-
-/// Below this the gain that makes words would overflow.
-const TINY: f32 = 1e-33;
-
-/// The sum of sizes, and the largest; of rows of whole vectors. The sum is not finite if any element is not.
-#[inline(always)]
-fn sum_and_largest(x: &[f32]) -> (f32, f32) {
-    let (mut sums, mut largest) = ([0f32; 16], [0f32; 16]);
-    for x in x.chunks_exact(16) {
-        for ((sum, largest), x) in sums.iter_mut().zip(&mut largest).zip(x) {
-            *sum += x.abs();
-            *largest = if x.abs() > *largest { x.abs() } else { *largest };
-        }
-    }
-    (sums.iter().sum(), largest.iter().fold(0f32, |a, &b| a.max(b)))
-}
 
 /// Dot products of M queries with keys `from..to`, and some around them, into scores.
 pub(super) struct Dots<'a> {

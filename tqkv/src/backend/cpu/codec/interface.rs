@@ -41,3 +41,66 @@ pub(in crate::backend::cpu) trait Visit {
     type Output;
     fn visit<S: Simd, R: Read>(self, isa: S) -> Self::Output;
 }
+
+/// Elements of a vector of words.
+pub(in crate::backend::cpu) const WORDS: usize = 32;
+
+/// Rows of one packing, as words. A type without values, so that kernels are compiled for each.
+pub(in crate::backend::cpu) trait Words: 'static {
+    /// Vectors that are made from one vector of codes: 1, 2 or 4.
+    const GROUP: usize;
+    type Table<'t, S: Simd>: Copy;
+
+    fn table<S: Simd>(isa: S, tables: &RowTables) -> Self::Table<'_, S>;
+
+    /// Vector `C` of a group.
+    ///
+    /// # Safety
+    /// `row` must be a row of this kind, readable for 64 bytes past its end, and `group` be one of its groups.
+    unsafe fn words<S: Simd, const C: usize>(isa: S, table: &Self::Table<'_, S>, row: *const u8, group: usize) -> S::I;
+
+    /// The same of two rows, paired.
+    ///
+    /// # Safety
+    /// As for `words`, for both rows.
+    #[inline(always)]
+    unsafe fn pairs<S: Simd, const C: usize>(
+        isa: S,
+        table: &Self::Table<'_, S>,
+        rows: [*const u8; 2],
+        group: usize,
+    ) -> [S::I; 2] {
+        // Not with a closure, which would be a function without the instructions.
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe {
+            (Self::words::<S, C>(isa, table, rows[0], group), Self::words::<S, C>(isa, table, rows[1], group))
+        };
+        isa.pair_words(a, b)
+    }
+
+    /// Whether keys are read four at a time, each in a quarter of a vector, which makes the sums of their lanes cheap: a vector is
+    /// then eight elements of each.
+    const QUARTERS: bool = false;
+    /// Such vectors of a group.
+    const QUARTER_GROUP: usize = Self::GROUP;
+
+    /// Vector `C` of a group of four rows.
+    ///
+    /// # Safety
+    /// As for `words`, for all rows.
+    #[inline(always)]
+    unsafe fn quarters<S: Simd, const C: usize>(
+        _isa: S,
+        _table: &Self::Table<'_, S>,
+        _rows: [*const u8; 4],
+        _group: usize,
+    ) -> S::I {
+        unreachable!("only where `QUARTERS` is set")
+    }
+}
+
+/// What is done for rows of some packing.
+pub(in crate::backend::cpu) trait VisitWords {
+    type Output;
+    fn visit<S: Simd, W: Words>(self, isa: S) -> Self::Output;
+}

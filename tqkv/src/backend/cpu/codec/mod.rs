@@ -13,11 +13,11 @@ mod tables;
 mod words;
 
 pub(super) use coder::RowCoder;
-pub(super) use interface::{Read, Visit};
+pub(super) use interface::{Read, Visit, VisitWords, WORDS, Words};
 pub(super) use tables::RowTables;
-pub(super) use words::{VisitWords, WORDS, WordWay, Words};
+pub(super) use words::WordWay;
 
-use crate::backend::cpu::isa::Simd;
+use crate::backend::cpu::isa::{Job, Simd};
 use crate::format::{DType, Packing, RowFormat};
 
 /// Decodes consecutive rows into the rotated domain: elements times their factors, one for each scale, or without any.
@@ -150,12 +150,7 @@ impl Way {
         factors: Option<&[f32]>,
         to: &mut [f32],
     ) {
-        if !matches!(self, Way::Planes | Way::PlaneWords(_)) {
-            // SAFETY: the caller's promise.
-            return unsafe { decode(isa, tables, codes, factors, to) };
-        }
-        // SAFETY: the caller's promise.
-        unsafe { planes::prepare(isa, codes, tables.d, bytemuck::cast_slice_mut(to)) };
+        isa.run(Prepare { way: self, tables, codes, factors, to });
     }
 
     /// Whether rows lie in the pool, so that those ahead are asked for while these are read.
@@ -208,6 +203,32 @@ impl Way {
             Way::Words(way) | Way::PlaneWords(way) => way.visit(isa, visitor),
             _ if S::WORDS => visitor.visit::<S, words::Ready>(isa),
             _ => unreachable!("`WordWay::of` gives no way then"),
+        }
+    }
+}
+
+/// Made by `Way::prepare` alone, whose caller vouches for the codes. A function of its own, so that attention is not one with it.
+struct Prepare<'a> {
+    way: Way,
+    tables: &'a RowTables,
+    codes: *const u8,
+    factors: Option<&'a [f32]>,
+    to: &'a mut [f32],
+}
+
+impl Job for Prepare<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, isa: S) {
+        let Prepare { way, tables, codes, factors, to } = self;
+        // SAFETY: the promise made to `Way::prepare`.
+        unsafe {
+            match way {
+                Way::Planes | Way::PlaneWords(_) => {
+                    planes::prepare(isa, codes, tables.d, bytemuck::cast_slice_mut(to));
+                }
+                _ => decode(isa, tables, codes, factors, to),
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Codes of 3 bits in three planes: of eight, six are nibbles of three bytes, and the other two these nibbles' top bits.
 
+use super::interface::Words;
 use super::tables::RowTables;
 use crate::backend::cpu::isa::Simd;
 
@@ -149,5 +150,85 @@ pub(super) fn pack(codes: &[u8], row: &mut [u8]) {
         first[i] = (pairs | (last & 0x11) << 3) as u8;
         second[i] = (pairs >> 16 | (last >> 1 & 0x11) << 3) as u8;
         third[i] = (pairs >> 32 | (last >> 2 & 0x11) << 3) as u8;
+    }
+}
+
+/// Codes of 3 bits in planes; a group is 128 elements of two values or 64 of four keys.
+pub(super) struct Planes;
+
+/// Code `c` of eight in the low bits of words, from the words that hold their bytes of the three planes; others follow it there.
+#[inline(always)]
+fn of_planes<S: Simd>(isa: S, [a, b, c]: [S::I; 3], code: usize) -> S::I {
+    let nibbles = match code / 2 {
+        0 => a,
+        1 => b,
+        2 => c,
+        _ => {
+            let (a, b) = (isa.and(isa.right_words(a, 3), isa.integers(0x11_0011)), isa.right_words(b, 2));
+            let (b, c) = (isa.and(b, isa.integers(0x22_0022)), isa.right_words(c, 1));
+            isa.or(isa.or(a, b), isa.and(c, isa.integers(0x44_0044)))
+        }
+    };
+    if code.is_multiple_of(2) { nibbles } else { isa.right_words(nibbles, 4) }
+}
+
+impl Words for Planes {
+    const GROUP: usize = 4;
+    const QUARTERS: bool = true;
+    const QUARTER_GROUP: usize = 8;
+    /// Levels, and bytes of a plane.
+    type Table<'t, S: Simd> = ([S::I; 4], usize);
+
+    #[inline(always)]
+    fn table<S: Simd>(isa: S, tables: &RowTables) -> Self::Table<'_, S> {
+        (isa.word_levels::<3>(tables.levels()), tables.d / 8)
+    }
+
+    #[inline(always)]
+    unsafe fn words<S: Simd, const C: usize>(_: S, _: &Self::Table<'_, S>, _: *const u8, _: usize) -> S::I {
+        unreachable!("rows are read several at a time")
+    }
+
+    #[inline(always)]
+    unsafe fn pairs<S: Simd, const C: usize>(
+        isa: S,
+        &(ref levels, plane): &Self::Table<'_, S>,
+        [a, b]: [*const u8; 2],
+        group: usize,
+    ) -> [S::I; 2] {
+        // SAFETY: the caller's promise.
+        let planes = unsafe {
+            let (a, b) = (a.add(16 * group), b.add(16 * group));
+            [
+                isa.load_paired_as_words([a, b]),
+                isa.load_paired_as_words([a.add(plane), b.add(plane)]),
+                isa.load_paired_as_words([a.add(2 * plane), b.add(2 * plane)]),
+            ]
+        };
+        [
+            isa.look_up_words::<3>(levels, of_planes(isa, planes, 2 * C)),
+            isa.look_up_words::<3>(levels, of_planes(isa, planes, 2 * C + 1)),
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn quarters<S: Simd, const C: usize>(
+        isa: S,
+        &(ref levels, plane): &Self::Table<'_, S>,
+        [a, b, c, d]: [*const u8; 4],
+        group: usize,
+    ) -> S::I {
+        let at = 8 * group;
+        // SAFETY: the caller's promise.
+        let planes = unsafe {
+            let (a, b, c, d) = (a.add(at), b.add(at), c.add(at), d.add(at));
+            let second = 2 * plane;
+            [
+                isa.load_quarters_as_words([a, b, c, d]),
+                isa.load_quarters_as_words([a.add(plane), b.add(plane), c.add(plane), d.add(plane)]),
+                isa.load_quarters_as_words([a.add(second), b.add(second), c.add(second), d.add(second)]),
+            ]
+        };
+        isa.look_up_words::<3>(levels, of_planes(isa, planes, C))
     }
 }

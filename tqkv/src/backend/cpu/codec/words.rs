@@ -3,66 +3,11 @@
 //! A vector of words holds 32 elements. Rows are padded to whole groups: what is decoded past their end meets queries of zero,
 //! or sums that nobody reads.
 
+use super::interface::{VisitWords, WORDS, Words};
+use super::planes::Planes;
 use super::tables::RowTables;
 use crate::backend::cpu::isa::{Simd, word_of_pair};
 use crate::format::{Packing, RowFormat};
-
-/// Elements of a vector of words.
-pub(in crate::backend::cpu) const WORDS: usize = 32;
-
-/// Rows of one packing, as words. A type without values, so that kernels are compiled for each.
-pub(in crate::backend::cpu) trait Words: 'static {
-    /// Vectors that are made from one vector of codes: 1, 2 or 4.
-    const GROUP: usize;
-    type Table<'t, S: Simd>: Copy;
-
-    fn table<S: Simd>(isa: S, tables: &RowTables) -> Self::Table<'_, S>;
-
-    /// Vector `C` of a group.
-    ///
-    /// # Safety
-    /// `row` must be a row of this kind, readable for 64 bytes past its end, and `group` be one of its groups.
-    unsafe fn words<S: Simd, const C: usize>(isa: S, table: &Self::Table<'_, S>, row: *const u8, group: usize) -> S::I;
-
-    /// The same of two rows, paired.
-    ///
-    /// # Safety
-    /// As for `words`, for both rows.
-    #[inline(always)]
-    unsafe fn pairs<S: Simd, const C: usize>(
-        isa: S,
-        table: &Self::Table<'_, S>,
-        rows: [*const u8; 2],
-        group: usize,
-    ) -> [S::I; 2] {
-        // Not with a closure, which would be a function without the instructions.
-        // SAFETY: the caller's promise.
-        let (a, b) = unsafe {
-            (Self::words::<S, C>(isa, table, rows[0], group), Self::words::<S, C>(isa, table, rows[1], group))
-        };
-        isa.pair_words(a, b)
-    }
-
-    /// Whether keys are read four at a time, each in a quarter of a vector, which makes the sums of their lanes cheap: a vector is
-    /// then eight elements of each.
-    const QUARTERS: bool = false;
-    /// Such vectors of a group.
-    const QUARTER_GROUP: usize = Self::GROUP;
-
-    /// Vector `C` of a group of four rows.
-    ///
-    /// # Safety
-    /// As for `words`, for all rows.
-    #[inline(always)]
-    unsafe fn quarters<S: Simd, const C: usize>(
-        _isa: S,
-        _table: &Self::Table<'_, S>,
-        _rows: [*const u8; 4],
-        _group: usize,
-    ) -> S::I {
-        unreachable!("only where `QUARTERS` is set")
-    }
-}
 
 /// Codes of 2 bits, or nibbles, of four keys; a group is sixteen bytes of each.
 pub(super) struct Quarters<const BITS: usize>;
@@ -121,86 +66,6 @@ impl<const BITS: usize> Words for Paired<BITS> {
         let first = if C == 0 { codes } else { isa.right_words(codes, (2 * C * BITS) as i32) };
         let second = isa.right_words(codes, ((2 * C + 1) * BITS) as i32);
         [isa.look_up_words::<BITS>(table, first), isa.look_up_words::<BITS>(table, second)]
-    }
-}
-
-/// Codes of 3 bits in planes; a group is 128 elements of two values or 64 of four keys.
-pub(super) struct Planes;
-
-/// Code `c` of eight in the low bits of words, from the words that hold their bytes of the three planes; others follow it there.
-#[inline(always)]
-fn of_planes<S: Simd>(isa: S, [a, b, c]: [S::I; 3], code: usize) -> S::I {
-    let nibbles = match code / 2 {
-        0 => a,
-        1 => b,
-        2 => c,
-        _ => {
-            let (a, b) = (isa.and(isa.right_words(a, 3), isa.integers(0x11_0011)), isa.right_words(b, 2));
-            let (b, c) = (isa.and(b, isa.integers(0x22_0022)), isa.right_words(c, 1));
-            isa.or(isa.or(a, b), isa.and(c, isa.integers(0x44_0044)))
-        }
-    };
-    if code.is_multiple_of(2) { nibbles } else { isa.right_words(nibbles, 4) }
-}
-
-impl Words for Planes {
-    const GROUP: usize = 4;
-    const QUARTERS: bool = true;
-    const QUARTER_GROUP: usize = 8;
-    /// Levels, and bytes of a plane.
-    type Table<'t, S: Simd> = ([S::I; 4], usize);
-
-    #[inline(always)]
-    fn table<S: Simd>(isa: S, tables: &RowTables) -> Self::Table<'_, S> {
-        (isa.word_levels::<3>(tables.levels()), tables.d / 8)
-    }
-
-    #[inline(always)]
-    unsafe fn words<S: Simd, const C: usize>(_: S, _: &Self::Table<'_, S>, _: *const u8, _: usize) -> S::I {
-        unreachable!("rows are read several at a time")
-    }
-
-    #[inline(always)]
-    unsafe fn pairs<S: Simd, const C: usize>(
-        isa: S,
-        &(ref levels, plane): &Self::Table<'_, S>,
-        [a, b]: [*const u8; 2],
-        group: usize,
-    ) -> [S::I; 2] {
-        // SAFETY: the caller's promise.
-        let planes = unsafe {
-            let (a, b) = (a.add(16 * group), b.add(16 * group));
-            [
-                isa.load_paired_as_words([a, b]),
-                isa.load_paired_as_words([a.add(plane), b.add(plane)]),
-                isa.load_paired_as_words([a.add(2 * plane), b.add(2 * plane)]),
-            ]
-        };
-        [
-            isa.look_up_words::<3>(levels, of_planes(isa, planes, 2 * C)),
-            isa.look_up_words::<3>(levels, of_planes(isa, planes, 2 * C + 1)),
-        ]
-    }
-
-    #[inline(always)]
-    unsafe fn quarters<S: Simd, const C: usize>(
-        isa: S,
-        &(ref levels, plane): &Self::Table<'_, S>,
-        [a, b, c, d]: [*const u8; 4],
-        group: usize,
-    ) -> S::I {
-        let at = 8 * group;
-        // SAFETY: the caller's promise.
-        let planes = unsafe {
-            let (a, b, c, d) = (a.add(at), b.add(at), c.add(at), d.add(at));
-            let second = 2 * plane;
-            [
-                isa.load_quarters_as_words([a, b, c, d]),
-                isa.load_quarters_as_words([a.add(plane), b.add(plane), c.add(plane), d.add(plane)]),
-                isa.load_quarters_as_words([a.add(second), b.add(second), c.add(second), d.add(second)]),
-            ]
-        };
-        isa.look_up_words::<3>(levels, of_planes(isa, planes, C))
     }
 }
 
@@ -315,12 +180,6 @@ pub(in crate::backend::cpu) enum WordWay {
     Dense5,
     Dense6,
     Dense7,
-}
-
-/// What is done for rows of some packing.
-pub(in crate::backend::cpu) trait VisitWords {
-    type Output;
-    fn visit<S: Simd, W: Words>(self, isa: S) -> Self::Output;
 }
 
 impl WordWay {
