@@ -78,14 +78,15 @@ fn step(cache: &mut KvCache, id: SequenceId, [x, out]: &[Buffer; 2]) -> Result<(
     step.submit(encoder)?.wait()
 }
 
-/// A sequence of 21 and a twin of it with 4 more.
+/// A sequence of 22 and a twin of it with one more; the window has dropped what it can.
 fn filled() -> (KvCache, [SequenceId; 2]) {
     let device = Device::cpu();
     let mut cache = KvCache::new(&device, config()).unwrap();
     let one = cache.add_sequence();
     step(&mut cache, one, &buffers(&device, 21)).unwrap();
+    step(&mut cache, one, &buffers(&device, 1)).unwrap();
     let two = cache.fork(one).unwrap();
-    step(&mut cache, two, &buffers(&device, 4)).unwrap();
+    step(&mut cache, two, &buffers(&device, 1)).unwrap();
     (cache, [one, two])
 }
 
@@ -103,14 +104,14 @@ type Operation<'a> = &'a dyn Fn(&mut KvCache, SequenceId) -> Result<(), Error>;
 #[test]
 fn memory_is_refused_at_every_buffer() {
     let device = Device::cpu();
-    let (few, file) = (buffers(&device, 3), state(&filled().0, filled().1).0);
+    let (few, many, file) = (buffers(&device, 3), buffers(&device, 40), state(&filled().0, filled().1).0);
     let by_layer = |cache: &mut KvCache, id: SequenceId| {
         let (params, mut encoder) = (AttentionParams::for_head_dim(D), device.encoder()?);
         (0..LAYERS).try_for_each(|l| cache.attend(&mut encoder, l, &[(id, 3)], &few[0], &few[1], None, &params))?;
         encoder.submit_and_wait()
     };
     let operations: [(&str, Operation); 6] = [
-        ("step", &|cache, id| step(cache, id, &few)),
+        ("step", &|cache, id| step(cache, id, &many)),
         ("attend", &by_layer),
         ("append", &|cache, id| {
             let mut encoder = device.encoder()?;
@@ -121,11 +122,11 @@ fn memory_is_refused_at_every_buffer() {
             let params = AttentionParams::for_head_dim(D);
             let mut replay = Replay::new(|step, encoder| {
                 (0..LAYERS).try_for_each(|l| {
-                    step.append(encoder, l, &few[0], &few[0])?;
-                    step.attend(encoder, l, &few[0], &few[1], None, &params)
+                    step.append(encoder, l, &many[0], &many[0])?;
+                    step.attend(encoder, l, &many[0], &many[1], None, &params)
                 })
             });
-            replay.run(cache, &[(id, 3)])?.wait()
+            replay.run(cache, &[(id, 40)])?.wait()
         }),
         ("truncate and fork", &|cache, id| {
             let twin = cache.fork(id)?;
@@ -228,7 +229,7 @@ fn streams_that_panic_leave_the_cache_as_it_was() {
     let (file, before) = state(&cache, ids);
     let lens = ids.map(|id| (id, cache.len(id).unwrap()));
     for n in [0, 1, 24, 4095, 4096, 4097, 5000, file.len() - 1] {
-        let wrote = catch_unwind(|| cache.write_snapshot(&lens, Disk(n, true), b"m"));
+        let wrote = catch_unwind(AssertUnwindSafe(|| cache.write_snapshot(&lens, Disk(n, true), b"m")));
         assert!(wrote.is_err(), "{n}");
         let read = catch_unwind(AssertUnwindSafe(|| cache.read_snapshot(Worn(&file[..n], true), b"m")));
         assert!(read.is_err(), "{n}");
@@ -290,7 +291,7 @@ fn a_replay_whose_recording_panics_is_recorded_anew() {
     assert!(after.0 == file && after.1.used <= before.used);
     bad.set(false);
     replay.run(&mut cache, &[(ids[0], 1)]).unwrap().wait().unwrap();
-    assert_eq!(cache.len(ids[0]), Ok(22));
+    assert_eq!(cache.len(ids[0]), Ok(23));
 }
 
 /// A caller's lock is poisoned; what it guards is as it was.
@@ -315,5 +316,5 @@ fn a_thread_that_panics_in_a_step_leaves_its_cache_to_others() {
     let after = state(&cache, ids);
     assert!(after.0 == file && after.1.used <= before.used);
     step(&mut cache, ids[0], &buffers(&Device::cpu(), 40)).unwrap();
-    assert_eq!(cache.len(ids[0]), Ok(61));
+    assert_eq!(cache.len(ids[0]), Ok(62));
 }
