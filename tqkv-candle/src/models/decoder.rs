@@ -184,9 +184,8 @@ impl Model {
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
         let tokens = x.dim(0)?;
         let split = |y: Tensor, heads: usize| y.reshape((tokens, heads, head_dim));
-        let mut q = split(layer.q.forward(x)?, heads)?;
-        let mut k = split(layer.k.forward(x)?, kv_heads)?;
-        let v = split(layer.v.forward(x)?, kv_heads)?;
+        let [q, k, v] = Linear::forward_all([&layer.q, &layer.k, &layer.v], x)?;
+        let (mut q, mut k, v) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
         if let Some([q_norm, k_norm]) = &layer.head_norms {
             (q, k) = (self.norm(&q, q_norm)?, self.norm(&k, k_norm)?);
         }
@@ -197,12 +196,12 @@ impl Model {
     }
 
     fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
-        let gate = layer.gate.forward(x)?;
+        let [gate, up] = Linear::forward_all([&layer.gate, &layer.up], x)?;
         let gate = match self.config.activation {
             Activation::Silu => silu(&gate)?,
             Activation::GeluTanh => gate.gelu()?,
         };
-        layer.down.forward(&(gate * layer.up.forward(x)?)?)
+        layer.down.forward(&(gate * up)?)
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {

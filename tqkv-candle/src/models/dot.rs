@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 pub(super) struct Group {
     quants: [i16; 32],
     scale: f32,
-    /// Of the activations.
+    /// Of what the quants stand for: then what rounding adds is multiplied by weights, and not by quants before their offset.
     sum: f32,
 }
 
@@ -27,7 +27,8 @@ impl Group {
         }
         // What is no number stays none.
         let scale = if x.iter().all(|x| x.is_finite()) { largest / 32767.0 } else { f32::NAN };
-        Self { quants, scale, sum: x.iter().sum() }
+        let sum = quants.iter().map(|&quant| i32::from(quant)).sum::<i32>() as f32 * scale;
+        Self { quants, scale, sum }
     }
 
     /// Groups of whole rows, which have whole groups.

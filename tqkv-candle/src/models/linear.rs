@@ -1,6 +1,6 @@
 //! Products with a weight matrix, dense or packed.
 
-use super::product::product;
+use super::product::products;
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_core::quantized::QTensor;
@@ -27,7 +27,7 @@ impl Matrix {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::Dense(matrix) => x.matmul(matrix)?,
-            Self::Packed(matrix) => product(x, matrix)?,
+            Self::Packed(matrix) => products(x, &[matrix])?.remove(0),
         })
     }
 
@@ -49,12 +49,32 @@ impl Matrix {
 }
 
 impl Linear {
-    /// `[tokens, inputs]` to `[tokens, outputs]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.matrix.forward(x)?;
+    /// [`Linear::forward`] of several with the same `x`, together.
+    pub fn forward_all<const N: usize>(linears: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let packed = linears.iter().map(|linear| match &linear.matrix {
+            Matrix::Packed(matrix) => Some(&**matrix),
+            Matrix::Dense(_) => None,
+        });
+        let outputs: Vec<Tensor> = match packed.collect::<Option<Vec<_>>>() {
+            Some(packed) => {
+                let products = products(x, &packed)?.into_iter().zip(linears);
+                products.map(|(y, linear)| linear.add_bias(y)).collect::<Result<_>>()?
+            }
+            None => linears.iter().map(|linear| linear.forward(x)).collect::<Result<_>>()?,
+        };
+        // There are as many as were asked for.
+        outputs.try_into().map_err(|_| candle_core::Error::Msg("products are missing".into()).into())
+    }
+
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         })
+    }
+
+    /// `[tokens, inputs]` to `[tokens, outputs]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.add_bias(self.matrix.forward(x)?)
     }
 }
