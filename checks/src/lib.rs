@@ -4,6 +4,7 @@
 pub mod config;
 pub mod model;
 pub mod mutate;
+pub mod scale;
 pub mod soak;
 pub mod step;
 pub mod targets;

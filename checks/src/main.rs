@@ -1,9 +1,9 @@
-//! The soak test, and the inputs that fuzzers start from.
+//! The soak test, what large caches take, and the inputs that fuzzers start from.
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tqkv_checks::{soak, targets};
+use tqkv_checks::{scale, soak, targets};
 
 #[derive(Parser)]
 struct Arguments {
@@ -15,6 +15,8 @@ struct Arguments {
 enum Command {
     /// Does random things to caches and compares all that they give with a plain model and the reference.
     Soak(soak::Soak),
+    /// Prints what operations take over the size of a cache, and streams a snapshot that is larger than memory.
+    Scale(scale::Scale),
     /// Writes the inputs that fuzzers start from to a folder for each target.
     Seeds {
         /// Where the folders are, or will be.
@@ -25,6 +27,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Soak(soak) => soak.run(),
+        Command::Scale(scale) => scale.run(),
         Command::Seeds { folder } => targets::write_seeds(&folder).map_err(|e| format!("{}: {e}", folder.display())),
     };
     match result {

@@ -83,7 +83,7 @@ fn round(device: &Device, seed: u64) -> usize {
 }
 
 /// Bytes of this process in memory, where the system says so.
-fn resident() -> Option<u64> {
+pub(crate) fn resident() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)

@@ -442,3 +442,54 @@ fn calls_from_async_code_do_not_panic() {
         matches!(PrefixStore::new(Arc::new(InMemory::new()), "a//b"), Err(Error::Io { kind, .. }) if kind == missing)
     );
 }
+
+const CHILD: &str = "TQKV_TEST_STORE";
+
+/// Not a test of its own: the process that the next test kills.
+#[test]
+fn child_putter() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let store = PrefixStore::new(Arc::new(LocalFileSystem::new_with_prefix(path).unwrap()), "z").unwrap();
+    for i in 0.. {
+        put(&store, &tokens(i, 48));
+    }
+}
+
+#[test]
+fn a_killed_process_leaves_whole_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(dir.path()).unwrap());
+    let store = PrefixStore::new(inner, "z").unwrap().limit(u64::MAX);
+    let mut rng = Rng(3);
+    for _ in 0..12 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["child_putter", "--exact", "--quiet"])
+            .env(CHILD, dir.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let (started, before) = (std::time::Instant::now(), store.bytes().unwrap());
+        while store.bytes().unwrap() == before && started.elapsed().as_secs() < 60 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(rng.below(20_000) as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let mut lengths = vec![];
+    for i in 0..100 {
+        let mut cache = cache(config());
+        let Some(prefix) = store.get(&mut cache, &tokens(i, 48), b"model").unwrap() else { break };
+        assert_eq!(prefix.damaged, 0);
+        lengths.push(found(&store, &tokens(i, 48)));
+    }
+    assert!(!lengths.is_empty());
+    // Whoever comes next stores what is missing, and removes what is too much.
+    put(&store, &tokens(0, 48));
+    assert_eq!(found(&store, &tokens(0, 48)), 48);
+    let half = store.bytes().unwrap() / 2;
+    let inner: Arc<dyn ObjectStore> = Arc::new(LocalFileSystem::new_with_prefix(dir.path()).unwrap());
+    let small = PrefixStore::new(inner, "z").unwrap().limit(half);
+    small.evict().unwrap();
+    assert!(small.bytes().unwrap() <= half);
+}

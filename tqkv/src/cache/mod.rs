@@ -29,6 +29,8 @@ mod plan;
 mod prefix_store;
 mod replay;
 mod reserve;
+#[cfg(test)]
+mod scale_tests;
 mod sequences;
 mod snapshot;
 mod state;

@@ -16,6 +16,9 @@ pub(super) struct Pages {
     ends: BTreeMap<(u32, u32), u32>,
     /// Positions of held pages that no holder fills.
     gaps: usize,
+    /// How often something was done to a page.
+    #[cfg(test)]
+    pub work: usize,
 }
 
 impl Pages {
@@ -27,6 +30,8 @@ impl Pages {
             partial: vec![0; pages],
             ends: BTreeMap::new(),
             gaps: 0,
+            #[cfg(test)]
+            work: 0,
         }
     }
 
@@ -121,6 +126,10 @@ impl Pages {
     }
 
     fn recount(&mut self, page: u32, change: impl FnOnce(&mut Self)) {
+        #[cfg(test)]
+        {
+            self.work += 1;
+        }
         let before = self.gap(page);
         change(self);
         self.gaps = self.gaps + self.gap(page) - before;

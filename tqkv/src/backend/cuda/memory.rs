@@ -65,10 +65,22 @@ impl Memory {
         }
         self.stream.expect_no_capture("copy from the host")?;
         debug_assert!(offset + data.len() <= self.bytes);
-        // SAFETY: within the allocation by the buffer's shape; from pageable memory the driver copies before it returns.
+        // SAFETY: within the allocation by the buffer's shape; from pageable memory the driver copies before it returns, for
+        // any other the copy is waited for.
         unsafe { result::memcpy_htod_async(self.address + offset as u64, data, self.stream.raw) }
-            .map_err(|e| self.stream.context.failed(e))
+            .map_err(|e| self.stream.context.failed(e))?;
+        if is_known(&data[0]) || is_known(&data[data.len() - 1]) { self.stream.synchronize() } else { Ok(()) }
     }
+}
+
+/// Whether the driver knows the memory of a byte (pinned, registered, managed): then it reads it only when the stream comes to
+/// it, and the caller must not have it back before.
+fn is_known(byte: &u8) -> bool {
+    let (mut kind, which) = (0u32, sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+    // SAFETY: writes one integer; a pointer that the driver does not know is an error.
+    unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), which, std::ptr::from_ref(byte) as u64) }
+        .result()
+        .is_ok()
 }
 
 impl Drop for Memory {

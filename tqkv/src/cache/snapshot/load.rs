@@ -8,6 +8,7 @@ use super::source::{Source, expect_checksum};
 use crate::cache::state::{Held, KvCache, Sequence, SequenceId};
 use crate::error::{Error, Result, SnapshotPart};
 use std::io::{Read, Seek};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
@@ -129,7 +130,7 @@ impl KvCache {
         needed
     }
 
-    /// Takes free pages and fills them with those of a snapshot; on an error they are free again.
+    /// Takes free pages and fills them with those of a snapshot; on an error or a panic they are free again.
     fn read_pages<R: Read + Send>(
         &mut self,
         source: &mut Source<R>,
@@ -143,13 +144,14 @@ impl KvCache {
         for &(group, _) in &snapshot.pages {
             numbers.push(self.groups[group as usize].pages.take()?);
         }
-        if let Err(error) = self.fill_pages(source, snapshot, checksum, &numbers) {
+        // A stream of the caller's may panic.
+        let filled = catch_unwind(AssertUnwindSafe(|| self.fill_pages(source, snapshot, checksum, &numbers)));
+        if !matches!(filled, Ok(Ok(()))) {
             for (&(group, _), &page) in snapshot.pages.iter().zip(&numbers).rev() {
                 self.groups[group as usize].pages.release(page);
             }
-            return Err(error);
         }
-        Ok(numbers)
+        filled.unwrap_or_else(|panic| resume_unwind(panic)).map(|()| numbers)
     }
 
     /// The sequences of a snapshot, whose pages lie in the pool's pages of these numbers.
