@@ -46,8 +46,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let scaled = r#","rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":16}"#;
     let yarn = r#","rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":8},"tie_word_embeddings":true"#;
     let seed = |config: String, file: &[u8]| super::joined([config.as_bytes(), file]);
-    let gemma =
-        config(r#","head_dim":16,"sliding_window":8,"query_pre_attn_scalar":16"#).replace("llama", "gemma3_text");
+    let gemma = config(r#","head_dim":16,"sliding_window":8,"query_pre_attn_scalar":16"#)
+        .replace("llama", "gemma3_text")
+        .replace("silu", "gelu_pytorch_tanh");
     vec![seed(config(""), &file), seed(config(scaled), &[]), seed(config(yarn), &file), seed(gemma, &[])]
 }
 

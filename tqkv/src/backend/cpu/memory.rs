@@ -51,14 +51,16 @@ struct Use {
 
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
-        let lines = bytes.div_ceil(OVERREAD) + 1;
         let error = || Error::OutOfMemory { device: "cpu".to_owned(), requested: bytes };
-        // `try_zeroed_slice_box` asks for zeroed pages, which cost nothing until touched. A vector does not say that nobody else
-        // points to what it owns, as a box would.
-        let lines = bytemuck::allocation::try_zeroed_slice_box::<Line>(lines).map_err(|()| error())?;
-        let mut lines = Vec::from(lines);
-        let start = lines.as_mut_ptr().cast();
-        Ok(Memory { start, len: bytes, padding: OVERREAD, uses: Mutex::default(), _owner: Box::new(lines) })
+        let padded = bytes.checked_add(2 * OVERREAD).ok_or_else(error)?;
+        // As bytes, and moved to the start of a line: memory that is asked for with an alignment of its own is written at once, other
+        // zeroed pages cost nothing until they are touched. A vector does not say that nobody else points to what it owns, as a box
+        // would.
+        let owned = bytemuck::allocation::try_zeroed_slice_box::<u8>(padded).map_err(|()| error())?;
+        let mut owned = Vec::from(owned);
+        let start = owned.as_mut_ptr();
+        let start = start.wrapping_add(start.addr().next_multiple_of(OVERREAD) - start.addr());
+        Ok(Memory { start, len: bytes, padding: OVERREAD, uses: Mutex::default(), _owner: Box::new(owned) })
     }
 
     /// Someone else's memory.
