@@ -19,7 +19,7 @@ thread_local! {
     static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// The system's memory, of which buffers (zeroed lines of 64 bytes) may be refused. What else Rust asks for cannot fail: it aborts.
+/// The system's memory, of which buffers (zeroed integers of 16 bytes) may be refused. What else Rust asks for cannot fail: it aborts.
 struct Refusing;
 
 // SAFETY: all calls go to the system's allocator, but those that are refused.
@@ -29,7 +29,7 @@ unsafe impl GlobalAlloc for Refusing {
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if layout.align() == 64 {
+        if layout.align() == 16 {
             match LEFT.get() {
                 Some(0) => return std::ptr::null_mut(),
                 left => LEFT.set(left.map(|n| n - 1)),

@@ -52,13 +52,13 @@ struct Use {
 impl Memory {
     pub fn zeroed(bytes: usize) -> Result<Self> {
         let error = || Error::OutOfMemory { device: "cpu".to_owned(), requested: bytes };
-        let padded = bytes.checked_add(2 * OVERREAD).ok_or_else(error)?;
-        // As bytes, and moved to the start of a line: memory that is asked for with an alignment of its own is written at once, other
-        // zeroed pages cost nothing until they are touched. A vector does not say that nobody else points to what it owns, as a box
-        // would.
-        let owned = bytemuck::allocation::try_zeroed_slice_box::<u8>(padded).map_err(|()| error())?;
+        let padded = bytes.checked_add(2 * OVERREAD).ok_or_else(error)?.div_ceil(size_of::<u128>());
+        // With the alignment that the system gives anyway, and moved to the start of a line: memory of a larger one is written at once,
+        // other zeroed pages cost nothing until they are touched. A vector does not say that nobody else points to what it owns, as
+        // a box would.
+        let owned = bytemuck::allocation::try_zeroed_slice_box::<u128>(padded).map_err(|()| error())?;
         let mut owned = Vec::from(owned);
-        let start = owned.as_mut_ptr();
+        let start = owned.as_mut_ptr().cast::<u8>();
         let start = start.wrapping_add(start.addr().next_multiple_of(OVERREAD) - start.addr());
         Ok(Memory { start, len: bytes, padding: OVERREAD, uses: Mutex::default(), _owner: Box::new(owned) })
     }
