@@ -107,9 +107,9 @@ fn tests(root: &Path) -> Result<()> {
     cargo(root, "test --workspace", &environment)
 }
 
-/// The soak test, built as `tests` builds all.
+/// The soak test, whose program is built beside the tests of its package: built alone, all would be compiled once more.
 pub fn soak(root: &Path, options: &[&str]) -> Result<()> {
-    cargo(root, "build --workspace --bin tqkv-checks", &[])?;
+    cargo(root, "test --workspace --test fuzz --no-run", &[])?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let program = target.join("debug/tqkv-checks");
     command(root, &program.to_string_lossy(), &[&["soak"], options].concat(), &[])
