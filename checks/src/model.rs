@@ -2,7 +2,7 @@
 
 use crate::config::{D, HEADS, KV_HEADS, LAYERS, NEWEST, PAGE, channels, config};
 use crate::step::{How, Step};
-use crate::support::{Guarded, Rng, attention_tolerance, relative_error, rounded, run, upload};
+use crate::support::{Guarded, Rng, relative_error, rounded, run, upload};
 use std::collections::HashMap;
 use std::ops::Range;
 use tqkv::cache::{LayerKind, RECENT_SLACK, Replay, Side, Usage};
@@ -364,23 +364,26 @@ impl Model {
     /// Compares the heads of one query at position `own`: its vectors, their results and their log-sum-exps.
     fn expect_close(&self, layer: usize, of: &Sequence, own: usize, dtype: DType, [q, out, lse]: [&[f32]; 3]) {
         let (newest, scale) = (self.newest(layer), f64::from(AttentionParams::for_head_dim(D).scale));
+        // Results of extents are merged; newest positions that a sequence may have lost are read as all others.
+        let merged = if self.newest(layer) > 0 { 2.0 } else { 1.0 };
+        // In units of what is allowed.
         let error = |newest: usize| {
             let of_head = |head: usize| {
                 let (q, out) = (&q[head * D..][..D], &out[head * D..][..D]);
                 let seen = |side| self.seen(&of.tokens, layer, side, own, newest, head * KV_HEADS / HEADS);
                 let query = reference::Query { q, scale, softcap: None, sink: None };
-                let (want, want_lse) = reference::attention(&query, &seen(Side::Key), &seen(Side::Value));
+                let keys = seen(Side::Key);
+                let (want, want_lse) = reference::attention(&query, &keys, &seen(Side::Value));
                 let lse = (f64::from(lse[head]) - want_lse).abs() / want_lse.abs().max(1.0);
                 relative_error(out, &want).max(lse)
+                    / (merged * crate::tolerance(self.cache.device(), dtype, &query, &keys))
             };
             (0..HEADS).map(of_head).fold(0.0, f64::max)
         };
-        // Results of extents are merged; newest positions that a sequence may have lost are read as all others.
-        let most = attention_tolerance(self.cache.device(), dtype, DType::F32) * if newest > 0 { 2.0 } else { 1.0 };
         let (apart, spared) = (error(newest), newest > 0 && own + 1 < of.sure + newest);
         assert!(
-            apart <= most || (spared && error(0) <= most),
-            "layer {layer}, query {own} of {}, sure from {}: {apart:e}",
+            apart <= 1.0 || (spared && error(0) <= 1.0),
+            "layer {layer}, query {own} of {}, sure from {}: {apart:.2} of what is allowed",
             of.tokens.len(),
             of.sure
         );

@@ -1,6 +1,6 @@
 //! Operations with any shapes, strides and page tables: refused, or what the reference says, and no byte written elsewhere.
 
-use crate::support::{Guarded, Rng, attention_tolerance, relative_error, rounded};
+use crate::support::{Guarded, Rng, relative_error, rounded};
 use arbitrary::{Result, Unstructured};
 use std::any::Any;
 use tqkv::format::RowFormat;
@@ -326,7 +326,6 @@ fn attend(u: &mut Unstructured, device: &Device, sides: &[Pool], batch: &Batch, 
         return Ok(());
     }
     let (keys, values) = (key.bytes(), value.bytes());
-    let tolerance = attention_tolerance(device, dtype, DType::F32);
     let queries = own.iter().flat_map(|span| (span.1 - span.2..span.1).map(move |p| (span, p)));
     for (token, (span, position)) in queries.enumerate() {
         let start = params.window.map_or(span.0, |w| span.0.max((position + 1).saturating_sub(w)));
@@ -345,6 +344,7 @@ fn attend(u: &mut Unstructured, device: &Device, sides: &[Pool], batch: &Batch, 
             let [k, v] = [&k, &v].map(|rows| rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
             let (want, want_lse) = reference::attention(&query, &k, &v);
             let want = reference::restore(value.pool.row(), &want);
+            let tolerance = crate::tolerance(device, dtype, &query, &k);
             let error = relative_error(&out[r * d..][..d], &want);
             assert!(error <= tolerance, "position {position} head {head}: {error:e}");
             let log = f64::from(lse[r]);
