@@ -142,7 +142,11 @@ fn docs(root: &Path) -> Result<()> {
 
 /// What the registry would be given. `cargo publish --workspace --dry-run` compiles it too.
 fn package(root: &Path) -> Result<()> {
-    cargo(root, "package --workspace --exclude xtask --exclude tqkv-python --exclude tqkv-checks --no-verify --allow-dirty --quiet", &[])?;
+    cargo(
+        root,
+        "package --workspace --exclude xtask --exclude tqkv-python --exclude tqkv-checks --no-verify --allow-dirty --quiet",
+        &[],
+    )?;
     for name in PACKAGES {
         let listed = format!("package --list --allow-dirty -p {name}");
         let listed = Command::new(cargo_program()).args(listed.split(' ')).current_dir(root).output()?;
