@@ -265,6 +265,23 @@ trait Isa {
 /// AVX2.
 struct Narrow;
 
+/// The products of 16 quants each with their activations, neighbours added.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn word_products(quants: __m256i, x: &[i16; 32]) -> [__m256i; 2] {
+    // SAFETY: as the caller promises; the loads are of the array's two halves.
+    unsafe {
+        let low = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(quants));
+        let high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(quants, 1));
+        [
+            _mm256_madd_epi16(low, _mm256_loadu_si256(x.as_ptr().cast())),
+            _mm256_madd_epi16(high, _mm256_loadu_si256(x[16..].as_ptr().cast())),
+        ]
+    }
+}
+
 impl Isa for Narrow {
     type Sum = __m256;
 
@@ -276,16 +293,9 @@ impl Isa for Narrow {
 
     #[inline(always)]
     unsafe fn add(sum: __m256, quants: __m256i, x: &[i16; 32], scale: f32) -> __m256 {
-        // SAFETY: as the caller promises; the loads are of the array's two halves.
+        // SAFETY: as the caller promises.
         unsafe {
-            let low = _mm256_madd_epi16(
-                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(quants)),
-                _mm256_loadu_si256(x.as_ptr().cast()),
-            );
-            let high = _mm256_madd_epi16(
-                _mm256_cvtepi8_epi16(_mm256_extracti128_si256(quants, 1)),
-                _mm256_loadu_si256(x[16..].as_ptr().cast()),
-            );
+            let [low, high] = word_products(quants, x);
             // 16 products of at most 127 · 32767 in each.
             _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)), _mm256_set1_ps(scale), sum)
         }
@@ -293,16 +303,9 @@ impl Isa for Narrow {
 
     #[inline(always)]
     unsafe fn add_halves(sum: __m256, quants: __m256i, x: &[i16; 32], scales: [f32; 2]) -> __m256 {
-        // SAFETY: as the caller promises; the loads are of the array's two halves.
+        // SAFETY: as the caller promises.
         unsafe {
-            let low = _mm256_madd_epi16(
-                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(quants)),
-                _mm256_loadu_si256(x.as_ptr().cast()),
-            );
-            let high = _mm256_madd_epi16(
-                _mm256_cvtepi8_epi16(_mm256_extracti128_si256(quants, 1)),
-                _mm256_loadu_si256(x[16..].as_ptr().cast()),
-            );
+            let [low, high] = word_products(quants, x);
             let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), _mm256_set1_ps(scales[0]), sum);
             _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(scales[1]), sum)
         }
