@@ -147,11 +147,11 @@ impl Batch {
     ///
     /// On a device that reads batches from memory (CUDA), whatever was recorded with this batch runs on the new content from now
     /// on: a captured graph, say, goes on with the next token. The kernels stay those that suited the lengths at the recording;
-    /// they are right for any. Clones made before can be used in no further operation. On the other devices what was recorded
+    /// they are right for any, but for those of many new positions a sequence, which hold for as many tiles of 128 positions. Clones made before can be used in no further operation. On the other devices what was recorded
     /// keeps the content that it was recorded with, so submit it before.
     ///
     /// # Errors
-    /// Those of [`Batch::new`]; [`Error::Mismatch`] for other numbers of sequences or of new positions, or longer tables;
+    /// Those of [`Batch::new`]; [`Error::Mismatch`] for other numbers of sequences, of new positions or of tiles, or longer tables;
     /// [`Error::Page`] and [`Error::Aliased`] for pages that a recorded operation could not take; [`Error::OutdatedBatch`] of a
     /// clone that was left behind; [`Error::Unsupported`] while the device's stream is captured in a graph. Nothing has changed then.
     pub fn update(&mut self, spans: &[Span]) -> Result<()> {
@@ -241,8 +241,8 @@ impl Batch {
     }
 
     /// Fails unless what was recorded with this batch can go on with the other's content.
-    pub(crate) fn expect_like(&self, new: &Batch) -> Result<()> {
-        let (old, new) = (&*self.0, &*new.0);
+    pub(crate) fn expect_like(&self, batch: &Batch) -> Result<()> {
+        let (old, new) = (&*self.0, &*batch.0);
         let mismatch = |what, got, expected: usize| Err(Error::Mismatch { what, got, expected: expected.to_string() });
         if new.spans.len() != old.spans.len() {
             return mismatch("sequences of the batch", new.spans.len(), old.spans.len());
@@ -260,7 +260,7 @@ impl Batch {
         if old.kept.written.load(Relaxed) && !new.writes_apart {
             return Err(WRITTEN_TWICE);
         }
-        Ok(())
+        lock(&old.kept.plans.0).iter().try_for_each(|plan| plan.expect(batch))
     }
 
     /// Whether recording with the other's content would choose the same kernels.
@@ -390,6 +390,11 @@ pub(crate) trait Plan: Any + Send + Sync {
     /// Whether the same kernels would be chosen for another batch.
     fn suits(&self, _: &Batch) -> bool {
         true
+    }
+
+    /// Fails if what was recorded with it is right for its own batch only.
+    fn expect(&self, _: &Batch) -> Result<()> {
+        Ok(())
     }
 
     /// Makes it anew for another batch, where those who use it find it; false if it does not last that long.

@@ -148,6 +148,35 @@ pub fn attention_with_every_option(device: &Device) {
     attention_is_close_to_float64(device, with_types(device, cases));
 }
 
+/// Prompts, beside a sequence that decodes. On CUDA (compute capability 9.0) they have kernels of their own for half-precision queries, from 256
+/// query rows and 2^20 pairs of a row and a position on; a few on other devices.
+pub fn attention_of_prompts(device: &Device) {
+    let lens: &[_] = &[(530, 530), (40, 1), (4200, 70)];
+    let base = Case { lens, q: DType::F16, out: DType::F16, ..BASE };
+    let mut cases = vec![base.clone()];
+    for codec in [Codec::tq(2), Codec::tq(3), Codec::tq(8), Codec::seed(5), Codec::F16] {
+        cases.push(Case { key: codec, value: codec, q: DType::BF16, out: DType::F32, ..base.clone() });
+    }
+    for (head_dim, group) in [(16, 4), (64, 4), (80, 5), (96, 7), (112, 4), (192, 4), (256, 4), (320, 4)] {
+        let (key, value) = (Codec::tq(5), Codec::tq(4));
+        cases.push(Case { key, value, head_dim, group, page_size: 9, ..base.clone() });
+    }
+    for key in [Codec::tq(4), Codec::seed(8), Codec::F16] {
+        let base = Case { key, ..base.clone() };
+        cases.push(Case { window: Some(100), page_size: 64, ..base.clone() });
+        cases.push(Case { window: Some(1000), causal: false, ..base.clone() });
+        cases.push(Case { causal: false, sinks: true, out: DType::BF16, ..base.clone() });
+        cases.push(Case { softcap: Some(2.0), ..base.clone() });
+        cases.push(Case { softcap: Some(20.0), sinks: true, window: Some(300), ..base.clone() });
+        cases.push(Case { domain: Domain::Rotated, q: DType::BF16, ..base.clone() });
+        cases.push(Case { octaves: 15, out: DType::F32, ..base.clone() });
+        cases.push(Case { ring: Some((1000, 5000, 5900, 800)), kv_heads: 3, ..base.clone() });
+    }
+    let cuda = device.info().kind == DeviceKind::Cuda;
+    let chosen = cases.into_iter().enumerate().filter(|(i, _)| cuda || i % 7 == 0);
+    attention_is_close_to_float64(device, chosen.map(|(_, case)| case).collect());
+}
+
 /// Queries in f32, and in f16 and bf16 by turns: in both kinds for every case on CUDA, whose kernels for them differ; elsewhere, where only
 /// loads do, in one kind a case.
 fn with_types(device: &Device, cases: Vec<Case>) -> Vec<Case> {
@@ -219,9 +248,10 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
         run(device, |e| attention(e, &input, &key.pool, &value.pool, &batch, &params, &out.buffer, Some(&lse.buffer)));
         let (out, lse) = (out.take(), lse.take());
 
-        let mut token = 0;
+        let mut tokens_before = 0;
         for (s, &(first, len, new, _)) in layout.spans.iter().enumerate() {
-            for i in 0..new {
+            // Of a prompt some queries: the oracle is slow.
+            for i in (0..new).filter(|i| new <= 150 || i % 29 < 2 || i + 2 > new) {
                 let own = len - new + i;
                 let start = case.window.map_or(first, |w| first.max((own + 1).saturating_sub(w)));
                 let end = if case.causal { own + 1 } else { len };
@@ -231,7 +261,7 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
                         keys.push(key.row(page, head / case.group, slot));
                         values.push(value.row(page, head / case.group, slot));
                     }
-                    let r = token * heads + head;
+                    let r = (tokens_before + i) * heads + head;
                     let given = &q[r * d..][..d];
                     let rotated: Vec<f32> = match case.domain {
                         Domain::Rotated => given.to_vec(),
@@ -248,7 +278,14 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
                         Domain::Rotated => want,
                         Domain::Original => reference::restore(&value_row, &want),
                     };
-                    let tolerance = attention_tolerance(device, case.q, case.out);
+                    // Of thousands of rows the unluckiest is further out, and CUDA rounds prompts' keys and values to f16: docs/accuracy.md.
+                    let many = case.q != DType::F32 && new * case.group >= 256;
+                    let prompt = match device.info().kind {
+                        DeviceKind::Cuda if many => 1e-3,
+                        DeviceKind::Cpu if many => 5e-4,
+                        _ => 0.0,
+                    };
+                    let tolerance = attention_tolerance(device, case.q, case.out) + prompt;
                     let error = relative_error(&out[r * d..][..d], &want);
                     assert!(
                         error <= tolerance,
@@ -264,8 +301,8 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
                         worst = (error, format!("{case}"));
                     }
                 }
-                token += 1;
             }
+            tokens_before += new;
         }
     }
     println!("largest error {:.2e}: {}", worst.0, worst.1);

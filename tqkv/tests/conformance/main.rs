@@ -149,7 +149,8 @@ impl Layout {
 suite!(cpu, wgpu, cuda: (
     rotation_matches_the_definition, quantize_writes_the_codes, codes_are_the_cpus,
     vectors_that_are_not_finite_decode_to_nan, infinite_scales_decode_to_what_is_not_finite, dequantize_is_bit_exact,
-    attention_of_every_codec, attention_of_every_shape, attention_with_every_option, queries_of_any_size,
+    attention_of_every_codec, attention_of_every_shape, attention_with_every_option, attention_of_prompts,
+    queries_of_any_size,
     what_is_not_a_number_stays_so, what_is_not_seen_does_not_matter, large_scores_share_the_weight,
     large_scores_are_told_apart, merge_passes_over_empty_parts, merged_parts_equal_the_whole,
     a_truncated_cache_forgets, a_batch_equals_its_sequences, head_dims_that_are_no_multiple_of_16,
@@ -176,6 +177,7 @@ mod cpu_foreign {
         attention_of_every_codec,
         attention_of_every_shape,
         attention_with_every_option,
+        attention_of_prompts,
         queries_of_any_size,
         what_is_not_a_number_stays_so,
         what_is_not_seen_does_not_matter,

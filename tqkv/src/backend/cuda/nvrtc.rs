@@ -14,13 +14,17 @@ const PATH_VARIABLE: &str = "TQKV_NVRTC";
 /// What the kernels include besides codecs, by the names that they include it by.
 const HEADERS: &[(&str, &str)] = &[
     header!("attention/fetch.cuh"),
+    header!("attention/layout.cuh"),
     header!("attention/params.cuh"),
+    header!("attention/parts.cuh"),
     header!("attention/queries.cuh"),
+    header!("attention/rows.cuh"),
     header!("attention/scores.cuh"),
     header!("attention/softmax.cuh"),
     header!("attention/sum.cuh"),
     header!("attention/values.cuh"),
     header!("common.cuh"),
+    header!("hopper.cuh"),
     header!("ptx.cuh"),
     header!("transform.cuh"),
 ];

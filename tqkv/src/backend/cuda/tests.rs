@@ -1,6 +1,6 @@
 //! Every specialisation compiles, for every architecture. NVRTC needs no GPU: `TQKV_NVRTC` may name its library.
 
-use super::attention::{Shape, Variant, plain_key, plain_rows};
+use super::attention::{Shape, Tiles, Variant, expand_key, plain_key, plain_rows, prefill_key};
 use super::kernel::KernelKey;
 use super::nvrtc::{self, Source};
 use super::rows::{InputShape, dequantize_key, merge_key, quantize_key, rotate_key};
@@ -129,6 +129,23 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
     all
 }
 
+/// The kernels for prompts, which only one architecture has.
+fn prompt_kernels(head_dims: &[usize]) -> Vec<KernelKey> {
+    let mut all = vec![];
+    // One of each width of products, and the longest.
+    for d in head_dims.iter().copied().chain([64, 256]) {
+        for (i, row) in codecs(d).into_iter().filter(|row| row.codec() != Codec::F32).enumerate() {
+            let tiles = Tiles::of(&row, &row).unwrap();
+            all.push(expand_key([&row; 2], [1 << row.row_bytes().trailing_zeros().min(4); 2], &tiles));
+            if i < 2 {
+                let q = [DType::F16, DType::BF16][i];
+                all.push(prefill_key([&row; 2], [q, q], true, &tiles));
+            }
+        }
+    }
+    all
+}
+
 /// Those that `TQKV_CUDA_HEAD_DIMS` names, or the usual ones.
 fn head_dims(usual: &[usize]) -> Vec<usize> {
     match std::env::var("TQKV_CUDA_HEAD_DIMS") {
@@ -215,6 +232,9 @@ fn compiles_for(architecture: &str, shared_memory: usize) {
     let head_dims = head_dims(&[80, 128]);
     let mut kernels = row_kernels(&head_dims);
     kernels.extend(attention_variants(&head_dims, shared_memory).iter().map(|variant| variant.key));
+    if architecture == "sm_90a" {
+        kernels.extend(prompt_kernels(&head_dims));
+    }
     let sources: Vec<_> = kernels.iter().map(KernelKey::source).collect();
     let (failures, spills) = compile(architecture, &sources);
     println!("{architecture}: {} kernels, {} spill registers, {} fail", sources.len(), spills.len(), failures.len());

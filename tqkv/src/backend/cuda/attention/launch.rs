@@ -1,17 +1,17 @@
 //! The tensor-core kernel: its parameters and its launch.
 
 use super::params::Params;
-use super::plan::{Item, Plan, Problem};
+use super::plan::{Item, Plan, Problem, Sequences};
 use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
-use crate::backend::cuda::memory::{Memory, address, batch_addresses};
-use crate::backend::cuda::tables::{Side, scale_unit};
-use crate::error::{Result, to_u32};
+use crate::backend::cuda::memory::Memory;
+use crate::backend::cuda::tables::scale_unit;
+use crate::error::Result;
 use crate::format::{RowFormat, Scaling};
 use crate::problem::op::Attention;
-use crate::problem::{Batch, Domain, Visible};
+use crate::problem::{Batch, Visible};
 use std::sync::{Arc, Mutex};
 
 /// A plan on the device, kept with its batch.
@@ -19,20 +19,22 @@ struct DevicePlan {
     problem: Problem,
     /// What the kernel was chosen for: see `Shape::short`.
     short: bool,
+    sequences: Sequences,
     plan: Mutex<Plan>,
     /// Room for those of any lengths.
     items: Arc<Memory>,
 }
 
 impl DevicePlan {
-    fn get(gpu: &Gpu, batch: &Batch, problem: Problem, short: bool) -> Result<Arc<DevicePlan>> {
+    fn get(gpu: &Gpu, batch: &Batch, problem: Problem, short: bool, sequences: &Sequences) -> Result<Arc<DevicePlan>> {
         batch.plans().get(
-            |p: &DevicePlan| p.problem == problem && p.short == short,
+            |p: &DevicePlan| p.problem == problem && p.short == short && p.sequences == *sequences,
             || {
                 let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
-                let (plan, items) = (Plan::new(&problem, batch.spans()), Arc::new(gpu.stream.alloc(bytes)?));
+                let plan = Plan::new(&problem, batch.spans(), sequences.few.clone());
+                let items = Arc::new(gpu.stream.alloc(bytes)?);
                 items.write(0, bytemuck::cast_slice(&plan.items))?;
-                Ok(DevicePlan { problem, short, plan: Mutex::new(plan), items })
+                Ok(DevicePlan { problem, short, sequences: sequences.clone(), plan: Mutex::new(plan), items })
             },
         )
     }
@@ -41,6 +43,7 @@ impl DevicePlan {
 impl crate::problem::Plan for DevicePlan {
     fn suits(&self, batch: &Batch) -> bool {
         self.short == is_short(batch, self.problem.kv_heads, self.problem.blocks)
+            && self.sequences.suit(batch.spans(), self.problem.group)
     }
 
     fn follow(&self, batch: &Batch) -> Result<bool> {
@@ -60,7 +63,14 @@ fn lacking(row: &RowFormat) -> f32 {
     }
 }
 
-pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Recording) -> Result<()> {
+/// Of the sequences with few queries.
+pub(super) fn tensor(
+    gpu: &Gpu,
+    op: &Attention,
+    variant: &Variant,
+    sequences: &Sequences,
+    to: &mut Recording,
+) -> Result<()> {
     let (key, value) = (op.key.row(), op.value.row());
     let (k_tables, v_tables) = (gpu.tables(key)?, gpu.tables(value)?);
     let (kv_heads, group, rows) = (op.key.kv_heads(), op.heads / op.key.kv_heads(), 8 * variant.tiles_n);
@@ -73,34 +83,19 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         blocks: gpu.multiprocessors(),
         visible: Visible { causal: op.params.causal, window: op.params.window },
     };
-    let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short)?;
+    let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short, sequences)?;
     let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;
-    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
-    let original = op.params.domain == Domain::Original;
+    let [partial, counters] = lock(&gpu.workspace).parts(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
+    let sides = [(&*k_tables, k_tables.tensor_levels), (&*v_tables, v_tables.tensor_levels)];
     let params = Params {
-        key: Side::new(&op.key, &k_tables, k_tables.tensor_levels, original),
-        value: Side::new(&op.value, &v_tables, v_tables.tensor_levels, original),
-        page_table: batch_addresses(&op.batch)?[1],
         items: planned.items.address,
-        q: address(&op.q),
-        out: address(&op.out),
-        lse: op.lse.as_ref().map_or(0, address),
-        sink_logits: op.params.sink_logits.as_ref().map_or(0, address),
         partial: partial.address,
         partial_ml: partial.address + sums as u64,
         counters: counters.address,
-        kv_heads: kv_heads as u32,
-        group: to_u32("heads", group)?,
-        page_size: op.key.page_size() as u32,
-        table_width: op.batch.width() as u32,
-        causal: op.params.causal as u32,
-        // A window past 32 bits sees everything.
-        window: op.params.window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32)),
         q_scale: op.params.scale * lacking(key) / k_tables.gain,
         out_scale: lacking(value) / v_tables.gain,
-        softcap: op.params.softcap.unwrap_or(0.0),
-        scale: op.params.scale,
+        ..Params::of(op, sides)?
     };
     gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
     to.memory.extend([partial, counters, planned.items.clone()]);

@@ -1,16 +1,19 @@
 //! Attention: `shape` is what of a problem decides how it is compiled, `variant` the choice, `layout` its shared memory, `plan` how work
-//! is spread over blocks, `launch` the kernel on tensor cores, `plain` the one for everything else.
+//! is spread over blocks, `launch` the kernel on tensor cores, `prefill` the one for many queries a sequence, `plain` the one for everything else.
 
 mod launch;
 mod layout;
 mod params;
 mod plain;
 mod plan;
+mod prefill;
 mod shape;
 mod variant;
 
 #[cfg(test)]
 pub(super) use plain::{plain_key, plain_rows};
+#[cfg(test)]
+pub(super) use prefill::{Tiles, expand_key, prefill_key};
 #[cfg(test)]
 pub(super) use shape::Shape;
 #[cfg(test)]
@@ -21,11 +24,18 @@ use crate::error::Result;
 use crate::problem::op::Attention;
 
 /// Precision follows the queries' type: f16 and bf16 are answered by tensor cores, in f16 products and f32 sums; f32 by plain
-/// cores in f32, which is slower. So are shapes that the tensor-core kernel does not take.
+/// cores in f32, which is slower. So are shapes that the tensor-core kernels do not take. Sequences with many queries have a kernel of their own
+/// where there is one.
 pub(super) fn attention(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {
     let limit = gpu.stream.context.limits.shared_memory as usize;
-    match shape::Shape::of(op, gpu.multiprocessors()).and_then(|shape| variant::Variant::choose(&shape, limit)) {
-        Some(variant) => launch::tensor(gpu, op, &variant, to),
-        None => plain::plain(gpu, op, to),
+    let Some(shape) = shape::Shape::of(op, gpu.multiprocessors()) else { return plain::plain(gpu, op, to) };
+    let (sequences, prefill) = prefill::Prefill::of(gpu, op)?;
+    let rows: Vec<_> = shape::query_rows(op).collect();
+    if let Some(query_rows) = sequences.few.iter().map(|&s| rows[s]).max() {
+        match variant::Variant::choose(&shape::Shape { query_rows, ..shape }, limit) {
+            Some(variant) => launch::tensor(gpu, op, &variant, &sequences, to)?,
+            None => return plain::plain(gpu, op, to),
+        }
     }
+    prefill.map_or(Ok(()), |prefill| prefill.record(gpu, op, to))
 }

@@ -149,7 +149,7 @@ pub(super) fn plain(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()>
     let Splits { splits, .. } = *Splits::get(&op.batch, most)?;
     let parts = tiles * rows * splits;
     let sums = parts * sides[1].row_dim() * 4;
-    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * 16, tiles * 4)?;
+    let [partial, counters] = lock(&gpu.workspace).parts(&gpu.stream, sums + parts * 16, tiles * 4)?;
     let original = op.params.domain == Domain::Original;
     let [spans, table] = batch_addresses(&op.batch)?;
     let params = Params {

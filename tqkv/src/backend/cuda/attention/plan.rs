@@ -41,7 +41,44 @@ kernel_struct! {
         q_start: u32,
         q_len: u32,
         next: u32,
-        reserved: [u32; 2],
+        tile_at: u32,
+        reserved: u32,
+    }
+}
+
+/// Which sequences of a batch have so many queries that it pays to make their keys and values f16 first, for all of them: the others are
+/// answered in one launch, by a kernel that decodes them for every 32 query rows anew.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Sequences {
+    pub few: Vec<usize>,
+    pub many: Vec<usize>,
+    /// Whether a kernel takes the many.
+    split: bool,
+}
+
+/// Query rows a KV head from which a sequence may have many.
+const MANY_ROWS: usize = 256;
+/// Pairs of a query row and a position from which it has: below, two launches cost more than they save (measured: docs/lab-book.md).
+const MANY_PAIRS: usize = 1 << 20;
+
+impl Sequences {
+    pub fn of(spans: &[SpanInfo], group: usize) -> Self {
+        let many = |&s: &usize| {
+            let rows = spans[s].new as usize * group;
+            rows >= MANY_ROWS && rows.saturating_mul((spans[s].len - spans[s].first) as usize) >= MANY_PAIRS
+        };
+        let (many, few) = (0..spans.len()).partition(many);
+        Sequences { few, many, split: true }
+    }
+
+    /// Where one kernel takes all.
+    pub fn all_few(spans: &[SpanInfo]) -> Self {
+        Sequences { few: (0..spans.len()).collect(), many: vec![], split: false }
+    }
+
+    /// Whether these are the ones at other lengths too.
+    pub fn suit(&self, spans: &[SpanInfo], group: usize) -> bool {
+        !self.split || *self == Self::of(spans, group)
     }
 }
 
@@ -69,15 +106,15 @@ impl Problem {
     }
 }
 
-struct Group {
+pub(super) struct Group {
     /// All of an item but its tiles and parts.
-    item: Item,
-    begin: usize,
-    end: usize,
+    pub item: Item,
+    pub begin: usize,
+    pub end: usize,
 }
 
 impl Group {
-    fn tiles(&self) -> usize {
+    pub fn tiles(&self) -> usize {
         self.end - self.begin
     }
 
@@ -89,32 +126,35 @@ impl Group {
 /// Tiles [begin, end) of a group.
 type Piece = (usize, usize, usize);
 
-fn groups(problem: &Problem, spans: &[SpanInfo]) -> Vec<Group> {
+fn groups(problem: &Problem, spans: &[SpanInfo], mine: &[usize]) -> Vec<Group> {
+    mine.iter().flat_map(|&s| groups_of(problem, s, &spans[s])).collect()
+}
+
+/// The groups of a sequence, the earliest rows first, of all KV heads each.
+pub(super) fn groups_of(problem: &Problem, sequence: usize, span: &SpanInfo) -> Vec<Group> {
     let mut groups = Vec::new();
-    for (s, span) in spans.iter().enumerate() {
-        let (first, len, new) = (span.first as usize, span.len as usize, span.new as usize);
-        let all = new * problem.group;
-        for row in (0..all).step_by(problem.rows) {
-            let rows = problem.rows.min(all - row);
-            let lowest = len - new + row / problem.group;
-            let highest = len - new + (row + rows - 1) / problem.group;
-            let seen = problem.visible.range(lowest..highest + 1, first..len);
-            let begin = seen.start / problem.tile;
-            let end = if seen.is_empty() { begin } else { seen.end.div_ceil(problem.tile) };
-            for kv_head in 0..problem.kv_heads {
-                let item = Item {
-                    sequence: s as u32,
-                    kv_head: kv_head as u32,
-                    row: row as u32,
-                    rows: rows as u32,
-                    first: span.first,
-                    len: span.len,
-                    q_start: span.start,
-                    q_len: span.new,
-                    ..Item::default()
-                };
-                groups.push(Group { item, begin, end });
-            }
+    let (first, len, new) = (span.first as usize, span.len as usize, span.new as usize);
+    let all = new * problem.group;
+    for row in (0..all).step_by(problem.rows) {
+        let rows = problem.rows.min(all - row);
+        let lowest = len - new + row / problem.group;
+        let highest = len - new + (row + rows - 1) / problem.group;
+        let seen = problem.visible.range(lowest..highest + 1, first..len);
+        let begin = seen.start / problem.tile;
+        let end = if seen.is_empty() { begin } else { seen.end.div_ceil(problem.tile) };
+        for kv_head in 0..problem.kv_heads {
+            let item = Item {
+                sequence: sequence as u32,
+                kv_head: kv_head as u32,
+                row: row as u32,
+                rows: rows as u32,
+                first: span.first,
+                len: span.len,
+                q_start: span.start,
+                q_len: span.new,
+                ..Item::default()
+            };
+            groups.push(Group { item, begin, end });
         }
     }
     groups
@@ -222,6 +262,8 @@ fn quotas(problem: &Problem, groups: &[Group]) -> (Work, usize) {
 
 /// A plan, which other lengths mostly leave as it is.
 pub(super) struct Plan {
+    /// The sequences that it is for.
+    mine: Vec<usize>,
     /// Begin and end of every group.
     tiles: Vec<(usize, usize)>,
     /// The first item of every block, then the others.
@@ -229,16 +271,17 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub fn new(problem: &Problem, spans: &[SpanInfo]) -> Self {
-        Self::of(problem, &groups(problem, spans))
+    pub fn new(problem: &Problem, spans: &[SpanInfo], mine: Vec<usize>) -> Self {
+        let groups = groups(problem, spans, &mine);
+        Self::of(problem, &groups, mine)
     }
 
     /// As a new plan for other lengths, with as many new positions a sequence. Where no sequence has come to another tile nothing is spread
     /// anew: in most steps of decoding.
     pub fn follow(&mut self, problem: &Problem, spans: &[SpanInfo]) {
-        let groups = groups(problem, spans);
+        let groups = groups(problem, spans, &self.mine);
         if !groups.iter().map(Group::bounds).eq(self.tiles.iter().copied()) {
-            *self = Self::of(problem, &groups);
+            *self = Self::of(problem, &groups, std::mem::take(&mut self.mine));
             return;
         }
         for item in self.items.iter_mut().filter(|item| item.rows > 0) {
@@ -247,8 +290,8 @@ impl Plan {
         }
     }
 
-    fn of(problem: &Problem, groups: &[Group]) -> Self {
-        Plan { tiles: groups.iter().map(Group::bounds).collect(), items: plan(problem, groups) }
+    fn of(problem: &Problem, groups: &[Group], mine: Vec<usize>) -> Self {
+        Plan { mine, tiles: groups.iter().map(Group::bounds).collect(), items: plan(problem, groups) }
     }
 }
 
@@ -318,6 +361,10 @@ mod tests {
             .collect()
     }
 
+    fn all(spans: &[SpanInfo]) -> Vec<usize> {
+        (0..spans.len()).collect()
+    }
+
     /// Items by walking the blocks' chains.
     fn walk(items: &[Item], blocks: usize) -> Vec<Vec<Item>> {
         (0..blocks)
@@ -353,10 +400,10 @@ mod tests {
                     for (causal, window) in [(true, None), (false, None), (true, Some(5)), (true, Some(4000))] {
                         let visible = Visible { causal, window };
                         let problem = Problem { kv_heads, group, rows, tile, warps: 8, blocks: 132, visible };
-                        let plan = Plan::new(&problem, &spans).items;
+                        let plan = Plan::new(&problem, &spans, all(&spans)).items;
                         assert!(plan.len() <= problem.most_items(&spans), "{problem:?} {lens:?}");
                         let work = walk(&plan, 132);
-                        for wanted in groups(&problem, &spans) {
+                        for wanted in groups(&problem, &spans, &all(&spans)) {
                             let mut found: Vec<_> = work
                                 .iter()
                                 .flatten()
@@ -389,7 +436,7 @@ mod tests {
         let visible = Visible { causal: true, window: None };
         let problem = Problem { kv_heads: 8, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, visible };
         for lens in [vec![(0, 131_072, 1)], vec![(0, 32_768, 1); 8], vec![(0, 8192, 1); 32]] {
-            let plan = Plan::new(&problem, &spans(&lens)).items;
+            let plan = Plan::new(&problem, &spans(&lens), (0..lens.len()).collect()).items;
             let tiles = |items: &[Item]| items.iter().map(|i| i.tile_end - i.tile_begin).sum::<u32>();
             let loads: Vec<_> = walk(&plan, 132).iter().map(|b| tiles(b)).collect();
             let most = *loads.iter().max().unwrap() as f64;
@@ -404,10 +451,10 @@ mod tests {
             let visible = Visible { causal: true, window };
             let problem = Problem { kv_heads: 2, group: 4, rows: 8, tile: 64, warps: 8, blocks: 132, visible };
             let at = |step: u32| spans(&[(step / 90, 1000 + step, 1), (0, 70 + step, 3), (step, 5 + step, 1)]);
-            let mut plan = Plan::new(&problem, &at(0));
+            let mut plan = Plan::new(&problem, &at(0), vec![0, 1, 2]);
             for step in 1..300 {
                 plan.follow(&problem, &at(step));
-                assert_eq!(plan.items, Plan::new(&problem, &at(step)).items, "{step}");
+                assert_eq!(plan.items, Plan::new(&problem, &at(step), vec![0, 1, 2]).items, "{step}");
             }
         }
     }

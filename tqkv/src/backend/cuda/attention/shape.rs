@@ -22,6 +22,12 @@ pub(in crate::backend::cuda) struct Shape {
     pub short: bool,
 }
 
+/// The query rows that read a KV head, of every sequence.
+pub(super) fn query_rows(op: &Attention) -> impl Iterator<Item = usize> {
+    let group = op.heads / op.key.kv_heads();
+    op.batch.spans().iter().map(move |s| s.new as usize * group)
+}
+
 /// Less than two tiles of 64 positions for each of eight warps.
 pub(super) fn is_short(batch: &Batch, kv_heads: usize, multiprocessors: usize) -> bool {
     let positions: usize = batch.spans().iter().map(|s| (s.len - s.first) as usize).sum();
@@ -36,7 +42,7 @@ impl Shape {
 
     /// `None` for what the kernel does not take.
     pub fn of(op: &Attention, multiprocessors: usize) -> Option<Self> {
-        let queries = op.batch.spans().iter().map(|s| s.new as usize).max()?;
+        let query_rows = query_rows(op).max()?;
         let buffers = || [&op.key, &op.value].into_iter().flat_map(PagePool::buffers);
         if op.q.dtype() == DType::F32 {
             return None;
@@ -47,7 +53,7 @@ impl Shape {
             key: *op.key.row(),
             value: *op.value.row(),
             page_size: op.key.page_size(),
-            query_rows: queries * (op.heads / op.key.kv_heads()),
+            query_rows,
             q: op.q.dtype(),
             out: op.out.dtype(),
             original: op.params.domain == Domain::Original,

@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     float* const q_bias = q_unit + ROWS;       // read only where there are channels
     float* const q_next_bias = q_bias + ROWS;
     u32* const last = (u32*)(q_next_bias + ROWS);
-    const BlockSums block = {(float*)(shared_memory + Layout::ACC), block_m, block_l, warp_m, warp_l, scratch, last};
+    const BlockSums block = {{(float*)(shared_memory + Layout::ACC), block_m, block_l, last}, warp_m, warp_l, scratch};
 
     Item it = p.items[blockIdx.x];
     if (it.rows == 0) return;
@@ -136,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         });
         bool mine = true;
         if (it.part_count > 1) {
-            mine = leave_part(p, it, block);
-            if (mine) sum_parts(p, it, block);
+            mine = leave_part<Block>(p, it, block);
+            if (mine) sum_parts<Block>(p, it, block);
         }
         if (mine)
             for (int r = warp; r < it.rows; r += WARPS)

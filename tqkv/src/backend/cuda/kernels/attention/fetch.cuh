@@ -1,6 +1,8 @@
 // A warp's tiles from global to shared memory.
 #pragma once
-#include "attention/params.cuh"
+#include "attention/layout.cuh"
+
+DEVICE u32 page_size(const Params& p) { return PAGE_SIZE ? PAGE_SIZE : p.page_size; }
 
 // Walks a warp's tiles across the block's items and copies them, ahead of the computation. The page of the tile to come is read
 // one step before its copy needs the address.

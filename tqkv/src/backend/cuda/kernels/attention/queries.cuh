@@ -1,41 +1,20 @@
 // An item's queries: from global memory through registers to rows in shared memory, and from there to fragments.
 #pragma once
-#include "attention/params.cuh"
+#include "attention/layout.cuh"
+#include "attention/rows.cuh"
 
 // On their way to `rows`: read early, then rotated, in f32, and scaled; zero in rows beyond. One warp a row.
 struct Queries {
-    typedef WarpShape<K::D> S;
+    typedef QueryShape S;
     static constexpr int N = S::N, MINE = (ROWS + WARPS - 1) / WARPS;
     static constexpr bool EARLY = MINE * N <= 16;  // else registers would not suffice, and each row is read when it is kept
     static constexpr int UNROLL = EARLY ? MINE : 1;
     float x[UNROLL][N];
 
-    DEVICE void load_row(const Params& p, const Item& it, u32 r, float (&to)[N], int lane) {
-        const u64 from = query_row(p, it, it.row + r) * Q_WIDTH;
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int e = S::element(k, lane % S::GROUP);
-            to[k] = r < it.rows && (Q_WIDTH == K::D || e < Q_WIDTH) ? load_element<Q_TYPE>(p.q, from + e) : 0.f;
-        }
-    }
     DEVICE void load(const Params& p, const Item& it, int warp, int lane) {
         if constexpr (EARLY)
 #pragma unroll
-            for (int i = 0; i < MINE; i++) load_row(p, it, warp + i * WARPS, x[i], lane);
-    }
-    // Multiplies a query by the scales of the keys' channels; gives its product with their shifts, times the softmax scale.
-    static DEVICE float map_channels(const Params& p, const Item& it, float (&x)[N], int lane) {
-        const float* const shift = p.key.channels + it.kv_head * Q_WIDTH;
-        const float* const scale = shift + 2 * p.kv_heads * Q_WIDTH;
-        float bias = 0.f;
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int e = S::element(k, lane % S::GROUP);
-            if (Q_WIDTH == K::D || e < Q_WIDTH) bias += x[k] * shift[e], x[k] *= scale[e];
-        }
-#pragma unroll
-        for (int k = 1; k < S::GROUP; k <<= 1) bias += __shfl_xor_sync(~0u, bias, k);
-        return bias * p.scale;
+            for (int i = 0; i < MINE; i++) load_query(p, it, warp + i * WARPS, x[i], lane);
     }
     // `largest`: of each row, at least 1e-20; NaN if it holds what is not finite. `biases`: what the shift of the keys' channels takes
     // from its scores.
@@ -45,7 +24,7 @@ struct Queries {
             const int r = warp + i * WARPS;
             if (r >= ROWS) break;
             float(&x)[N] = this->x[EARLY ? i : 0];
-            if constexpr (!EARLY) load_row(p, it, r, x, lane);
+            if constexpr (!EARLY) load_query(p, it, r, x, lane);
             float* const to = rows + r * Layout::QUERY_ROW;
             if (p.key.channels) {
                 const float bias = map_channels(p, it, x, lane);

@@ -1,6 +1,6 @@
 // Scores of a tile's runs: products of keys and queries, times the keys' scales, in powers of two (or as they are, if they are capped).
 #pragma once
-#include "attention/params.cuh"
+#include "attention/layout.cuh"
 
 typedef float Scores[SUB][TILES_N][2 * COLUMNS];
 // Of every query row of a lane.

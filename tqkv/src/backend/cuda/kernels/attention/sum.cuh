@@ -1,14 +1,12 @@
-// What the warps of a block, and the parts of a split output, add up to; and the output.
+// What the warps of a block add up to.
 #pragma once
+#include "attention/parts.cuh"
 #include "attention/softmax.cuh"
 
-// A block's sums in shared memory.
-struct BlockSums {
-    float* acc;               // [ROWS][ACC_ROW]
-    float *m, *l;             // [ROWS]
+// A block's sums in shared memory, and what they are made in.
+struct BlockSums : Sums {
     float *warp_m, *warp_l;   // [WARPS][ROWS]
     float* scratch;           // [WARPS][512]
-    u32* last;
 };
 
 // The block's sum, four rows by 128 elements at a time. `meanwhile` is called once between two barriers.
@@ -58,87 +56,9 @@ template <typename F> DEVICE void sum_warps(const BlockSums& b, const Softmax& m
     }
 }
 
-// Leaves a part in the workspace; whether this block came last, and is to sum the parts.
-DEVICE bool leave_part(const Params& p, const Item& it, const BlockSums& b) {
-    const int thread = threadIdx.x;
-    for (int i = thread; i < it.rows * (V::D / 4); i += THREADS) {
-        const int r = i / (V::D / 4), d = i % (V::D / 4) * 4;
-        __stcg((float4*)(p.partial + ((u64)it.part * ROWS + r) * V::D + d), *(const float4*)(b.acc + r * Layout::ACC_ROW + d));
-    }
-    if (thread < it.rows) __stcg(p.partial_ml + (u64)it.part * ROWS + thread, make_float2(b.m[thread], b.l[thread]));
-    __syncthreads();
-    if (thread == 0) {
-        *b.last = atomic_add_acq_rel(p.counters + it.part_first, 1) == it.part_count - 1;
-        if (*b.last) p.counters[it.part_first] = 0;
-    }
-    __syncthreads();
-    return *b.last;
-}
-
-DEVICE void sum_parts(const Params& p, const Item& it, const BlockSums& b) {
-    constexpr int BATCH = 16;
-    for (int i = threadIdx.x; i < it.rows * (V::D / 2); i += THREADS) {
-        const int r = i / (V::D / 2), d = i % (V::D / 2) * 2;
-        float top = -1e30f, weight = 0.f, sum0 = 0.f, sum1 = 0.f;
-        for (u32 k = 0; k < it.part_count; k += BATCH) {
-            float2 ml[BATCH], x[BATCH];
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                const u64 part = (u64)(it.part_first + min(k + j, it.part_count - 1)) * ROWS + r;
-                ml[j] = __ldcg(p.partial_ml + part);
-                x[j] = __ldcg((const float2*)(p.partial + part * V::D + d));
-                if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float2(0.f, 0.f);
-            }
-            float higher = top;
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) higher = fmaxf(higher, ml[j].x);
-            const float shrink = exp2_approx(top - higher);
-            top = higher, weight *= shrink, sum0 *= shrink, sum1 *= shrink;
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                const float f = exp2_approx(ml[j].x - top);
-                weight += f * ml[j].y, sum0 += f * x[j].x, sum1 += f * x[j].y;
-            }
-        }
-        *(float2*)(b.acc + r * Layout::ACC_ROW + d) = make_float2(sum0, sum1);
-        if (d == 0) b.m[r] = top, b.l[r] = weight;
-    }
-    __syncthreads();
-}
-
-// What the shift of the keys' channels has taken from all scores of a row, in powers of two, where no softcap has asked for it before.
-DEVICE float row_bias(const Params& p, const Item& it, u64 row, int lane) {
-    if (!p.key.channels || p.softcap > 0.f) return 0.f;
-    float bias = 0.f;
-    for (int e = lane; e < Q_WIDTH; e += 32) bias += load_element<Q_TYPE>(p.q, row * Q_WIDTH + e) * p.key.channels[it.kv_head * Q_WIDTH + e];
-#pragma unroll
-    for (int k = 1; k < 32; k <<= 1) bias += __shfl_xor_sync(~0u, bias, k);
-    return bias * p.scale * LOG2E;
-}
-
-// Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
-DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, float m, float l, int lane) {
-    typedef WarpShape<V::D> S;
-    u64 to = query_row(p, it, row);
-    float scale = p.out_scale;
-    if (p.lse || p.sink_logits) m += row_bias(p, it, to, lane);
-    if (p.sink_logits) {
-        float sink = p.sink_logits[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
-        scale *= exp2_approx(m - top);
-        l = l * exp2_approx(m - top) + exp2_approx(sink - top);
-        m = top;
-    }
-    // No weight: nothing was seen. What is not a number stays so.
-    scale = l == 0.f ? 0.f : scale / l;
-    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (m + log2_approx(l)) * 0.6931471805599453f;
-    float x[S::N];
-#pragma unroll
-    for (int k = 0; k < S::N; k++) x[k] = acc[S::element(k, lane % S::GROUP)] * scale;
-    restore<S>(x, p.value.turn, lane % S::GROUP);
-    if (lane >= S::GROUP) return;
-#pragma unroll
-    for (int k = 0; k < S::N; k++) {
-        const int e = S::element(k, lane);
-        if (OUT_WIDTH == V::D || e < OUT_WIDTH) store_element<OUT_TYPE>(p.out, to * OUT_WIDTH + e, x[k]);
-    }
-}
+// All threads of the block, as parts.cuh wants them.
+struct Block {
+    static constexpr int THREADS = ::THREADS, ROWS = ::ROWS, ACC_ROW = Layout::ACC_ROW;
+    static DEVICE int thread() { return threadIdx.x; }
+    static DEVICE void wait() { __syncthreads(); }
+};
