@@ -20,6 +20,7 @@ pub struct PagePool {
 impl PagePool {
     #[new]
     fn new(
+        py: Python<'_>,
         device: &Device,
         codec: &str,
         head_dim: usize,
@@ -28,7 +29,7 @@ impl PagePool {
         pages: usize,
     ) -> PyResult<Self> {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
-        let pool = ops::PagePool::new(&device.0, row, kv_heads, page_size, pages).or_raise()?;
+        let pool = device.run(py, || ops::PagePool::new(device, row, kv_heads, page_size, pages))?;
         Ok(PagePool { pool, _owners: vec![] })
     }
 
@@ -44,6 +45,7 @@ impl PagePool {
     #[staticmethod]
     #[pyo3(signature = (device, codec, head_dim, codes, scales = None, channels = None))]
     fn from_arrays(
+        py: Python<'_>,
         device: &Device,
         codec: &str,
         head_dim: usize,
@@ -54,7 +56,7 @@ impl PagePool {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
         let (codes, owner) = (Array::new("codes", codes)?, codes.clone().unbind());
         let (shape, code_strides) = rows_of("codes", &codes, row.row_bytes())?;
-        let code_bytes = codes.span(&device.0)?;
+        let code_bytes = codes.span(device)?;
         let mut owners = vec![owner];
         let scales = match scales {
             None => None,
@@ -66,14 +68,15 @@ impl PagePool {
                     let (got, expected) = (scales.shape.clone(), format!("{shape:?} and a row's scales"));
                     return Err(raise(tqkv::Error::Shape { what: "scales", got, expected }));
                 }
-                Some((scales.span(&device.0)?, strides))
+                Some((scales.span(device)?, strides))
             }
         };
         let scales = scales.as_ref().map(|(buffer, strides)| (buffer, *strides));
         let mut pool = ops::PagePool::strided(row, shape, (&code_bytes, code_strides), scales).or_raise()?;
         if let Some((shift, scale)) = channels {
             let (shift, scale) = (floats(&shift)?, floats(&scale)?);
-            let map = ops::ChannelMap::new(&device.0, shape[1], row.head_dim(), &shift, &scale).or_raise()?;
+            let heads = shape[1];
+            let map = device.run(py, || ops::ChannelMap::new(device, heads, row.head_dim(), &shift, &scale))?;
             pool = pool.with_channels(&map).or_raise()?;
         }
         Ok(PagePool { pool, _owners: owners })
@@ -153,7 +156,7 @@ fn rows_of(what: &'static str, array: &Array, row_bytes: usize) -> PyResult<([us
 #[pyclass(frozen, module = "tqkv", name = "Batch")]
 pub struct Batch {
     pub batch: ops::Batch,
-    pub device: tqkv::Device,
+    pub device: Device,
 }
 
 /// The numbers of an array, row after row.
@@ -206,16 +209,16 @@ impl Batch {
             let (first, len, new) = (count("first", first[i])?, count("a length", lens[i])?, count("new", new[i])?);
             spans.push(Span { first, len, new, pages });
         }
-        let batch = ops::Batch::new(&device.0, page_size, &spans).or_raise()?;
-        Ok(Batch { batch, device: device.0.clone() })
+        let batch = ops::Batch::new(device, page_size, &spans).or_raise()?;
+        Ok(Batch { batch, device: device.clone() })
     }
 
     /// One sequence in a pool of one page as long as the cache, in which positions wrap around.
     #[staticmethod]
     #[pyo3(signature = (device, capacity, len, new, first = 0))]
     fn contiguous(device: &Device, capacity: usize, len: usize, new: usize, first: usize) -> PyResult<Self> {
-        let batch = ops::Batch::contiguous(&device.0, capacity, first, len, new).or_raise()?;
-        Ok(Batch { batch, device: device.0.clone() })
+        let batch = ops::Batch::contiguous(device, capacity, first, len, new).or_raise()?;
+        Ok(Batch { batch, device: device.clone() })
     }
 
     #[getter]
