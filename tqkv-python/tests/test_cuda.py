@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from readme import snippet  # noqa: E402
+
 import tqkv  # noqa: E402
 from tqkv.transformers import TqkvCache, decoding_graph  # noqa: E402
 
@@ -350,3 +352,12 @@ def test_codecs_cost_what_they_do_on_the_host(model):
             got = model(tokens, past_key_values=cache(model, codec)).logits.log_softmax(-1).cpu()
             want = host(tokens.cpu(), past_key_values=cache(host, codec)).logits.log_softmax(-1)
             assert (want.exp() * (want - got)).sum(-1).mean() < 1e-4, codec
+
+
+def test_the_guide():
+    tokens, mask = padded(PROMPTS[:1])
+    inputs = transformers.BatchEncoding({"input_ids": tokens.cpu(), "attention_mask": mask.cpu()})
+    names = {"model": load("tqkv").cpu(), "inputs": inputs, "tqkv": tqkv}
+    exec(snippet("transformers cuda", "docs/transformers.md"), names)
+    assert names["text"].is_cuda and names["text"].shape == (1, tokens.shape[1] + 32)
+    assert names["cache"]._decoding.graph is not None

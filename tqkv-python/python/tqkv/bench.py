@@ -9,6 +9,7 @@ over the default cache."""
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -187,6 +188,8 @@ def decoding(model: Any, shape: Shape, codec: str | None, graph: bool) -> tuple[
 def modelled(model: Any, shape: Shape, codec: str | None, graph: bool, times: int) -> dict[str, float]:
     """A step's time and the most memory: of torch's allocator, and tqkv's pages."""
     cuda = shape.device == "cuda"
+    # Caches and their layers know each other.
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
