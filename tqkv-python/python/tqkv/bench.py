@@ -138,7 +138,10 @@ def llama(args: argparse.Namespace) -> Any:
     torch.set_default_dtype(getattr(torch, args.dtype))
     try:
         with torch.device(args.device):
-            return transformers.LlamaForCausalLM(config).eval()
+            model = transformers.LlamaForCausalLM(config).eval()
+        # Tokens outweigh what a layer adds to them, as in models that were trained.
+        model.model.embed_tokens.weight.data.mul_(50)
+        return model
     finally:
         torch.set_default_dtype(torch.float32)
 

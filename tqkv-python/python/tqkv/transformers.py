@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 from typing import Any, Callable, Iterator, Sequence
 
@@ -385,7 +386,7 @@ class _Decoding:
         self.logits = self._run(cache, step)
         if self.ids.is_cuda:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run(cache, step)
             # What was captured has not run.
             logits.copy_(self.logits)
@@ -402,6 +403,18 @@ class _Decoding:
             cache._step = None
             for layer, length in zip(cache.layers, lengths):
                 layer.length, layer.pending = length, None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's collector: graphs and memory that it frees during a capture would spoil it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager

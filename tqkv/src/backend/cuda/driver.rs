@@ -474,7 +474,9 @@ impl Drop for Stream {
         if self.context.enter().is_err() {
             return;
         }
-        self.free_given_up();
+        if !self.is_captured() {
+            self.free_given_up();
+        }
         // SAFETY: all memory of the pool holds this stream, so it is freed by now.
         unsafe {
             if let Some(pool) = self.pool {
