@@ -39,7 +39,7 @@ pub fn quantize(py: Python<'_>, batch: &Batch, parts: Vec<(Bound<'_, PyAny>, PyR
     let xs = parts.iter().map(|(x, _)| Arg::input("x", x, &batch.device)).collect::<PyResult<Vec<_>>>()?;
     let pools: Vec<_> = parts.iter().map(|(_, pool)| pool.pool.clone()).collect();
     let pairs: Vec<(&Buffer, &ops::PagePool)> = xs.iter().map(|x| &x.buffer).zip(&pools).collect();
-    let batch_of = &batch.batch;
+    let batch_of = &batch.now();
     run(py, &batch.device, &[], |encoder| ops::quantize(encoder, &pairs, batch_of))
 }
 
@@ -167,7 +167,7 @@ pub fn attend<'py>(
     lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
-    let (key, value, of) = (&key.pool, &value.pool, &batch.batch);
+    let (key, value, of) = (&key.pool, &value.pool, &batch.now());
     asked.run(&q, &batch.device, |encoder, a| ops::attention(encoder, a.q, key, value, of, a.params, a.out, a.lse))
 }
 
@@ -229,9 +229,8 @@ pub fn dequantize<'py>(
     let shape = if order == RowOrder::TokenMajor { [n, heads, dim] } else { [heads, n, dim] };
     let out = decoded(py, device, out, &shape)?;
     let arg = Arg::output("out", &out, device)?;
-    run(py, device, &[&arg], |e| {
-        ops::dequantize(e, &pool.pool, &batch.batch, sequence, positions, domain, order, &arg.buffer)
-    })?;
+    let of = &batch.now();
+    run(py, device, &[&arg], |e| ops::dequantize(e, &pool.pool, of, sequence, positions, domain, order, &arg.buffer))?;
     Ok(out)
 }
 

@@ -5,6 +5,7 @@ use crate::device::{Device, one_codec};
 use crate::error::{OrRaise, raise};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tqkv::format::RowFormat;
 use tqkv::ops::{self, NO_PAGE, Span, Strides};
 
@@ -155,7 +156,7 @@ fn rows_of(what: &'static str, array: &Array, row_bytes: usize) -> PyResult<([us
 /// Raises :class:`ZeroError`, :class:`TooLargeError`, :class:`PositionsError`, :class:`PageError`.
 #[pyclass(frozen, module = "tqkv", name = "Batch")]
 pub struct Batch {
-    pub batch: ops::Batch,
+    batch: Mutex<ops::Batch>,
     pub device: Device,
 }
 
@@ -175,13 +176,15 @@ fn count(what: &str, n: i64) -> PyResult<usize> {
     usize::try_from(n).map_err(|_| PyValueError::new_err(format!("{what} is {n}: expected no negative number")))
 }
 
-#[pymethods]
-impl Batch {
-    #[new]
-    #[pyo3(signature = (device, page_size, lens, new, pages, first = None))]
+/// Sequences as Python names them.
+struct Sequences {
+    /// First position held, length and new positions.
+    counts: Vec<[usize; 3]>,
+    tables: Vec<Vec<u32>>,
+}
+
+impl Sequences {
     fn new(
-        device: &Device,
-        page_size: usize,
         lens: &Bound<'_, PyAny>,
         new: &Bound<'_, PyAny>,
         pages: &Bound<'_, PyAny>,
@@ -202,15 +205,43 @@ impl Batch {
             );
             return Err(PyValueError::new_err(message));
         }
-        let tables: Vec<Vec<u32>> =
-            tables.iter().map(|t| t.iter().map(|&p| u32::try_from(p).unwrap_or(NO_PAGE)).collect()).collect();
-        let mut spans = Vec::with_capacity(lens.len());
-        for (i, pages) in tables.iter().enumerate() {
-            let (first, len, new) = (count("first", first[i])?, count("a length", lens[i])?, count("new", new[i])?);
-            spans.push(Span { first, len, new, pages });
-        }
-        let batch = ops::Batch::new(device, page_size, &spans).or_raise()?;
-        Ok(Batch { batch, device: device.clone() })
+        let tables = tables.iter().map(|t| t.iter().map(|&p| u32::try_from(p).unwrap_or(NO_PAGE)).collect()).collect();
+        let counted = |i: usize| Ok([count("first", first[i])?, count("a length", lens[i])?, count("new", new[i])?]);
+        Ok(Sequences { counts: (0..lens.len()).map(counted).collect::<PyResult<_>>()?, tables })
+    }
+
+    fn spans(&self) -> Vec<Span<'_>> {
+        let each = self.counts.iter().zip(&self.tables);
+        each.map(|(&[first, len, new], pages)| Span { first, len, new, pages }).collect()
+    }
+}
+
+impl Batch {
+    fn lock(&self) -> MutexGuard<'_, ops::Batch> {
+        self.batch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it says now.
+    pub fn now(&self) -> ops::Batch {
+        self.lock().clone()
+    }
+}
+
+#[pymethods]
+impl Batch {
+    #[new]
+    #[pyo3(signature = (device, page_size, lens, new, pages, first = None))]
+    fn new(
+        device: &Device,
+        page_size: usize,
+        lens: &Bound<'_, PyAny>,
+        new: &Bound<'_, PyAny>,
+        pages: &Bound<'_, PyAny>,
+        first: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let sequences = Sequences::new(lens, new, pages, first)?;
+        let batch = ops::Batch::new(device, page_size, &sequences.spans()).or_raise()?;
+        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
     }
 
     /// One sequence in a pool of one page as long as the cache, in which positions wrap around.
@@ -218,21 +249,40 @@ impl Batch {
     #[pyo3(signature = (device, capacity, len, new, first = 0))]
     fn contiguous(device: &Device, capacity: usize, len: usize, new: usize, first: usize) -> PyResult<Self> {
         let batch = ops::Batch::contiguous(device, capacity, first, len, new).or_raise()?;
-        Ok(Batch { batch, device: device.clone() })
+        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
+    }
+
+    /// Other lengths and pages for as many sequences, with as many new positions each; tables may be as long as the longest was. On an
+    /// NVIDIA GPU a graph that was captured with this batch goes on with them.
+    ///
+    /// Raises :class:`MismatchError` for other numbers of sequences or new positions or longer tables, :class:`PageError` and
+    /// :class:`AliasedError` for pages that a captured operation could not take, :class:`UnsupportedError` during a capture. Nothing has
+    /// changed then.
+    #[pyo3(signature = (lens, new, pages, first = None))]
+    fn update(
+        &self,
+        py: Python<'_>,
+        lens: &Bound<'_, PyAny>,
+        new: &Bound<'_, PyAny>,
+        pages: &Bound<'_, PyAny>,
+        first: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let sequences = Sequences::new(lens, new, pages, first)?;
+        self.device.run(py, || self.lock().update(&sequences.spans()))
     }
 
     #[getter]
     fn sequences(&self) -> usize {
-        self.batch.sequences()
+        self.lock().sequences()
     }
 
     #[getter]
     fn tokens(&self) -> usize {
-        self.batch.tokens()
+        self.lock().tokens()
     }
 
     #[getter]
     fn page_size(&self) -> usize {
-        self.batch.page_size()
+        self.lock().page_size()
     }
 }

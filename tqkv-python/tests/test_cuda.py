@@ -203,6 +203,10 @@ def test_operations_in_a_graph(device):
         q.copy_(normals(1, HEADS, D) * factor)
         graph.replay()
         assert torch.equal(out, tqkv.attend(q, pool, pool, batch)), factor
+    for n in (17, 8):
+        batch.update([n], [1], [[1, 0]])
+        graph.replay()
+        assert torch.equal(out, tqkv.attend(q, pool, pool, tqkv.Batch(device, PAGE, [n], [1], [[1, 0]]))), n
 
 
 @pytest.mark.parametrize("codec", ["k4v4", "f16", "k3v3+s4f16+r20k8v8"])

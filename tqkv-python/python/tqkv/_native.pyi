@@ -132,6 +132,19 @@ class Batch:
     @staticmethod
     def contiguous(device: Device, capacity: int, len: int, new: int, first: int = 0) -> Batch:
         """One sequence in a pool of one page as long as the cache, in which positions wrap around."""
+    def update(
+        self,
+        lens: Sequence[int] | Array,
+        new: Sequence[int] | Array,
+        pages: Sequence[Sequence[int]] | Array,
+        first: Sequence[int] | Array | None = None,
+    ) -> None:
+        """Other lengths and pages for as many sequences, with as many new positions each; tables may be as long as the longest was. On an
+        NVIDIA GPU a graph that was captured with this batch goes on with them.
+
+        Raises :class:`MismatchError` for other numbers of sequences or new positions or longer tables, :class:`PageError` and
+        :class:`AliasedError` for pages that a captured operation could not take, :class:`UnsupportedError` during a capture. Nothing has
+        changed then."""
     @property
     def sequences(self) -> int: ...
     @property
