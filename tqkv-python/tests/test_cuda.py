@@ -318,6 +318,7 @@ def test_generation(stock, model, mode, graph):
         with decoding_graph(model) if graph else contextlib.nullcontext():
             got = generate(model, texts, own, **MODES[mode])
         assert got == generate(stock, texts, **MODES[mode]), texts
+        assert type(own.get_seq_length()) is int, "nothing is read of the GPU to know it"
         assert own._device.kind == "cuda" and (graph or own._decoding is None)
         assert own._decoding is not None or not graph or mode == "prompt lookup"
     assert "forward" not in vars(model)

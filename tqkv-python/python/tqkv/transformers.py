@@ -270,7 +270,8 @@ class TqkvCache(Cache):
 
         Raises :class:`tqkv.PositionsError` where a sliding layer no longer holds what would be seen (it keeps ``SLACK`` more)."""
         self._settle()
-        length = self.get_seq_length()
+        # Assisted decoding gives a tensor on the GPU.
+        tokens_to_remove, length = int(tokens_to_remove), self.get_seq_length()
         left = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
         for row, pad in zip(self._rows, self._pads):
             self._store.truncate(row, max(0, left - pad))
