@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +33,24 @@ logger = init_logger(__name__)
 def device_of(place: torch.device) -> tqkv.Device:
     """The device of this process's layers and plans."""
     return tqkv.Device(f"cuda:{place.index or 0}" if place.type == "cuda" else "cpu")
+
+
+def parts(kv_cache: torch.Tensor, widths: Sequence[int], dense: bool) -> list[torch.Tensor | None]:
+    """A layer's bytes, [pages, kv_heads, page_size, bytes], as as many tensors of rows of these widths: one behind the other in each page, or,
+    if they must be dense, in the whole layer."""
+    pages, heads, slots, content = kv_cache.shape
+    if kv_cache.dtype != torch.uint8 or kv_cache.stride()[1:] != (slots * content, content, 1):
+        raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
+    if dense and not kv_cache.is_contiguous():
+        raise ValueError(f"the cache has strides {kv_cache.stride()}: expected a dense layer on CUDA")
+    page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
+    at, views = 0, []
+    for width in widths:
+        size = heads * slots * width
+        part = page.flatten()[pages * at : pages * (at + size)].view(pages, size) if dense else page[:, at : at + size]
+        views.append(part.unflatten(1, (heads, slots, width)) if width else None)
+        at += size
+    return views
 
 
 class TqkvBackend(AttentionBackend):
@@ -152,26 +171,14 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
     def pools_in(self, kv_cache: torch.Tensor, layer_name: str) -> tuple[tqkv.PagePool, tqkv.PagePool]:
         """vLLM's [pages, kv_heads, page_size, bytes] as pools of keys and of values, made once."""
         if self.pools is None or self.pools[0] != kv_cache.data_ptr():
-            pages, heads, slots, content = kv_cache.shape
-            if kv_cache.dtype != torch.uint8 or kv_cache.stride()[1:] != (slots * content, content, 1):
-                raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
             device = device_of(kv_cache.device)
-            dense = device.kind == "cuda"
-            if dense and not kv_cache.is_contiguous():
-                raise ValueError(f"the cache has strides {kv_cache.stride()}: expected a dense layer on CUDA")
-            page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
-            at, made = 0, []
-            sides = (self.codec.key, self.channels_of(layer_name)), (self.codec.value, None)
-            for (name, channels), (codes, scales) in zip(sides, self.codec.row_bytes(self.head_size)):
-                views = []
-                for width in (codes, scales):
-                    size = heads * slots * width
-                    part = page.flatten()[pages * at :][: pages * size].view(pages, size) if dense else page[:, at : at + size]
-                    views.append(part.unflatten(1, (heads, slots, width)) if width else None)
-                    at += size
-                if views[1] is not None:
-                    views[1] = views[1].view(torch.float16)
-                made.append(tqkv.PagePool.from_arrays(device, name, self.head_size, *views, channels))
+            widths = sum(self.codec.row_bytes(self.head_size), ())
+            views = parts(kv_cache, widths, dense=device.kind == "cuda")
+            sides = (self.codec.key, views[:2], self.channels_of(layer_name)), (self.codec.value, views[2:], None)
+            made = []
+            for name, (codes, scales), channels in sides:
+                scales = None if scales is None else scales.view(torch.float16)
+                made.append(tqkv.PagePool.from_arrays(device, name, self.head_size, codes, scales, channels))
             self.pools = (kv_cache.data_ptr(), *made)
         return self.pools[1:]
 
