@@ -1,11 +1,11 @@
 //! Arrays of Python's libraries as tqkv's buffers: where they lie, without copies wherever the device can reach them.
 
+use crate::device::Device;
 use crate::error::{OrRaise, raise};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use tqkv::compute::DeviceKind;
-use tqkv::{Buffer, DType, Device};
+use tqkv::{Buffer, DType};
 
 /// A dense or strided array of someone else's.
 pub struct Array {
@@ -107,21 +107,22 @@ impl Array {
 
     fn borrow(&self, device: &Device, dtype: DType, shape: &[usize]) -> PyResult<Buffer> {
         if shape.contains(&0) {
-            return device.zeros(dtype, shape).or_raise();
+            return Python::attach(|py| device.run(py, || device.zeros(dtype, shape)));
         }
-        match (device.info().kind, self.cuda) {
-            (DeviceKind::Cpu, None) => {
+        match self.cuda {
+            None if device.is_cpu() => {
                 let owner = Python::attach(|py| Owner(self.owner.clone_ref(py)));
                 let start = self.address as *mut u8;
                 // SAFETY: memory of the array, which its owner keeps; who writes to it meanwhile is told not to (`docs`).
                 unsafe { Buffer::from_host_ptr(device, start, dtype, shape, Box::new(owner)) }.or_raise()
             }
             #[cfg(feature = "cuda")]
-            (DeviceKind::Cuda, Some(_)) => {
-                // SAFETY: the array lives as long as the call, whose work is ordered by the device's stream.
+            Some(ordinal) if device.cuda() == Some(ordinal) => {
+                // SAFETY: the array outlives the call (or a pool in it, which keeps it), and what becomes of its memory then comes behind
+                // the call's work, on torch's current stream.
                 unsafe { Buffer::from_cuda_ptr(device, self.address as u64, dtype, shape) }.or_raise()
             }
-            (_, place) => {
+            place => {
                 let got = place.map_or("the host".to_owned(), |n| format!("cuda:{n}"));
                 Err(raise(tqkv::Error::WrongDevice { what: "array", got, expected: device.to_string() }))
             }
@@ -161,12 +162,14 @@ impl Arg {
             };
         }
         let owner = array.owner.clone_ref(object.py());
-        if array.cuda.is_some() || device.info().kind == DeviceKind::Cpu {
+        if array.cuda.is_some() || device.is_cpu() {
             let buffer = array.borrow(device, array.dtype, &array.shape)?;
             return Ok(Arg { buffer, host: None, _owner: owner });
         }
-        let buffer = device.zeros(array.dtype, &array.shape).or_raise()?;
-        array.transfer(&buffer, false).or_raise()?;
+        let buffer = device.run(object.py(), || {
+            let buffer = device.zeros(array.dtype, &array.shape)?;
+            array.transfer(&buffer, false).map(|()| buffer)
+        })?;
         Ok(Arg { buffer, host: None, _owner: owner })
     }
 
@@ -180,11 +183,11 @@ impl Arg {
             return Err(PyValueError::new_err(format!("{what} is read-only: expected an array to write to")));
         }
         let owner = array.owner.clone_ref(object.py());
-        if array.cuda.is_some() || device.info().kind == DeviceKind::Cpu {
+        if array.cuda.is_some() || device.is_cpu() {
             let buffer = array.borrow(device, array.dtype, &array.shape)?;
             return Ok(Arg { buffer, host: None, _owner: owner });
         }
-        let buffer = device.zeros(array.dtype, &array.shape).or_raise()?;
+        let buffer = device.run(object.py(), || device.zeros(array.dtype, &array.shape))?;
         Ok(Arg { buffer, host: Some(array), _owner: owner })
     }
 

@@ -13,7 +13,7 @@ use pyo3::types::{PyBytes, PyDict};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tqkv::cache::{LayerKind, Side, Step};
+use tqkv::cache::{CapturedStep, LayerKind, Side, Step};
 use tqkv::ops::{Domain, RowOrder};
 use tqkv::{CacheConfig, Error, KvCache, SequenceId};
 
@@ -27,7 +27,7 @@ use tqkv::{CacheConfig, Error, KvCache, SequenceId};
 /// Raises :class:`ZeroError`, :class:`HeadDimError`, :class:`MismatchError`, :class:`LayerError`, :class:`OutOfMemoryError`.
 #[pyclass(frozen, module = "tqkv", name = "KvCache")]
 pub struct PyKvCache {
-    device: tqkv::Device,
+    device: Device,
     state: Mutex<State>,
 }
 
@@ -133,14 +133,14 @@ impl PyKvCache {
         for (layer, (shift, scale)) in by_layer(channels, |c| c.extract::<(Bound<PyAny>, Bound<PyAny>)>())? {
             config = config.channels_at(layer, floats(&shift)?, floats(&scale)?);
         }
-        let cache = py.detach(|| KvCache::new(&device.0, config)).or_raise()?;
+        let cache = device.run(py, || KvCache::new(device, config))?;
         let state = State { cache: Some(Box::new(cache)), sequences: BTreeMap::new(), next: 0 };
-        Ok(PyKvCache { device: device.0.clone(), state: Mutex::new(state) })
+        Ok(PyKvCache { device: device.clone(), state: Mutex::new(state) })
     }
 
     #[getter]
     fn device(&self) -> Device {
-        Device(self.device.clone())
+        self.device.clone()
     }
 
     #[getter]
@@ -271,7 +271,7 @@ impl PyKvCache {
         let dim = if domain == Domain::Original { pool.row().head_dim() } else { pool.row().row_dim() };
         let (n, heads) = (positions.len(), pool.kv_heads());
         let shape = if order == RowOrder::TokenMajor { [n, heads, dim] } else { [heads, n, dim] };
-        let out = decoded(py, out, &shape)?;
+        let out = decoded(py, &self.device, out, &shape)?;
         let arg = Arg::output("out", &out, &self.device)?;
         run(py, &self.device, &[&arg], |e| {
             cache.dequantize(e, layer, side, id, positions, domain, order, &arg.buffer)
@@ -319,7 +319,7 @@ impl PyKvCache {
         let mut state = self.lock(py);
         let (names, ids) = state.saved(sequences)?;
         let cache = state.cache()?;
-        py.detach(|| cache.save(&ids, path, fingerprint.unwrap_or(b""))).or_raise()?;
+        self.device.run(py, || cache.save(&ids, path, fingerprint.unwrap_or(b"")))?;
         Ok(names)
     }
 
@@ -329,7 +329,7 @@ impl PyKvCache {
     fn load(&self, py: Python<'_>, path: PathBuf, fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
         let mut state = self.lock(py);
         let cache = state.cache()?;
-        let ids = py.detach(|| cache.load(path, fingerprint.unwrap_or(b""))).or_raise()?;
+        let ids = self.device.run(py, || cache.load(path, fingerprint.unwrap_or(b"")))?;
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
     }
 
@@ -344,7 +344,7 @@ impl PyKvCache {
         let mut state = self.lock(py);
         let (_, ids) = state.saved(sequences)?;
         let cache = state.cache()?;
-        let bytes = py.detach(|| snapshot(cache, &ids, fingerprint.unwrap_or(b""))).or_raise()?;
+        let bytes = self.device.run(py, || snapshot(cache, &ids, fingerprint.unwrap_or(b"")))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
@@ -353,7 +353,7 @@ impl PyKvCache {
     fn loads(&self, py: Python<'_>, bytes: &[u8], fingerprint: Option<&[u8]>) -> PyResult<Vec<u64>> {
         let mut state = self.lock(py);
         let cache = state.cache()?;
-        let ids = py.detach(|| cache.read_snapshot(bytes, fingerprint.unwrap_or(b""))).or_raise()?;
+        let ids = self.device.run(py, || cache.read_snapshot(bytes, fingerprint.unwrap_or(b"")))?;
         Ok(ids.into_iter().map(|id| state.name(id)).collect())
     }
 
@@ -368,13 +368,12 @@ impl PyKvCache {
             config = config.window_capacity(positions);
         }
         let device = &self.device;
-        let moved = py.detach(|| {
+        let (larger, ids) = device.run(py, || {
             let mut larger = Box::new(KvCache::new(device, config)?);
             let bytes = snapshot(cache, &ids, b"")?;
             let ids = larger.read_snapshot(&bytes[..], b"")?;
             Ok((larger, ids))
-        });
-        let (larger, ids) = moved.or_raise()?;
+        })?;
         state.cache = Some(larger);
         state.sequences = names.into_iter().zip(ids).collect();
         Ok(())
@@ -409,6 +408,13 @@ struct OpenStep {
     #[borrows(mut cache)]
     #[not_covariant]
     step: Option<Step<'this>>,
+}
+
+/// What a captured step reads on the device. Made by :meth:`Step.captured`.
+#[pyclass(frozen, module = "tqkv", name = "CapturedStep")]
+pub struct PyCapturedStep {
+    captured: CapturedStep,
+    _cache: Py<PyKvCache>,
 }
 
 /// New tokens of some sequences on their way through the layers. As a context manager it is committed at the end of its block,
@@ -460,11 +466,9 @@ impl PyStep {
 
     /// The tokens' keys and values in one layer, [tokens, kv_heads, head_dim].
     fn append(&self, py: Python<'_>, layer: usize, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.with(py, |step| {
-            let device = step.device().clone();
-            let (k, v) = (Arg::input("k", k, &device)?, Arg::input("v", v, &device)?);
-            run(py, &device, &[], |e| step.append(e, layer, &k.buffer, &v.buffer))
-        })
+        let device = &self.cache.get().device;
+        let (k, v) = (Arg::input("k", k, device)?, Arg::input("v", v, device)?);
+        self.with(py, |step| run(py, device, &[], |e| step.append(e, layer, &k.buffer, &v.buffer)))
     }
 
     /// Attention of the new tokens in one layer, after their keys and values; [tokens, heads, head_dim].
@@ -486,10 +490,28 @@ impl PyStep {
         lse: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
-        self.with(py, |step| {
-            let device = step.device().clone();
-            asked.run(&q, &device, |e, a| step.attend(e, layer, a.q, a.out, a.lse, a.params))
-        })
+        let device = &self.cache.get().device;
+        self.with(py, |step| asked.run(&q, device, |e, a| step.attend(e, layer, a.q, a.out, a.lse, a.params)))
+    }
+
+    /// What the step's operations read on an NVIDIA GPU, for a graph that they were captured in: :meth:`resume` says how it goes on.
+    /// Run the operations once outside of the graph before. Keep it as long as the graph.
+    ///
+    /// Raises :class:`UnevenLayersError` if a layer was not appended, :class:`UnsupportedError` on other devices.
+    fn captured(&self, py: Python<'_>) -> PyResult<PyCapturedStep> {
+        let captured = self.with(py, |step| step.captured().or_raise())?;
+        Ok(PyCapturedStep { captured, _cache: self.cache.clone_ref(py) })
+    }
+
+    /// Brings what a captured step reads up to date with this step's tokens, in place of the step's operations: replay the graph next,
+    /// on the same stream, and commit. Nothing is waited for.
+    ///
+    /// False where that does not do: for other numbers of new tokens, in a cache that has grown, when a page table has outgrown its
+    /// room (which then doubles), or when other kernels suit the lengths better. Run the step's operations then, and capture them anew;
+    /// the old graph must not be replayed.
+    fn resume(&self, py: Python<'_>, captured: &PyCapturedStep) -> PyResult<bool> {
+        let device = &self.cache.get().device;
+        self.with(py, |step| device.run(py, || step.resume(&captured.captured)))
     }
 
     /// The tokens count from now on. Raises :class:`UnevenLayersError` if a layer was not appended.

@@ -2,8 +2,11 @@
 
 use crate::error::{OrRaise, raise};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 use tqkv::cache::CacheCodec;
 use tqkv::compute::DeviceKind;
 use tqkv::format::RowFormat;
@@ -11,40 +14,128 @@ use tqkv::{Codec, CodecPair};
 
 /// A place that holds memory and runs operations: ``cpu``, ``wgpu``, ``wgpu:N``, ``cuda`` or ``cuda:N``.
 ///
+/// An NVIDIA GPU works on torch's current stream, the calling thread's, once torch uses a GPU: tensors on it are used where they lie, in
+/// the order of that stream; nothing waits for the host, and calls can be captured in a graph. Where the current stream is another than
+/// at the last call, its work comes behind all that the device was given before. So threads may share a device, one call behind the
+/// other; for work side by side give each a device of its own.
+///
 /// Raises :class:`UnknownDeviceError`, :class:`DeviceUnavailableError`. A CPU works in forked processes too.
 #[pyclass(frozen, module = "tqkv", name = "Device")]
-pub struct Device(pub tqkv::Device);
+#[derive(Clone)]
+pub struct Device {
+    device: tqkv::Device,
+    kind: DeviceKind,
+    /// Its number among NVIDIA's.
+    cuda: Option<usize>,
+    /// Held by who uses it, if it follows torch's current stream.
+    lane: Option<Arc<Mutex<()>>>,
+}
+
+impl Deref for Device {
+    type Target = tqkv::Device;
+
+    fn deref(&self) -> &tqkv::Device {
+        &self.device
+    }
+}
+
+impl Device {
+    fn new(device: tqkv::Device, follows: bool) -> Self {
+        let info = device.info();
+        let cuda = info.id.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+        let lane = (follows && cuda.is_some()).then(Arc::default);
+        Device { device, kind: info.kind, cuda, lane }
+    }
+
+    /// The process's CPU.
+    pub fn of_the_host() -> Self {
+        Device::new(tqkv::Device::cpu(), false)
+    }
+
+    pub fn is_cpu(&self) -> bool {
+        self.kind == DeviceKind::Cpu
+    }
+
+    /// Its number among NVIDIA's GPUs.
+    pub fn cuda(&self) -> Option<usize> {
+        self.cuda
+    }
+
+    /// Does without the GIL what uses the device: on torch's current stream, if the device follows that.
+    pub fn run<T: Send>(&self, py: Python<'_>, work: impl FnOnce() -> tqkv::Result<T> + Send) -> PyResult<T> {
+        let (Some(lane), Some(ordinal)) = (&self.lane, self.cuda) else { return py.detach(work).or_raise() };
+        let stream = torch_stream(py, ordinal)?;
+        py.detach(|| {
+            let _lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
+            stream.map_or(Ok(()), |stream| move_to(&self.device, stream))?;
+            work()
+        })
+        .or_raise()
+    }
+}
+
+/// torch's current stream on a GPU, this thread's; none where torch uses no GPU.
+fn torch_stream(py: Python<'_>, ordinal: usize) -> PyResult<Option<usize>> {
+    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let current = match CURRENT.get(py) {
+        Some(current) => current,
+        None => {
+            let modules = py.import("sys")?.getattr("modules")?;
+            let torch = modules.call_method1("get", ("torch",))?;
+            if torch.is_none() || !torch.getattr("cuda")?.call_method0("is_initialized")?.is_truthy()? {
+                return Ok(None);
+            }
+            let current = torch.getattr("_C")?.getattr("_cuda_getCurrentRawStream")?;
+            CURRENT.get_or_init(py, || current.unbind())
+        }
+    };
+    current.bind(py).call1((ordinal,))?.extract().map(Some)
+}
+
+/// Whether torch uses GPUs in this process.
+pub fn torch_uses_gpus(py: Python<'_>) -> PyResult<bool> {
+    Ok(torch_stream(py, 0)?.is_some())
+}
+
+#[cfg(feature = "cuda")]
+fn move_to(device: &tqkv::Device, stream: usize) -> tqkv::Result<()> {
+    // SAFETY: torch's streams last as long as the process, and the lane keeps other threads off.
+    unsafe { device.move_to_cuda_stream(stream as *mut std::ffi::c_void) }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn move_to(_: &tqkv::Device, _: usize) -> tqkv::Result<()> {
+    Ok(())
+}
 
 #[pymethods]
 impl Device {
     #[new]
     #[pyo3(signature = (name = "cpu"))]
-    fn new(py: Python<'_>, name: &str) -> PyResult<Self> {
-        py.detach(|| tqkv::Device::open(name)).or_raise().map(Device)
+    fn open(py: Python<'_>, name: &str) -> PyResult<Self> {
+        Ok(Device::new(py.detach(|| tqkv::Device::open(name)).or_raise()?, true))
     }
 
     /// The host's processor: the process's device, or one with so many threads of its own.
     #[staticmethod]
     #[pyo3(signature = (threads = None))]
     fn cpu(threads: Option<usize>) -> PyResult<Self> {
-        Ok(Device(match threads {
-            Some(n) => tqkv::Device::cpu_with_threads(n).or_raise()?,
-            None => tqkv::Device::cpu(),
-        }))
+        let device = threads.map_or(Ok(tqkv::Device::cpu()), tqkv::Device::cpu_with_threads).or_raise()?;
+        Ok(Device::new(device, false))
     }
 
-    /// An NVIDIA GPU whose work all goes to a stream, a ``cudaStream_t`` (``torch.cuda.current_stream().cuda_stream``), which
-    /// must outlive the device. Tensors on that GPU are used where they lie.
+    /// An NVIDIA GPU whose work all goes to one stream, a ``cudaStream_t``, which must outlive the device; the order of what other
+    /// streams do with its tensors is the caller's.
     #[staticmethod]
     #[pyo3(signature = (ordinal = 0, stream = 0))]
     fn cuda_on_stream(py: Python<'_>, ordinal: usize, stream: usize) -> PyResult<Self> {
-        py.detach(|| on_stream(ordinal, stream)).or_raise().map(Device)
+        Ok(Device::new(py.detach(|| on_stream(ordinal, stream)).or_raise()?, false))
     }
 
     /// CUDA, then a GPU through wgpu, else the CPU.
     #[staticmethod]
     fn best(py: Python<'_>) -> Self {
-        Device(py.detach(tqkv::Device::best))
+        Device::new(py.detach(tqkv::Device::best), true)
     }
 
     /// Names and descriptions; ``None`` and the reason for what cannot be used.
@@ -59,7 +150,7 @@ impl Device {
 
     #[getter]
     fn kind(&self) -> &'static str {
-        match self.0.info().kind {
+        match self.kind {
             DeviceKind::Cpu => "cpu",
             DeviceKind::Wgpu => "wgpu",
             DeviceKind::Cuda => "cuda",
@@ -69,24 +160,24 @@ impl Device {
 
     #[getter]
     fn name(&self) -> String {
-        self.0.info().name
+        self.info().name
     }
 
     #[getter]
     fn details(&self) -> BTreeMap<&'static str, String> {
-        self.0.info().details.into_iter().collect()
+        self.info().details.into_iter().collect()
     }
 
     fn __str__(&self) -> String {
-        self.0.to_string()
+        self.device.to_string()
     }
 
     fn __repr__(&self) -> String {
-        format!("tqkv.Device({:?})", self.0.to_string())
+        format!("tqkv.Device({:?})", self.device.to_string())
     }
 
     fn __eq__(&self, other: &Self) -> bool {
-        self.0 == other.0
+        self.device == other.device
     }
 }
 

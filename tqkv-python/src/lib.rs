@@ -23,6 +23,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<pool::Batch>()?;
     m.add_class::<cache::PyKvCache>()?;
     m.add_class::<cache::PyStep>()?;
+    m.add_class::<cache::PyCapturedStep>()?;
     m.add_function(wrap_pyfunction!(ops::quantize, m)?)?;
     m.add_function(wrap_pyfunction!(ops::attend, m)?)?;
     m.add_function(wrap_pyfunction!(ops::dequantize, m)?)?;

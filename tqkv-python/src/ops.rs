@@ -1,7 +1,7 @@
 //! The operations.
 
 use crate::array::{Arg, empty_like};
-use crate::device::{Device, one_codec};
+use crate::device::{Device, one_codec, torch_uses_gpus};
 use crate::error::{OrRaise, raise};
 use crate::pool::{Batch, PagePool, integers};
 use pyo3::exceptions::PyValueError;
@@ -15,11 +15,11 @@ use tqkv::{Buffer, CommandEncoder, DType};
 /// Records and submits operations without the GIL; waits where results must be copied to the host.
 pub fn run(
     py: Python<'_>,
-    device: &tqkv::Device,
+    device: &Device,
     outputs: &[&Arg],
     record: impl FnOnce(&mut CommandEncoder) -> tqkv::Result<()> + Send,
 ) -> PyResult<()> {
-    py.detach(|| {
+    device.run(py, || {
         let mut encoder = device.encoder()?;
         record(&mut encoder)?;
         let submission = encoder.submit()?;
@@ -28,7 +28,6 @@ pub fn run(
         }
         outputs.iter().try_for_each(|o| o.finish())
     })
-    .or_raise()
 }
 
 /// Encodes the new positions of every sequence: each part is an array [tokens, kv_heads, head_dim], the sequences' tokens one
@@ -40,7 +39,7 @@ pub fn quantize(py: Python<'_>, batch: &Batch, parts: Vec<(Bound<'_, PyAny>, PyR
     let xs = parts.iter().map(|(x, _)| Arg::input("x", x, &batch.device)).collect::<PyResult<Vec<_>>>()?;
     let pools: Vec<_> = parts.iter().map(|(_, pool)| pool.pool.clone()).collect();
     let pairs: Vec<(&Buffer, &ops::PagePool)> = xs.iter().map(|x| &x.buffer).zip(&pools).collect();
-    let batch_of = &batch.batch;
+    let batch_of = &batch.now();
     run(py, &batch.device, &[], |encoder| ops::quantize(encoder, &pairs, batch_of))
 }
 
@@ -69,7 +68,7 @@ impl<'py> Asked<'py> {
     pub fn run(
         self,
         q: &Bound<'py, PyAny>,
-        device: &tqkv::Device,
+        device: &Device,
         record: impl FnOnce(&mut CommandEncoder, Attended) -> tqkv::Result<()> + Send,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = q.py();
@@ -104,7 +103,7 @@ impl<'py> Outputs<'py> {
         shape: &[usize],
         out: Option<Bound<'py, PyAny>>,
         lse: bool,
-        device: &tqkv::Device,
+        device: &Device,
     ) -> PyResult<Self> {
         let out = out.map_or_else(|| empty_like(q, shape, None), Ok)?;
         let rows = &shape[..shape.len().saturating_sub(1)];
@@ -168,7 +167,7 @@ pub fn attend<'py>(
     lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let asked = Asked { scale, causal, window, softcap, sink_logits, domain, out, lse };
-    let (key, value, of) = (&key.pool, &value.pool, &batch.batch);
+    let (key, value, of) = (&key.pool, &value.pool, &batch.now());
     asked.run(&q, &batch.device, |encoder, a| ops::attention(encoder, a.q, key, value, of, a.params, a.out, a.lse))
 }
 
@@ -184,19 +183,29 @@ pub fn positions(object: Option<&Bound<'_, PyAny>>, held: Range<usize>) -> PyRes
 }
 
 /// A new or given array for decoded rows.
-pub fn decoded<'py>(py: Python<'py>, like: Option<Bound<'py, PyAny>>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
-    match like {
-        Some(out) => Ok(out),
-        None => {
-            let kwargs = PyDict::new(py);
-            kwargs.set_item("dtype", "float32")?;
-            py.import("numpy")?.call_method("empty", (shape.to_vec(),), Some(&kwargs))
-        }
+pub fn decoded<'py>(
+    py: Python<'py>,
+    device: &Device,
+    given: Option<Bound<'py, PyAny>>,
+    shape: &[usize],
+) -> PyResult<Bound<'py, PyAny>> {
+    if let Some(out) = given {
+        return Ok(out);
     }
+    let kwargs = PyDict::new(py);
+    let library = match device.cuda() {
+        Some(ordinal) if torch_uses_gpus(py)? => {
+            kwargs.set_item("device", format!("cuda:{ordinal}"))?;
+            py.import("torch")?
+        }
+        _ => py.import("numpy")?,
+    };
+    kwargs.set_item("dtype", library.getattr("float32")?)?;
+    library.call_method("empty", (shape.to_vec(),), Some(&kwargs))
 }
 
-/// Decodes positions of one sequence of a batch: [positions, kv_heads, head_dim] float32 (numpy), [kv_heads, positions,
-/// head_dim] by ``order="head"``, or into ``out``, any float.
+/// Decodes positions of one sequence of a batch: [positions, kv_heads, head_dim] float32, [kv_heads, positions, head_dim] by
+/// ``order="head"``, or into ``out``, any float. It is numpy's; torch's on an NVIDIA GPU once torch uses one.
 ///
 /// Raises :class:`PositionsError` for positions that are not held, :class:`MismatchError`, :class:`ShapeError`.
 #[pyfunction]
@@ -218,11 +227,10 @@ pub fn dequantize<'py>(
     let dim = if domain == Domain::Original { row.head_dim() } else { row.row_dim() };
     let (n, heads) = (positions.len(), pool.pool.kv_heads());
     let shape = if order == RowOrder::TokenMajor { [n, heads, dim] } else { [heads, n, dim] };
-    let out = decoded(py, out, &shape)?;
+    let out = decoded(py, device, out, &shape)?;
     let arg = Arg::output("out", &out, device)?;
-    run(py, device, &[&arg], |e| {
-        ops::dequantize(e, &pool.pool, &batch.batch, sequence, positions, domain, order, &arg.buffer)
-    })?;
+    let of = &batch.now();
+    run(py, device, &[&arg], |e| ops::dequantize(e, &pool.pool, of, sequence, positions, domain, order, &arg.buffer))?;
     Ok(out)
 }
 
@@ -238,7 +246,7 @@ pub fn merge<'py>(
     out: Option<Bound<'py, PyAny>>,
     lse: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let device = device.map_or_else(tqkv::Device::cpu, |d| d.0.clone());
+    let device = device.cloned().unwrap_or_else(Device::of_the_host);
     let Some((first, _)) = parts.first() else { return Err(raise(tqkv::Error::Zero { what: "parts" })) };
     let arg = |(o, l): &(Bound<'py, PyAny>, Bound<'py, PyAny>)| {
         Ok((Arg::input("part", o, &device)?, Arg::input("lse of a part", l, &device)?))
@@ -263,7 +271,7 @@ pub fn rotate<'py>(
     inverse: bool,
     device: Option<&Device>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let device = device.map_or_else(tqkv::Device::cpu, |d| d.0.clone());
+    let device = device.cloned().unwrap_or_else(Device::of_the_host);
     let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
     let arg = Arg::input("x", &x, &device)?;
     let mut shape = arg.buffer.shape().to_vec();

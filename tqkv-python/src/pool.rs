@@ -5,6 +5,7 @@ use crate::device::{Device, one_codec};
 use crate::error::{OrRaise, raise};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tqkv::format::RowFormat;
 use tqkv::ops::{self, NO_PAGE, Span, Strides};
 
@@ -20,6 +21,7 @@ pub struct PagePool {
 impl PagePool {
     #[new]
     fn new(
+        py: Python<'_>,
         device: &Device,
         codec: &str,
         head_dim: usize,
@@ -28,7 +30,7 @@ impl PagePool {
         pages: usize,
     ) -> PyResult<Self> {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
-        let pool = ops::PagePool::new(&device.0, row, kv_heads, page_size, pages).or_raise()?;
+        let pool = device.run(py, || ops::PagePool::new(device, row, kv_heads, page_size, pages))?;
         Ok(PagePool { pool, _owners: vec![] })
     }
 
@@ -44,6 +46,7 @@ impl PagePool {
     #[staticmethod]
     #[pyo3(signature = (device, codec, head_dim, codes, scales = None, channels = None))]
     fn from_arrays(
+        py: Python<'_>,
         device: &Device,
         codec: &str,
         head_dim: usize,
@@ -54,7 +57,7 @@ impl PagePool {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
         let (codes, owner) = (Array::new("codes", codes)?, codes.clone().unbind());
         let (shape, code_strides) = rows_of("codes", &codes, row.row_bytes())?;
-        let code_bytes = codes.span(&device.0)?;
+        let code_bytes = codes.span(device)?;
         let mut owners = vec![owner];
         let scales = match scales {
             None => None,
@@ -66,14 +69,15 @@ impl PagePool {
                     let (got, expected) = (scales.shape.clone(), format!("{shape:?} and a row's scales"));
                     return Err(raise(tqkv::Error::Shape { what: "scales", got, expected }));
                 }
-                Some((scales.span(&device.0)?, strides))
+                Some((scales.span(device)?, strides))
             }
         };
         let scales = scales.as_ref().map(|(buffer, strides)| (buffer, *strides));
         let mut pool = ops::PagePool::strided(row, shape, (&code_bytes, code_strides), scales).or_raise()?;
         if let Some((shift, scale)) = channels {
             let (shift, scale) = (floats(&shift)?, floats(&scale)?);
-            let map = ops::ChannelMap::new(&device.0, shape[1], row.head_dim(), &shift, &scale).or_raise()?;
+            let heads = shape[1];
+            let map = device.run(py, || ops::ChannelMap::new(device, heads, row.head_dim(), &shift, &scale))?;
             pool = pool.with_channels(&map).or_raise()?;
         }
         Ok(PagePool { pool, _owners: owners })
@@ -152,8 +156,8 @@ fn rows_of(what: &'static str, array: &Array, row_bytes: usize) -> PyResult<([us
 /// Raises :class:`ZeroError`, :class:`TooLargeError`, :class:`PositionsError`, :class:`PageError`.
 #[pyclass(frozen, module = "tqkv", name = "Batch")]
 pub struct Batch {
-    pub batch: ops::Batch,
-    pub device: tqkv::Device,
+    batch: Mutex<ops::Batch>,
+    pub device: Device,
 }
 
 /// The numbers of an array, row after row.
@@ -172,13 +176,15 @@ fn count(what: &str, n: i64) -> PyResult<usize> {
     usize::try_from(n).map_err(|_| PyValueError::new_err(format!("{what} is {n}: expected no negative number")))
 }
 
-#[pymethods]
-impl Batch {
-    #[new]
-    #[pyo3(signature = (device, page_size, lens, new, pages, first = None))]
+/// Sequences as Python names them.
+struct Sequences {
+    /// First position held, length and new positions.
+    counts: Vec<[usize; 3]>,
+    tables: Vec<Vec<u32>>,
+}
+
+impl Sequences {
     fn new(
-        device: &Device,
-        page_size: usize,
         lens: &Bound<'_, PyAny>,
         new: &Bound<'_, PyAny>,
         pages: &Bound<'_, PyAny>,
@@ -199,37 +205,84 @@ impl Batch {
             );
             return Err(PyValueError::new_err(message));
         }
-        let tables: Vec<Vec<u32>> =
-            tables.iter().map(|t| t.iter().map(|&p| u32::try_from(p).unwrap_or(NO_PAGE)).collect()).collect();
-        let mut spans = Vec::with_capacity(lens.len());
-        for (i, pages) in tables.iter().enumerate() {
-            let (first, len, new) = (count("first", first[i])?, count("a length", lens[i])?, count("new", new[i])?);
-            spans.push(Span { first, len, new, pages });
-        }
-        let batch = ops::Batch::new(&device.0, page_size, &spans).or_raise()?;
-        Ok(Batch { batch, device: device.0.clone() })
+        let tables = tables.iter().map(|t| t.iter().map(|&p| u32::try_from(p).unwrap_or(NO_PAGE)).collect()).collect();
+        let counted = |i: usize| Ok([count("first", first[i])?, count("a length", lens[i])?, count("new", new[i])?]);
+        Ok(Sequences { counts: (0..lens.len()).map(counted).collect::<PyResult<_>>()?, tables })
+    }
+
+    fn spans(&self) -> Vec<Span<'_>> {
+        let each = self.counts.iter().zip(&self.tables);
+        each.map(|(&[first, len, new], pages)| Span { first, len, new, pages }).collect()
+    }
+}
+
+impl Batch {
+    fn lock(&self) -> MutexGuard<'_, ops::Batch> {
+        self.batch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it says now.
+    pub fn now(&self) -> ops::Batch {
+        self.lock().clone()
+    }
+}
+
+#[pymethods]
+impl Batch {
+    #[new]
+    #[pyo3(signature = (device, page_size, lens, new, pages, first = None))]
+    fn new(
+        device: &Device,
+        page_size: usize,
+        lens: &Bound<'_, PyAny>,
+        new: &Bound<'_, PyAny>,
+        pages: &Bound<'_, PyAny>,
+        first: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let sequences = Sequences::new(lens, new, pages, first)?;
+        let batch = ops::Batch::new(device, page_size, &sequences.spans()).or_raise()?;
+        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
     }
 
     /// One sequence in a pool of one page as long as the cache, in which positions wrap around.
     #[staticmethod]
     #[pyo3(signature = (device, capacity, len, new, first = 0))]
     fn contiguous(device: &Device, capacity: usize, len: usize, new: usize, first: usize) -> PyResult<Self> {
-        let batch = ops::Batch::contiguous(&device.0, capacity, first, len, new).or_raise()?;
-        Ok(Batch { batch, device: device.0.clone() })
+        let batch = ops::Batch::contiguous(device, capacity, first, len, new).or_raise()?;
+        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
+    }
+
+    /// Other lengths and pages for as many sequences, with as many new positions each; tables may be as long as the longest was. On an
+    /// NVIDIA GPU a graph that was captured with this batch goes on with them.
+    ///
+    /// Raises :class:`MismatchError` for other numbers of sequences or new positions or longer tables, :class:`PageError` and
+    /// :class:`AliasedError` for pages that a captured operation could not take, :class:`UnsupportedError` during a capture. Nothing has
+    /// changed then.
+    #[pyo3(signature = (lens, new, pages, first = None))]
+    fn update(
+        &self,
+        py: Python<'_>,
+        lens: &Bound<'_, PyAny>,
+        new: &Bound<'_, PyAny>,
+        pages: &Bound<'_, PyAny>,
+        first: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let sequences = Sequences::new(lens, new, pages, first)?;
+        self.device.run(py, || self.lock().update(&sequences.spans()))
     }
 
     #[getter]
     fn sequences(&self) -> usize {
-        self.batch.sequences()
+        self.lock().sequences()
     }
 
     #[getter]
     fn tokens(&self) -> usize {
-        self.batch.tokens()
+        self.lock().tokens()
     }
 
     #[getter]
     fn page_size(&self) -> usize {
-        self.batch.page_size()
+        self.lock().page_size()
     }
 }

@@ -117,6 +117,26 @@ def test_pools_in_a_tensor_of_someone_else():
     assert (tensor[1, 37 % PAGE :] == 0xAB).all(), "positions that are not there are not written"
 
 
+def test_a_batch_goes_on():
+    device = tqkv.Device()
+    pool = tqkv.PagePool(device, "f32", 32, 1, 4, 4)
+    x = np.random.default_rng(3).standard_normal((6, 1, 32), dtype=np.float32)
+    batch = tqkv.Batch(device, 4, [1], [1], [[2, -1]])
+    for i in range(6):
+        batch.update([i + 1], [1], [[2, 0]])
+        tqkv.quantize(batch, [(x[i : i + 1], pool)])
+    assert np.allclose(tqkv.dequantize(pool, batch, 0, range(6)), x, atol=1e-6)
+    for lens, new, pages, error in [
+        ([1, 1], [1, 1], [[0], [1]], tqkv.MismatchError),
+        ([6], [2], [[2, 0]], tqkv.MismatchError),
+        ([6], [1], [[2, 0, 1]], tqkv.MismatchError),
+        ([6], [1], [[2, 4]], tqkv.PageError),
+    ]:
+        with pytest.raises(error):
+            batch.update(lens, new, pages)
+    assert (batch.sequences, batch.tokens) == (1, 1) and np.allclose(tqkv.dequantize(pool, batch, 0, [5])[0], x[5], atol=1e-6)
+
+
 def test_arrays_of_every_kind():
     key, value = pools("f32")
     n = 10

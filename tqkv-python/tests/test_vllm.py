@@ -76,6 +76,33 @@ def test_preemption(tmp_path, stock):
     assert result["positions"] == 1600 < sum(len(many[i]) for i in long)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_parts_of_a_layer(dense):
+    """Every byte belongs to one part, in pages or, as on CUDA, in the layer; pools in them do not meet."""
+    import torch
+
+    import tqkv
+    from tqkv.vllm.backend import parts
+
+    (key, value), shape = tqkv.Codec("k5v4").row_bytes(64), (6, 2, 16)
+    layer = torch.zeros(*shape, sum(key + value), dtype=torch.uint8)
+    views = parts(layer, key + value, dense)
+    for i, part in enumerate(views):
+        assert part.shape[:3] == shape and part.is_contiguous() == dense
+        part += i + 1
+    counts = torch.bincount(layer.flatten().int())
+    assert counts.tolist() == [0] + [6 * 2 * 16 * width for width in key + value]
+    assert dense or len({tuple(torch.bincount(page.flatten().int()).tolist()) for page in layer}) == 1
+    pools = [
+        tqkv.PagePool.from_arrays(tqkv.Device(), name, 64, codes, scales.view(torch.float16))
+        for name, codes, scales in (("tq5", *views[:2]), ("tq4", *views[2:]))
+    ]
+    assert not pools[0].overlaps(pools[1])
+    if dense:
+        with pytest.raises(ValueError, match="dense layer"):
+            parts(torch.zeros(6, 2, 2, 16, 70, dtype=torch.uint8)[:, 0], key + value, dense)
+
+
 def test_sliding_windows(tmp_path):
     import torch
     import transformers

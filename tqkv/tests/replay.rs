@@ -148,6 +148,20 @@ fn replays_are_steps(device: &Device, steps: usize, pages: usize) {
     assert!(if kept { recordings < steps / 4 } else { recordings > steps / 2 }, "{recordings} recordings");
 }
 
+/// On a device that captures nothing, nothing goes on with what was captured.
+#[test]
+fn captured_steps_are_cudas() {
+    let device = Device::cpu();
+    let mut cache = cache(&device, 8);
+    let (sequence, buffers) = (cache.add_sequence(), Buffers::new(&device, 1));
+    let mut step = cache.step(&[(sequence, 1)]).unwrap();
+    assert!(matches!(step.captured(), Err(Error::UnevenLayers { .. })));
+    let mut encoder = device.encoder().unwrap();
+    buffers.record(&mut step, &mut encoder).unwrap();
+    assert!(matches!(step.captured(), Err(Error::Unsupported { .. })));
+    step.submit(encoder).unwrap().wait().unwrap();
+}
+
 #[test]
 fn replays_are_steps_on_the_cpu() {
     on("cpu", |device| replays_are_steps(device, 400, 60));

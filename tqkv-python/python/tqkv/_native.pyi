@@ -18,6 +18,11 @@ __version__: str
 class Device:
     """A place that holds memory and runs operations: ``cpu``, ``wgpu``, ``wgpu:N``, ``cuda`` or ``cuda:N``.
 
+    An NVIDIA GPU works on torch's current stream, the calling thread's, once torch uses a GPU: tensors on it are used where they lie, in
+    the order of that stream; nothing waits for the host, and calls can be captured in a graph. Where the current stream is another than
+    at the last call, its work comes behind all that the device was given before. So threads may share a device, one call behind the
+    other; for work side by side give each a device of its own.
+
     Raises :class:`UnknownDeviceError`, :class:`DeviceUnavailableError`. A CPU works in forked processes too."""
 
     def __init__(self, name: str = "cpu") -> None: ...
@@ -26,8 +31,8 @@ class Device:
         """The host's processor: the process's device, or one with so many threads of its own."""
     @staticmethod
     def cuda_on_stream(ordinal: int = 0, stream: int = 0) -> Device:
-        """An NVIDIA GPU whose work all goes to a stream, a ``cudaStream_t`` (``torch.cuda.current_stream().cuda_stream``), which
-        must outlive the device. Tensors on that GPU are used where they lie."""
+        """An NVIDIA GPU whose work all goes to one stream, a ``cudaStream_t``, which must outlive the device; the order of what other
+        streams do with its tensors is the caller's."""
     @staticmethod
     def best() -> Device:
         """CUDA, then a GPU through wgpu, else the CPU."""
@@ -127,6 +132,19 @@ class Batch:
     @staticmethod
     def contiguous(device: Device, capacity: int, len: int, new: int, first: int = 0) -> Batch:
         """One sequence in a pool of one page as long as the cache, in which positions wrap around."""
+    def update(
+        self,
+        lens: Sequence[int] | Array,
+        new: Sequence[int] | Array,
+        pages: Sequence[Sequence[int]] | Array,
+        first: Sequence[int] | Array | None = None,
+    ) -> None:
+        """Other lengths and pages for as many sequences, with as many new positions each; tables may be as long as the longest was. On an
+        NVIDIA GPU a graph that was captured with this batch goes on with them.
+
+        Raises :class:`MismatchError` for other numbers of sequences or new positions or longer tables, :class:`PageError` and
+        :class:`AliasedError` for pages that a captured operation could not take, :class:`UnsupportedError` during a capture. Nothing has
+        changed then."""
     @property
     def sequences(self) -> int: ...
     @property
@@ -172,8 +190,8 @@ def dequantize(
     order: Order = "token",
     out: Array | None = None,
 ) -> Any:
-    """Decodes positions of one sequence of a batch: [positions, kv_heads, head_dim] float32 (numpy), [kv_heads, positions,
-    head_dim] by ``order="head"``, or into ``out``, any float.
+    """Decodes positions of one sequence of a batch: [positions, kv_heads, head_dim] float32, [kv_heads, positions, head_dim] by
+    ``order="head"``, or into ``out``, any float. It is numpy's; torch's on an NVIDIA GPU once torch uses one.
 
     Raises :class:`PositionsError` for positions that are not held, :class:`MismatchError`, :class:`ShapeError`."""
 
@@ -315,11 +333,26 @@ class Step:
         """Attention of the new tokens in one layer, after their keys and values; [tokens, heads, head_dim]."""
     def append_and_attend(self, layer: int, k: Array, v: Array, q: Array, **kwargs: Any) -> Any:
         """:meth:`append` and :meth:`attend`."""
+    def captured(self) -> CapturedStep:
+        """What the step's operations read on an NVIDIA GPU, for a graph that they were captured in: :meth:`resume` says how it goes on.
+        Run the operations once outside of the graph before. Keep it as long as the graph.
+
+        Raises :class:`UnevenLayersError` if a layer was not appended, :class:`UnsupportedError` on other devices."""
+    def resume(self, captured: CapturedStep) -> bool:
+        """Brings what a captured step reads up to date with this step's tokens, in place of the step's operations: replay the graph next,
+        on the same stream, and commit. Nothing is waited for.
+
+        False where that does not do: for other numbers of new tokens, in a cache that has grown, when a page table has outgrown its
+        room (which then doubles), or when other kernels suit the lengths better. Run the step's operations then, and capture them anew;
+        the old graph must not be replayed."""
     def commit(self) -> None:
         """The tokens count from now on. Raises :class:`UnevenLayersError` if a layer was not appended."""
     def abandon(self) -> None: ...
     def __enter__(self) -> Step: ...
     def __exit__(self, *error: Any) -> bool: ...
+
+class CapturedStep:
+    """What a captured step reads on the device. Made by :meth:`Step.captured`."""
 
 class Error(Exception):
     """What went wrong in tqkv; the base of all its exceptions."""

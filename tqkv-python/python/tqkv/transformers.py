@@ -5,22 +5,28 @@
 
 ``attn_implementation="tqkv"`` is there once this module is imported. Under any other attention function the same cache stays right:
 what they read is decoded for them. A mask that is neither causal nor a sliding window with padding on the left is refused.
+
+On an NVIDIA GPU all work is on torch's current stream and nothing is copied to the host; :func:`decoding_graph` decodes in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import os
-from typing import Any, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function, sliding_window_overlay
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import tqkv
 
-__all__ = ["TqkvCache"]
+__all__ = ["TqkvCache", "decoding_graph"]
 
 #: Positions that a sliding layer keeps beyond its window, so that as many can be cropped again.
 SLACK = 64
@@ -177,6 +183,9 @@ class TqkvCache(Cache):
         #: Sequences by row, and how many first positions of each row are padding.
         self._rows: list[int] = []
         self._pads: list[int] = []
+        #: The step that a model runs in, where it is one for all layers: see :class:`_Decoding`.
+        self._step: tqkv.Step | None = None
+        self._decoding: _Decoding | None = None
 
     @property
     def _store(self) -> tqkv.KvCache:
@@ -208,8 +217,7 @@ class TqkvCache(Cache):
                 got, want = (x.shape[1], x.shape[3]), self._shape
                 raise tqkv.ShapeError(f"{what} have (kv_heads, head_dim) {got}: expected {want} as the config says")
         if self._made is None and self._device is None and k.is_cuda:
-            stream = torch.cuda.current_stream(k.device).cuda_stream
-            self._device = tqkv.Device.cuda_on_stream(k.device.index, stream)
+            self._device = tqkv.Device(f"cuda:{k.device.index}")
         if not self._rows:
             self._rows = [self._store.add_sequence() for _ in range(k.shape[0])]
             self._pads = [0] * k.shape[0]
@@ -262,7 +270,8 @@ class TqkvCache(Cache):
 
         Raises :class:`tqkv.PositionsError` where a sliding layer no longer holds what would be seen (it keeps ``SLACK`` more)."""
         self._settle()
-        length = self.get_seq_length()
+        # Assisted decoding gives a tensor on the GPU.
+        tokens_to_remove, length = int(tokens_to_remove), self.get_seq_length()
         left = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
         for row, pad in zip(self._rows, self._pads):
             self._store.truncate(row, max(0, left - pad))
@@ -332,6 +341,8 @@ def _padding(mask: torch.Tensor | None, rows: int) -> list[int]:
     """How many first positions of each row are padding; nothing else may be hidden."""
     if mask is None:
         return [0] * rows
+    if (known := getattr(mask, "_tqkv_padding", None)) is not None:
+        return known
     if mask.ndim != 2:
         raise ValueError(f"the attention mask is {tuple(mask.shape)}: tqkv takes [batch, positions], with padding on the left")
     mask = mask.bool()
@@ -340,6 +351,123 @@ def _padding(mask: torch.Tensor | None, rows: int) -> list[int]:
     if not torch.equal(mask.flip(-1).long().cumprod(-1).sum(-1), seen):
         raise ValueError("the attention mask hides positions after a token: tqkv takes padding on the left only")
     return (mask.shape[-1] - seen).tolist()
+
+
+class _Decoding:
+    """One token a row through a model: in a step of all layers, and from the second on in a CUDA graph."""
+
+    def __init__(self, forward: Callable[..., Any], ids: torch.Tensor) -> None:
+        self.forward = forward
+        with torch.inference_mode(False):
+            self.ids, self.positions = torch.empty_like(ids), torch.empty_like(ids)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: tqkv.CapturedStep | None = None
+        self.logits: torch.Tensor | None = None
+
+    def fits(self, forward: Callable[..., Any], ids: torch.Tensor) -> bool:
+        return (self.forward, self.ids.shape, self.ids.device) == (forward, ids.shape, ids.device)
+
+    def __call__(self, cache: TqkvCache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of [batch, 1] tokens, which the cache then holds."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        with cache._store.step([(row, 1) for row in cache._rows]) as step:
+            if self.graph is not None and step.resume(self.captured):
+                self.graph.replay()
+            else:
+                self._capture(cache, step)
+            logits = self.logits.clone()
+        for layer in cache.layers:
+            layer.length += 1
+        return logits
+
+    def _capture(self, cache: TqkvCache, step: tqkv.Step) -> None:
+        """Computes the step, and captures the same again for those to come."""
+        self.graph = self.captured = None
+        self.logits = self._run(cache, step)
+        if self.ids.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self._run(cache, step)
+            # What was captured has not run.
+            logits.copy_(self.logits)
+            self.graph, self.captured, self.logits = graph, step.captured(), logits
+
+    def _run(self, cache: TqkvCache, step: tqkv.Step) -> torch.Tensor:
+        lengths = [layer.length for layer in cache.layers]
+        cache._step = step
+        try:
+            return self.forward(
+                input_ids=self.ids, position_ids=self.positions, past_key_values=cache, use_cache=True
+            ).logits
+        finally:
+            cache._step = None
+            for layer, length in zip(cache.layers, lengths):
+                layer.length, layer.pending = length, None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's collector: graphs and memory that it frees during a capture would spoil it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def decoding_graph(model: torch.nn.Module) -> Iterator[None]:
+    """Within this block ``model`` decodes in a CUDA graph wherever it is called, by ``generate`` or otherwise, with one token a row over a
+    :class:`TqkvCache` that holds a prompt; all other calls run as ever.
+
+    The first such call captures the model's forward, and so does one for which the graph no longer does: other rows, a cache that has
+    grown, twice as many pages as there was room for. In between, the host only brings lengths and page tables up to date and
+    replays. Padding stays what the prompt's mask said: the masks of later tokens are not read. What the forward does must be fit for
+    capture: no reading on the host, no hooks that must run for each token. While a graph is captured, no other thread may use the cache."""
+    own, forward = vars(model).get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if args or not _decodes(cache, ids, kwargs):
+            return forward(*args, **kwargs)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, cache.get_seq_length())
+        cache._settle()
+        cache._make_room([1] * len(cache._rows))
+        if cache._decoding is None or not cache._decoding.fits(forward, ids):
+            cache._decoding = _Decoding(forward, ids)
+        with torch.no_grad():
+            return CausalLMOutputWithPast(logits=cache._decoding(cache, ids, positions), past_key_values=cache)
+
+    model.forward = decode
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+#: What a call may say beside its tokens for a graph to do.
+DECODING = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+
+
+def _decodes(cache: Any, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a model's call is a step of decoding that a graph can be."""
+    if not isinstance(cache, TqkvCache) or ids is None or not ids.is_cuda or ids.shape != (len(cache._rows), 1):
+        return False
+    asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+    if asked - DECODING or kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
+        return False
+    mask, positions, length = kwargs.get("attention_mask"), kwargs.get("position_ids"), cache.get_seq_length()
+    if positions is not None and positions.ndim != 2:
+        return False
+    return length > 0 and (mask is None or mask.shape == (len(ids), length + 1))
 
 
 def attention(
@@ -362,6 +490,17 @@ def attention(
         raise NotImplementedError("tqkv attends causally, without dropout, biases or packed sequences")
     layer = key.layer
     cache, (batch, heads, new, head_dim) = layer.cache, query.shape
+    options = {
+        "scale": scaling,
+        "window": layer.window,
+        "softcap": softcap,
+        "sink_logits": None if s_aux is None else s_aux.detach().float(),
+    }
+    if cache._step is not None:
+        (k, v), layer.pending = layer.pending, None
+        rows = (_ragged(x, None) for x in (k, v, query))
+        attended = cache._step.append_and_attend(layer.index, *rows, **options)
+        return attended.view(batch, new, heads, head_dim), None
     pads = _padding(attention_mask, batch)
     if layer.pending is not None:
         tokens = layer.store(pads)
@@ -373,10 +512,7 @@ def attention(
         layer.index,
         list(zip(cache._rows, counts)),
         _ragged(query, tokens),
-        scale=scaling,
-        window=layer.window,
-        softcap=softcap,
-        sink_logits=None if s_aux is None else s_aux.detach().float(),
+        **options,
     )
     if tokens is None:
         return attended.view(batch, new, heads, head_dim), None
@@ -403,7 +539,11 @@ def mask(
     if attention_mask is None:
         return None
     attention_mask = attention_mask[:, : q_offset + q_length]
-    return None if bool(attention_mask.all()) else attention_mask
+    if bool(attention_mask.all()):
+        return None
+    # Read on the host once for all layers.
+    attention_mask._tqkv_padding = _padding(attention_mask, batch_size)
+    return attention_mask
 
 
 def _is_causal(function: Any) -> bool:

@@ -42,7 +42,7 @@ pub use config::{CacheConfig, Heads};
 pub use extent::{LayerKind, RECENT_SLACK, Recent, Sinks};
 #[cfg(feature = "prefix-store")]
 pub use prefix_store::{FoundPrefix, PrefixStore, Prompt, StoredPrefix};
-pub use replay::Replay;
+pub use replay::{CapturedStep, Replay};
 pub use snapshot::{
     ExtentGeometry, Geometry, Label, LayerGeometry, MAX_FINGERPRINT, MAX_NOTE, SNAPSHOT_VERSION, Snapshot,
 };

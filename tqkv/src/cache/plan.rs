@@ -10,6 +10,7 @@ use std::ops::Range;
 const BATCHES: usize = 16;
 
 /// New tokens that one extent of a layer holds.
+#[derive(Clone)]
 pub(super) struct Write {
     /// Among the layer's extents.
     pub extent: usize,
@@ -19,6 +20,7 @@ pub(super) struct Write {
 }
 
 /// Queries that follow one another and read the same extents.
+#[derive(Clone)]
 pub(super) struct Run {
     /// Among the queries of all sequences.
     pub queries: Range<usize>,
@@ -27,6 +29,7 @@ pub(super) struct Run {
 }
 
 /// What queries read of one extent.
+#[derive(Clone)]
 pub(super) struct Read {
     /// Among the layer's extents.
     pub extent: usize,
@@ -35,7 +38,7 @@ pub(super) struct Read {
 }
 
 /// What hides positions of an extent from a query.
-#[derive(PartialEq)]
+#[derive(Clone, PartialEq)]
 enum Mask {
     /// What the caller says, and so many newest positions at most: the layer's window, or the newest that are stored apart.
     Window(Option<usize>),

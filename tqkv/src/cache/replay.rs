@@ -4,8 +4,8 @@ use super::plan::{like_reads, like_writes};
 use super::reserve::Change;
 use super::state::{KvCache, SequenceId};
 use super::step::{Plans, Step};
-use crate::compute::{CommandEncoder, Repeatable, Submission};
-use crate::error::Result;
+use crate::compute::{Buffer, CommandEncoder, DeviceKind, Repeatable, Submission};
+use crate::error::{Error, Result};
 use crate::ops::Batch;
 use std::sync::Arc;
 
@@ -46,11 +46,60 @@ pub struct Replay<'f> {
     recorded: Option<Recorded>,
 }
 
-/// A step on the device, and the batches that it reads there.
+/// A step on the device.
 struct Recorded {
     work: Repeatable,
+    step: CapturedStep,
+}
+
+/// What the operations of a step read on the device, beside the caller's buffers. Made by [`Step::captured`].
+///
+/// For callers whose step has more in it than tqkv's operations, a whole model's in a CUDA graph say, and who therefore capture and
+/// launch it themselves; [`Replay`] does both for tqkv's alone. Keep it as long as the graph.
+pub struct CapturedStep {
     cache: Arc<()>,
     shapes: Vec<Plans>,
+    _scratch: Vec<[Buffer; 2]>,
+}
+
+impl Step<'_> {
+    /// What the step's operations read on the device, as they were recorded last. On a CUDA device a graph that the caller has
+    /// captured with them can then be launched for further tokens: see [`resume`](Step::resume).
+    ///
+    /// Record all of the step's operations once outside of the graph before, and submit them: that takes the memory that they need, which
+    /// cannot be taken within. Then record the same again, in the same buffers, while the device's stream is captured.
+    ///
+    /// # Errors
+    /// [`Error::UnevenLayers`] if a layer was not appended, [`Error::Unsupported`] on a device other than CUDA's.
+    pub fn captured(&self) -> Result<CapturedStep> {
+        self.expect_complete()?;
+        if self.device().info().kind != DeviceKind::Cuda {
+            let what = "go on with a step that the caller has captured".to_owned();
+            return Err(Error::Unsupported { device: self.device().to_string(), what });
+        }
+        let (cache, shapes) = (self.cache.identity.clone(), self.shapes.clone());
+        Ok(CapturedStep { cache, shapes, _scratch: self.cache.scratch.clone() })
+    }
+
+    /// Brings what a captured step reads on the device up to date with this step's tokens, in place of recording it: launch the graph next,
+    /// on the device's stream, and [`commit`](Step::commit). The graph then computes what this step recorded anew would, to the bit.
+    ///
+    /// False where that does not do: for other numbers of new tokens, in another cache, when a page table has outgrown its room (which
+    /// then doubles), or when other kernels suit the lengths better. Nothing has changed then; record the step, and capture it anew. A
+    /// graph is never launched unless this has said true just before: its tables are those of other tokens, or gone.
+    ///
+    /// # Errors
+    /// Those of [`CommandEncoder::submit`], for copies of shared pages, which come before the graph;
+    /// [`Error::Unsupported`] while the device's stream is captured. The graph must not be launched then.
+    pub fn resume(&mut self, captured: &CapturedStep) -> Result<bool> {
+        if !captured.serves(self)? {
+            return Ok(false);
+        }
+        copy_shared(self)?;
+        captured.update(self)?;
+        self.appended.fill(true);
+        Ok(true)
+    }
 }
 
 impl<'f> Replay<'f> {
@@ -69,22 +118,14 @@ impl<'f> Replay<'f> {
         let mut step = cache.step(tokens)?;
         // Kept again only if all goes well: what has failed midway is not to be run again.
         let recorded = match self.recorded.take() {
-            Some(recorded) if recorded.serves(&mut step)? => Some(recorded),
-            _ => None,
-        };
-        copy_shared(&mut step)?;
-        let recorded = match recorded {
-            Some(recorded) => {
-                recorded.update(&step)?;
-                step.appended.fill(true);
-                recorded
-            }
-            None => {
+            Some(recorded) if step.resume(&recorded.step)? => recorded,
+            _ => {
+                copy_shared(&mut step)?;
                 let mut encoder = step.device().encoder()?;
                 (self.record)(&mut step, &mut encoder)?;
                 step.expect_complete()?;
                 match encoder.repeatable()? {
-                    Ok(work) => Recorded::new(work, &mut step),
+                    Ok(work) => Recorded { work, step: step.captured()? },
                     Err(encoder) => return step.submit(encoder),
                 }
             }
@@ -116,11 +157,7 @@ fn copy_shared(step: &mut Step) -> Result<()> {
     Ok(())
 }
 
-impl Recorded {
-    fn new(work: Repeatable, step: &mut Step) -> Self {
-        Recorded { work, cache: step.cache.identity.clone(), shapes: std::mem::take(&mut step.shapes) }
-    }
-
+impl CapturedStep {
     /// Whether a step recorded anew would be the same but for its batches.
     fn serves(&self, step: &mut Step) -> Result<bool> {
         if !Arc::ptr_eq(&self.cache, &step.cache.identity) {

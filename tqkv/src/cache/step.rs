@@ -53,6 +53,7 @@ pub struct Step<'a> {
 }
 
 /// What the layers of one shape do in a step.
+#[derive(Clone)]
 pub(super) struct Plans {
     pub writes: Vec<Write>,
     /// Without and with a causal mask, once they are asked for.
@@ -109,7 +110,8 @@ impl Step<'_> {
     /// then.
     pub fn append(&mut self, encoder: &mut CommandEncoder, layer: usize, k: &Buffer, v: &Buffer) -> Result<()> {
         let (extents, shape) = self.cache.own_layer(layer)?;
-        let changes = if self.copied { &[] } else { &self.changes[..] };
+        // Copied already, apart or with the layer's first append.
+        let changes = if self.copied || self.appended[layer] { &[] } else { &self.changes[..] };
         let copies = changes.iter().filter_map(Change::copy).flat_map(|(group, from, to)| {
             extents.iter().filter(move |pools| pools.group == group).map(move |pools| (pools, from, to))
         });
@@ -205,7 +207,8 @@ impl Step<'_> {
 impl Drop for Step<'_> {
     fn drop(&mut self) {
         if !self.committed {
-            let written = self.appended.contains(&true);
+            let copied = self.copied && self.changes.iter().any(|change| change.copy().is_some());
+            let written = copied || self.appended.contains(&true);
             self.cache.undo(std::mem::take(&mut self.changes), written);
         }
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,8 +29,33 @@ from .config import asked, rank
 logger = init_logger(__name__)
 
 
+@functools.cache
+def device_of(place: torch.device) -> tqkv.Device:
+    """The device of this process's layers and plans."""
+    return tqkv.Device(f"cuda:{place.index or 0}" if place.type == "cuda" else "cpu")
+
+
+def parts(kv_cache: torch.Tensor, widths: Sequence[int], dense: bool) -> list[torch.Tensor | None]:
+    """A layer's bytes, [pages, kv_heads, page_size, bytes], as as many tensors of rows of these widths: one behind the other in each page, or,
+    if they must be dense, in the whole layer."""
+    pages, heads, slots, content = kv_cache.shape
+    if kv_cache.dtype != torch.uint8 or kv_cache.stride()[1:] != (slots * content, content, 1):
+        raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
+    if dense and not kv_cache.is_contiguous():
+        raise ValueError(f"the cache has strides {kv_cache.stride()}: expected a dense layer on CUDA")
+    page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
+    at, views = 0, []
+    for width in widths:
+        size = heads * slots * width
+        part = page.flatten()[pages * at : pages * (at + size)].view(pages, size) if dense else page[:, at : at + size]
+        views.append(part.unflatten(1, (heads, slots, width)) if width else None)
+        at += size
+    return views
+
+
 class TqkvBackend(AttentionBackend):
-    """Pages of bytes, [kv_heads, page_size, bytes]: codes and scales of keys, then of values, each dense within a page."""
+    """Pages of bytes, [kv_heads, page_size, bytes]: codes and scales of keys, then of values, each dense within a page. On CUDA, whose
+    kernels take no strides, each is dense within a layer: the layer has as many pages of as many bytes, but what is in one lies apart."""
 
     # `forward` encodes the new tokens and attends, with one plan.
     forward_includes_kv_cache_update = True
@@ -52,7 +80,9 @@ class TqkvBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls):
-        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)  # A page of a layer is one run of bytes.
+        # A layer is one run of bytes, or at least a page of it is.
+        layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+        return layouts if current_platform.device_type == "cpu" else layouts[:1]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -75,8 +105,10 @@ class TqkvBuilder(AttentionMetadataBuilder[TqkvMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.device_of_tqkv = tqkv.Device()
+        self.device_of_tqkv = device_of(torch.device(device))
         self.page_size = kv_cache_spec.block_size
+        if device_of(torch.device(device)).kind == "cuda" and vllm_config.kv_transfer_config is not None:
+            raise NotImplementedError("tqkv's pages on CUDA are no runs of bytes: a KV connector cannot move them")
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TqkvMetadata:
         m = common_attn_metadata
@@ -120,7 +152,6 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
         self.source = kv_sharing_target_layer_name
         self.codec, self.calibration = asked().codec, asked().calibration
         self.rank = rank()
-        self.device = tqkv.Device()
         self.pools: tuple[int, tqkv.PagePool, tqkv.PagePool] | None = None
         rows = self.codec.row_bytes(head_size)
         logger.info_once("tqkv stores keys and values as %s: %d bytes a token and KV head", self.codec, sum(map(sum, rows)))
@@ -140,21 +171,14 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
     def pools_in(self, kv_cache: torch.Tensor, layer_name: str) -> tuple[tqkv.PagePool, tqkv.PagePool]:
         """vLLM's [pages, kv_heads, page_size, bytes] as pools of keys and of values, made once."""
         if self.pools is None or self.pools[0] != kv_cache.data_ptr():
-            pages, heads, slots, content = kv_cache.shape
-            if kv_cache.dtype != torch.uint8 or kv_cache.stride()[1:] != (slots * content, content, 1):
-                raise ValueError(f"the cache is {kv_cache.dtype} with strides {kv_cache.stride()}: expected dense pages of bytes")
-            page = kv_cache.as_strided((pages, heads * slots * content), (kv_cache.stride(0), 1))
-            at, made = 0, []
-            sides = (self.codec.key, self.channels_of(layer_name)), (self.codec.value, None)
-            for (name, channels), (codes, scales) in zip(sides, self.codec.row_bytes(self.head_size)):
-                views = []
-                for width in (codes, scales):
-                    size = heads * slots * width
-                    views.append(page[:, at : at + size].unflatten(1, (heads, slots, width)) if width else None)
-                    at += size
-                if views[1] is not None:
-                    views[1] = views[1].view(torch.float16)
-                made.append(tqkv.PagePool.from_arrays(self.device, name, self.head_size, *views, channels))
+            device = device_of(kv_cache.device)
+            widths = sum(self.codec.row_bytes(self.head_size), ())
+            views = parts(kv_cache, widths, dense=device.kind == "cuda")
+            sides = (self.codec.key, views[:2], self.channels_of(layer_name)), (self.codec.value, views[2:], None)
+            made = []
+            for name, (codes, scales), channels in sides:
+                scales = None if scales is None else scales.view(torch.float16)
+                made.append(tqkv.PagePool.from_arrays(device, name, self.head_size, codes, scales, channels))
             self.pools = (kv_cache.data_ptr(), *made)
         return self.pools[1:]
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 use sys::CUdevice_attribute_enum as Attribute;
@@ -262,10 +263,13 @@ unsafe impl Sync for Kernel {}
 /// A queue of work on a GPU, with the pool that its memory comes from.
 pub(super) struct Stream {
     pub context: Arc<Context>,
-    pub(super) raw: sys::CUstream,
-    /// The caller's stream is not destroyed.
-    borrowed: bool,
+    /// The driver's stream that work goes to from now on.
+    current: AtomicPtr<sys::CUstream_st>,
+    /// What is destroyed with it: no stream of the caller's.
+    own: Option<sys::CUstream>,
     pub(super) pool: Option<sys::CUmemoryPool>,
+    /// Memory that was given up while a graph was captured, which is freed later.
+    pub(super) given_up: Mutex<Vec<u64>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -278,7 +282,7 @@ impl Stream {
     pub fn new(context: &Arc<Context>) -> Result<Self> {
         context.enter()?;
         let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(|e| context.failed(e))?;
-        Self::with(context, raw, false)
+        Self::with(context, raw, Some(raw))
     }
 
     /// The caller's stream.
@@ -287,11 +291,16 @@ impl Stream {
     /// The stream must be one of this GPU's primary context and outlive the result.
     pub unsafe fn borrowed(context: &Arc<Context>, raw: *mut c_void) -> Result<Self> {
         context.enter()?;
-        Self::with(context, raw.cast(), true)
+        Self::with(context, raw.cast(), None)
     }
 
-    fn with(context: &Arc<Context>, raw: sys::CUstream, borrowed: bool) -> Result<Self> {
-        let mut stream = Stream { context: context.clone(), raw, borrowed, pool: None };
+    /// Without a pool.
+    fn bare(context: &Arc<Context>, raw: sys::CUstream, own: Option<sys::CUstream>) -> Self {
+        Stream { context: context.clone(), current: AtomicPtr::new(raw), own, pool: None, given_up: Mutex::default() }
+    }
+
+    fn with(context: &Arc<Context>, raw: sys::CUstream, own: Option<sys::CUstream>) -> Result<Self> {
+        let mut stream = Self::bare(context, raw, own);
         if context.limits.pools {
             // SAFETY: all fields of these structs may be zero.
             let mut properties: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
@@ -314,19 +323,50 @@ impl Stream {
         Ok(stream)
     }
 
+    /// The driver's stream that work goes to.
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.current.load(Relaxed)
+    }
+
+    /// Sends work to another stream of the caller's from now on, behind all that was sent before. Where one of both is captured in a
+    /// graph, which knows of no work outside, the caller sees to the order.
+    ///
+    /// # Safety
+    /// As [`borrowed`](Stream::borrowed).
+    pub unsafe fn move_to(&self, raw: *mut c_void) -> Result<()> {
+        let (from, to) = (self.raw(), raw.cast());
+        if from == to {
+            return Ok(());
+        }
+        self.context.enter()?;
+        if !is_capturing(from) && !is_capturing(to) {
+            let failed = |e| self.context.failed(e);
+            let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
+            let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            // SAFETY: both streams and the event are alive; the driver keeps the event until it has passed.
+            let ordered = unsafe {
+                let ordered =
+                    result::event::record(event, from).and_then(|()| result::stream::wait_event(to, event, wait));
+                result::event::destroy(event).and(ordered)
+            };
+            ordered.map_err(failed)?;
+        }
+        self.current.store(to, Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn is_captured(&self) -> bool {
+        is_capturing(self.raw())
+    }
+
     /// Fails while the caller captures the stream in a graph: memory would be the graph's, and each launch would copy once more
     /// from the host's, which may be gone.
     pub(super) fn expect_no_capture(&self, what: &str) -> Result<()> {
-        // SAFETY: the stream is alive.
-        let status = unsafe { result::stream::is_capturing(self.raw) };
-        match status {
-            Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE) => {
-                let what = format!("{what} while its stream is captured in a graph");
-                Err(Error::Unsupported { device: self.context.id.clone(), what })
-            }
-            // The legacy stream cannot be captured, and does not say so while others are.
-            _ => Ok(()),
+        if self.is_captured() {
+            let what = format!("{what} while its stream is captured in a graph");
+            return Err(Error::Unsupported { device: self.context.id.clone(), what });
         }
+        Ok(())
     }
 
     /// Enqueues a kernel. The context must be this thread's: see `Context::enter`.
@@ -354,7 +394,7 @@ impl Stream {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: launch.kernel.shared_memory,
-            hStream: self.raw,
+            hStream: self.raw(),
             attrs: &raw mut early,
             numAttrs: (launch.waits && self.context.limits.starts_early()) as u32,
         };
@@ -373,7 +413,7 @@ impl Stream {
         let failed = |e| context.failed(e);
         // Not on this one: the caller's may be the legacy stream, which cannot be captured.
         let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
-        let aside = Stream { context: context.clone(), raw, borrowed: false, pool: None };
+        let aside = Stream::bare(context, raw, Some(raw));
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive, and a capture that has begun is ended whatever happens.
         let (enqueued, captured) = unsafe {
@@ -386,7 +426,7 @@ impl Stream {
         // SAFETY: the graph is alive; uploading it now keeps that out of the launch.
         unsafe {
             graph.run = result::graph::instantiate(graph.graph, flags).map_err(failed)?;
-            sys::cuGraphUpload(graph.run, self.raw).result().map_err(failed)?;
+            sys::cuGraphUpload(graph.run, self.raw()).result().map_err(failed)?;
         }
         Ok(graph)
     }
@@ -394,13 +434,13 @@ impl Stream {
     pub fn launch_graph(&self, graph: &Graph) -> Result<()> {
         self.context.enter()?;
         // SAFETY: the graph is instantiated; what it uses is kept alive by stream order.
-        unsafe { result::graph::launch(graph.run, self.raw) }.map_err(|e| self.context.failed(e))
+        unsafe { result::graph::launch(graph.run, self.raw()) }.map_err(|e| self.context.failed(e))
     }
 
     /// Enqueues a copy within the GPU. The context must be this thread's.
     pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
         // SAFETY: both are within buffers that are kept alive by stream order.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw) }.map_err(|e| self.context.failed(e))
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw()) }.map_err(|e| self.context.failed(e))
     }
 
     /// A mark behind all work enqueued so far.
@@ -419,13 +459,13 @@ impl Stream {
         let event = result::event::create(flags).map_err(failed)?;
         let mark = Mark { stream: self.clone(), event };
         // SAFETY: both are alive.
-        unsafe { result::event::record(event, self.raw) }.map_err(failed)?;
+        unsafe { result::event::record(event, self.raw()) }.map_err(failed)?;
         Ok(mark)
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.raw) }.map_err(|e| self.context.failed(e))
+        unsafe { result::stream::synchronize(self.raw()) }.map_err(|e| self.context.failed(e))
     }
 }
 
@@ -434,16 +474,26 @@ impl Drop for Stream {
         if self.context.enter().is_err() {
             return;
         }
+        if !self.is_captured() {
+            self.free_given_up();
+        }
         // SAFETY: all memory of the pool holds this stream, so it is freed by now.
         unsafe {
             if let Some(pool) = self.pool {
                 let _ = result::mem_pool::destroy(pool);
             }
-            if !self.borrowed {
-                let _ = result::stream::destroy(self.raw);
+            if let Some(own) = self.own {
+                let _ = result::stream::destroy(own);
             }
         }
     }
+}
+
+/// Whether a stream is captured in a graph. The legacy stream cannot be, and does not say so while others are.
+fn is_capturing(raw: sys::CUstream) -> bool {
+    // SAFETY: the stream is alive.
+    let status = unsafe { result::stream::is_capturing(raw) };
+    matches!(status, Ok(sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE))
 }
 
 /// Work that is handed to the GPU as one piece.

@@ -12,6 +12,27 @@ fn cuda(device: &Device) -> Option<&Cuda> {
     (device.driver() as &dyn Any).downcast_ref()
 }
 
+impl Device {
+    /// Sends what is submitted from now on to another stream of the caller's, behind all that was submitted before; as
+    /// [`cuda_on_stream`](Device::cuda_on_stream) says of the stream. So one device can follow a library's current stream. While
+    /// the stream that it leaves or the one that it comes to is captured in a graph, the order of both is the caller's.
+    ///
+    /// # Safety
+    /// `stream` must be a stream of the GPU's primary context (null is the default stream) and outlive the device and all its
+    /// buffers, or be left again before it ends. No other thread may use the device at the time.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device is no CUDA device, [`Error::DeviceFailed`].
+    pub unsafe fn move_to_cuda_stream(&self, stream: *mut std::ffi::c_void) -> Result<()> {
+        let Some(cuda) = cuda(self) else {
+            let what = "work on a CUDA stream".to_owned();
+            return Err(Error::Unsupported { device: self.to_string(), what });
+        };
+        // SAFETY: the caller's promise.
+        unsafe { cuda.move_to(stream) }
+    }
+}
+
 impl Buffer {
     /// Memory on an NVIDIA GPU that someone else owns (another library's tensor, say), without a copy. `address` is what
     /// `cudaMalloc` gave, or a place within it; the first element lies there.

@@ -1,6 +1,7 @@
 //! What an engine does around the library: its own stream, its own memory, CUDA graphs; and what goes wrong on a GPU.
 
 use super::driver::Context;
+use crate::cache::{CacheConfig, KvCache};
 use crate::compute::{Buffer, DType, Device, KernelSource};
 use crate::error::{Error, Result};
 use crate::format::{Codec, RowFormat};
@@ -154,6 +155,86 @@ fn a_graph_of_the_caller_goes_on_with_an_updated_batch() {
     drop((step, device));
     // SAFETY: nothing uses it any more.
     unsafe { result::stream::destroy(stream) }.unwrap();
+}
+
+/// A cache's steps in a graph of the caller's, captured on another stream than the device works on.
+#[test]
+fn a_graph_of_the_caller_goes_on_with_a_captured_step() {
+    const LAYERS: usize = 2;
+    let Some(_context) = gpu() else { return };
+    let own = Device::open("cuda").unwrap();
+    let create = || result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    let (stream, aside) = (create(), create());
+    // SAFETY: the streams are of the primary context, which `own` has entered, and are destroyed last.
+    let device = unsafe { Device::cuda_on_stream(0, stream.cast()) }.unwrap();
+    // SAFETY: as above, and no other thread uses the device.
+    let go_to = |stream: sys::CUstream| unsafe { device.move_to_cuda_stream(stream.cast()) }.unwrap();
+    let config = || CacheConfig::new(LAYERS, 2, 128).page_size(16).capacity(1024);
+    let (mut cache, mut anew) = (KvCache::new(&device, config()).unwrap(), KvCache::new(&own, config()).unwrap());
+    let (mut a, b) = (cache.add_sequence(), anew.add_sequence());
+    let buffers = |device: &Device| {
+        let zeros = |heads| device.zeros(DType::F16, &[1, heads, 128]).unwrap();
+        [zeros(2), zeros(8), zeros(8)]
+    };
+    let (mine, theirs) = (buffers(&device), buffers(&own));
+    let record = |step: &mut crate::cache::Step, [kv, q, out]: &[Buffer; 3]| {
+        let (mut encoder, params) = (step.device().encoder().unwrap(), AttentionParams::for_head_dim(128));
+        for layer in 0..LAYERS {
+            step.append_and_attend(&mut encoder, layer, kv, kv, q, out, None, &params).unwrap();
+        }
+        drop(encoder.submit().unwrap());
+    };
+    let mut captured: Option<(crate::cache::CapturedStep, sys::CUgraph, sys::CUgraphExec)> = None;
+    let mut launched = 0;
+    for i in 0..100 {
+        for [kv, q, _] in [&mine, &theirs] {
+            let halves = |n: usize| numbers(n + i)[i..].iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
+            kv.write(&halves(2 * 128)).unwrap();
+            q.write(&halves(8 * 128)).unwrap();
+        }
+        let mut step = anew.step(&[(b, 1)]).unwrap();
+        record(&mut step, &theirs);
+        step.commit().unwrap();
+        let mut step = cache.step(&[(a, 1)]).unwrap();
+        let resumed = captured.as_ref().is_some_and(|(captured, ..)| step.resume(captured).unwrap());
+        // SAFETY: the calls go by the driver's documentation; what the graph uses lives until it is destroyed.
+        unsafe {
+            if !resumed {
+                record(&mut step, &mine);
+                go_to(aside);
+                let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+                result::stream::begin_capture(aside, mode).unwrap();
+                record(&mut step, &mine);
+                let graph = result::stream::end_capture(aside).unwrap();
+                go_to(stream);
+                let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+                let run = result::graph::instantiate(graph, flags).unwrap();
+                if let Some((_, graph, run)) = captured.replace((step.captured().unwrap(), graph, run)) {
+                    result::graph::exec_destroy(run).unwrap();
+                    result::graph::destroy(graph).unwrap();
+                }
+            } else if let Some((.., run)) = captured {
+                result::graph::launch(run, stream).unwrap();
+                launched += 1;
+            }
+        }
+        step.commit().unwrap();
+        assert!(mine[2].read::<half::f16>().unwrap() == theirs[2].read::<half::f16>().unwrap(), "{i}");
+        // A page that is written next is shared: it is copied before the graph.
+        if i == 40 {
+            let twin = cache.fork(a).unwrap();
+            cache.free_sequence(std::mem::replace(&mut a, twin)).unwrap();
+            let _kept = cache.fork(a).unwrap();
+        }
+    }
+    assert!(launched > 80, "{launched}");
+    if let Some((_, graph, run)) = captured.take() {
+        // SAFETY: the stream is done with both: results were read.
+        unsafe { result::graph::exec_destroy(run).and_then(|()| result::graph::destroy(graph)) }.unwrap();
+    }
+    drop((cache, mine, device));
+    // SAFETY: nothing uses them any more.
+    unsafe { result::stream::destroy(stream).and_then(|()| result::stream::destroy(aside)) }.unwrap();
 }
 
 /// A graph would copy from the host's memory at each launch, when nothing of it is left.

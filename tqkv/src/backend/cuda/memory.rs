@@ -1,6 +1,6 @@
 //! Memory on a GPU, taken and freed in the order of a stream.
 
-use super::driver::Stream;
+use super::driver::{Stream, lock};
 use crate::compute::Buffer;
 use crate::error::{Error, Result};
 use crate::problem::{Batch, SpanInfo};
@@ -43,7 +43,7 @@ impl Memory {
     pub(super) fn clear(&self) -> Result<()> {
         self.stream.context.enter()?;
         // SAFETY: within the allocation.
-        unsafe { result::memset_d8_async(self.address, 0, self.bytes, self.stream.raw) }
+        unsafe { result::memset_d8_async(self.address, 0, self.bytes, self.stream.raw()) }
             .map_err(|e| self.stream.context.failed(e))
     }
 
@@ -52,7 +52,7 @@ impl Memory {
         if !out.is_empty() {
             debug_assert!(offset + out.len() <= self.bytes);
             // SAFETY: within the allocation by the buffer's shape; the copy is over before this returns.
-            unsafe { result::memcpy_dtoh_async(out, self.address + offset as u64, self.stream.raw) }
+            unsafe { result::memcpy_dtoh_async(out, self.address + offset as u64, self.stream.raw()) }
                 .map_err(|e| self.stream.context.failed(e))?;
         }
         self.stream.synchronize()
@@ -67,7 +67,7 @@ impl Memory {
         debug_assert!(offset + data.len() <= self.bytes);
         // SAFETY: within the allocation by the buffer's shape; from pageable memory the driver copies before it returns, for
         // any other the copy is waited for.
-        unsafe { result::memcpy_htod_async(self.address + offset as u64, data, self.stream.raw) }
+        unsafe { result::memcpy_htod_async(self.address + offset as u64, data, self.stream.raw()) }
             .map_err(|e| self.stream.context.failed(e))?;
         if is_known(&data[0]) || is_known(&data[data.len() - 1]) { self.stream.synchronize() } else { Ok(()) }
     }
@@ -88,13 +88,12 @@ impl Drop for Memory {
         if !self.owned || self.stream.context.enter().is_err() {
             return;
         }
-        // SAFETY: allocated by `Stream::alloc` in the same way; freed behind the work that uses it.
-        let _ = unsafe {
-            match self.stream.pool {
-                Some(_) => result::free_async(self.address, self.stream.raw),
-                None => result::free_sync(self.address),
-            }
-        };
+        // A graph that is being captured would free it once more at each launch.
+        if self.stream.is_captured() {
+            lock(&self.stream.given_up).push(self.address);
+        } else {
+            self.stream.free(self.address);
+        }
     }
 }
 
@@ -103,11 +102,12 @@ impl Stream {
     pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
         self.context.enter()?;
         self.expect_no_capture("take memory")?;
+        self.free_given_up();
         let size = bytes.max(1);
         // SAFETY: the pool and the stream are alive.
         let address = unsafe {
             match self.pool {
-                Some(pool) => result::mem_pool::alloc_async(pool, size, self.raw),
+                Some(pool) => result::mem_pool::alloc_async(pool, size, self.raw()),
                 None => result::malloc_sync(size),
             }
         };
@@ -118,6 +118,21 @@ impl Stream {
             _ => self.context.failed(e),
         })?;
         Ok(Memory { stream: self.clone(), address, bytes, owned: true })
+    }
+
+    /// Frees what was allocated, behind the work that uses it.
+    fn free(&self, address: u64) {
+        // SAFETY: allocated by `alloc` in the same way.
+        let _ = unsafe {
+            match self.pool {
+                Some(_) => result::free_async(address, self.raw()),
+                None => result::free_sync(address),
+            }
+        };
+    }
+
+    pub(super) fn free_given_up(&self) {
+        std::mem::take(&mut *lock(&self.given_up)).into_iter().for_each(|address| self.free(address));
     }
 
     /// Memory with this content.

@@ -57,6 +57,15 @@ impl Cuda {
         Self::on(unsafe { Stream::borrowed(&context, stream) }?)
     }
 
+    /// Sends work to another stream of the caller's.
+    ///
+    /// # Safety
+    /// As `Stream::move_to`.
+    pub unsafe fn move_to(&self, stream: *mut c_void) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.stream.move_to(stream) }
+    }
+
     fn on(stream: Stream) -> Result<Self> {
         // Without the compiler nothing would run, so its absence is said when the device is opened.
         nvrtc::load().map_err(|reason| Error::DeviceUnavailable { device: stream.context.id.clone(), reason })?;
