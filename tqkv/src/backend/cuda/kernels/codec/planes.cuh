@@ -153,7 +153,7 @@ template <typename R, int ROW_TILES, bool PAIRED> struct PlaneValues {
     u32 lane;
 
     DEVICE void init(const u8* table_, int lane_) {
-        table = table_, lane = Table::lane_offset(lane_);
+        table = table_, lane = opaque(Table::lane_offset(lane_));
         matrices = opaque(P::matrix(lane_) * R::BYTES + lane_ / 16 * (R::D / 8));
         const int g = lane_ >> 2, t = lane_ & 3;
         const u32 swap = g & 1 ? 4 : 0;

@@ -117,7 +117,7 @@ template <typename R, typename DECODE, int ROW_TILES, bool PAIRED> struct Lookup
 
     DEVICE LookupKeys(const float*) {}
     DEVICE void init(const u8* table_, int lane_) {
-        table = table_, lane = Table::lane_offset(lane_);
+        table = table_, lane = opaque(Table::lane_offset(lane_));
         part.init(fragment_row(lane_ >> 2), lane_ & 3);
     }
     DEVICE float unit(float) const { return 1.f; }
@@ -163,7 +163,7 @@ template <typename R, typename DECODE, int ROW_TILES, bool PAIRED> struct Lookup
     u32 lane;
 
     DEVICE void init(const u8* table_, int lane_) {
-        table = table_, lane = Table::lane_offset(lane_);
+        table = table_, lane = opaque(Table::lane_offset(lane_));
         part[0].init(lane_ & 3, lane_ >> 2), part[1].init((lane_ & 3) + 4, lane_ >> 2);
     }
     static DEVICE int element(int fragment, int g, int e) {
