@@ -76,7 +76,9 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
     let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short)?;
     let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;
-    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
+    // Of each row a maximum and a sum, f32 or f64.
+    let ml = parts * rows * 8 * variant.parts;
+    let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + ml, parts * 4)?;
     let original = op.params.domain == Domain::Original;
     let params = Params {
         key: Side::new(&op.key, &k_tables, k_tables.tensor_levels, original),
@@ -101,6 +103,9 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         out_scale: lacking(value) / v_tables.gain,
         softcap: op.params.softcap.unwrap_or(0.0),
         scale: op.params.scale,
+        // Levels have an rms of one, but for rows that no encoder makes.
+        key_length: 1.25 * (key.row_dim() as f32).sqrt() * k_tables.gain,
+        pad: 0,
     };
     gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
     to.memory.extend([partial, counters, planned.items.clone()]);

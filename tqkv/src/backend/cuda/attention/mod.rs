@@ -19,13 +19,21 @@ pub(super) use variant::Variant;
 use super::gpu::{Gpu, Recording};
 use crate::error::Result;
 use crate::problem::op::Attention;
+use std::sync::Once;
 
-/// Precision follows the queries' type: f16 and bf16 are answered by tensor cores, in f16 products and f32 sums; f32 by plain
-/// cores in f32, which is slower. So are shapes that the tensor-core kernel does not take.
+/// Precision follows the queries' type: f16 and bf16 are answered by f16 products and f32 sums, f32 by products of numbers in two parts,
+/// which are as exact as f32. Shapes that the tensor-core kernel does not take are left to plain cores.
 pub(super) fn attention(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {
     let limit = gpu.stream.context.limits.shared_memory as usize;
     match shape::Shape::of(op, gpu.multiprocessors()).and_then(|shape| variant::Variant::choose(&shape, limit)) {
         Some(variant) => launch::tensor(gpu, op, &variant, to),
-        None => plain::plain(gpu, op, to),
+        None => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                let (q, key, value) = (op.q.dtype(), op.key.row(), op.value.row());
+                tracing::warn!("attention on plain cores, which are several times slower (said once): {q} queries, keys {}, values {} of {} elements", key.codec(), value.codec(), key.row_dim());
+            });
+            plain::plain(gpu, op, to)
+        }
     }
 }

@@ -27,6 +27,8 @@ kernel_struct! {
         out_scale: f32,
         softcap: f32,
         scale: f32,
+        key_length: f32,
+        pad: u32,
     }
 }
 

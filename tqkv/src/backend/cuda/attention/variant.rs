@@ -12,6 +12,8 @@ pub(in crate::backend::cuda) struct Variant {
     pub tiles_n: usize,
     pub tile: usize,
     pub warps: usize,
+    /// See `Shape::parts`.
+    pub parts: usize,
     pub short: bool,
 }
 
@@ -40,6 +42,7 @@ static ATTENTION: KernelText = KernelText {
         "RUN",
         "PAGE_SIZE",
         "SHARED_BYTES",
+        "Q_PARTS",
     ],
     asserts: super::params::asserts,
     shared_memory_symbol: None,
@@ -48,8 +51,9 @@ static ATTENTION: KernelText = KernelText {
 impl Variant {
     /// The largest tiles whose pipelines fit a block of this much shared memory.
     pub fn choose(shape: &Shape, shared_memory: usize) -> Option<Self> {
-        let narrow = shape.narrow();
-        let sides = [(&shape.key, Needs::of(&shape.key, narrow)?), (&shape.value, Needs::of(&shape.value, narrow)?)];
+        let (narrow, parts) = (shape.narrow(), shape.parts());
+        let needs = |row| Needs::of(row, narrow, parts);
+        let sides = [(&shape.key, needs(&shape.key)?), (&shape.value, needs(&shape.value)?)];
         let d = shape.key.row_dim().max(shape.value.row_dim());
         let wanted = match shape.query_rows {
             0..=8 => 1,
@@ -57,23 +61,23 @@ impl Variant {
             _ => 4,
         };
         // Registers hold the accumulators of a row tile.
-        let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d <= 576)?;
+        let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d * parts <= 576)?;
         let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
         // Of rows that are looked up in two tables, 12 x 32 does more at once than 8 x 64.
         let two_tables = shape.key.codec() != shape.value.codec() && sides[0].1.looked_up;
         let sizes = sizes.into_iter().filter(|&(warps, tile)| {
             (tile <= 32 || (tiles_n == 1 && !shape.short && (narrow || !two_tables)))
-                && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short))
+                && (warps <= 8 || (tiles_n == 1 && d <= 128 && !shape.short && parts == 1))
                 && (warps * tile <= 512 || narrow)
         });
-        let layouts = sizes.map(|(warps, tile)| Layout { warps, tile, stages: 2, tiles_n });
-        let last = Layout { warps: 1, tile: 16, stages: 1, tiles_n };
+        let layouts = sizes.map(|(warps, tile)| Layout { warps, tile, stages: 2, tiles_n, parts });
+        let last = Layout { warps: 1, tile: 16, stages: 1, tiles_n, parts };
         let layout = layouts.chain([last]).find(|l| l.bytes(sides) <= shared_memory)?;
         Some(Self::with(shape, layout, layout.bytes(sides)))
     }
 
     fn with(shape: &Shape, layout: Layout, shared_bytes: usize) -> Self {
-        let Layout { warps, tile, stages, tiles_n } = layout;
+        let Layout { warps, tile, stages, tiles_n, parts } = layout;
         let run = match shape.page_size {
             n if shape.aligned && n.is_multiple_of(tile) => tile,
             n if shape.aligned && n.is_multiple_of(16) => 16,
@@ -105,7 +109,8 @@ impl Variant {
             run as u32,
             page_size as u32,
             shared_bytes as u32,
+            parts as u32,
         ]);
-        Variant { key, tiles_n, tile, warps, short: shape.short }
+        Variant { key, tiles_n, tile, warps, parts, short: shape.short }
     }
 }

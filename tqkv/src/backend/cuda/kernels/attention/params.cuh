@@ -2,6 +2,20 @@
 #pragma once
 #include "codec/codec.cuh"
 
+constexpr bool EXACT = Q_PARTS > 1;  // results are as of f32
+template <bool WIDE> struct RealOf {
+    typedef float type;
+};
+template <> struct RealOf<true> {
+    typedef double type;
+};
+// Maxima of scores. EXACT ones may be so large that f32 steps by more than exp can take.
+typedef typename RealOf<EXACT>::type Real;
+// Of a part: its maximum and its sum of weights.
+struct PartSum {
+    Real m, l;
+};
+
 struct Item {
     u32 sequence, kv_head;      // row of the page table, KV head
     u32 row, rows;              // query rows [row, row + rows) of q_len * group
@@ -22,7 +36,7 @@ struct Params {
     float* lse;                  // [tokens, kv_heads * group], natural logarithm, or null
     const float* sink_logits;    // [kv_heads * group], or null
     float* partial;
-    float2* partial_ml;
+    PartSum* partial_ml;
     u32* counters;
     u32 kv_heads, group, page_size, table_width;
     u32 causal;       // a query sees no position after its own
@@ -31,12 +45,14 @@ struct Params {
     float out_scale;  // what every stored V scale lacks
     float softcap;    // 0: none
     float scale;      // softmax scale
+    float key_length; // about the length of a key's row under a scale of 1, as `q_scale` has it
+    u32 pad;
 };
 
 typedef Row<K_DIM, K_BITS, K_PACKING, K_SCALING> K;
 typedef Row<V_DIM, V_BITS, V_PACKING, V_SCALING> V;
-typedef Keys<K, TILES_N, NARROW> KeyCodec;
-typedef Values<V, TILES_N, NARROW> ValueCodec;
+typedef Keys<K, TILES_N, NARROW, Q_PARTS> KeyCodec;
+typedef Values<V, TILES_N, NARROW, Q_PARTS> ValueCodec;
 typedef typename KeyCodec::Query Query;
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -65,10 +81,12 @@ struct Layout {
     static constexpr int QUERY_ROW = K::D + 4;
     static constexpr int SCRATCH = QUERIES + ROWS * QUERY_ROW * 4;     // f32 [WARPS][512], or levels
     static constexpr int Q = SCRATCH + WARPS * 2048;                   // queries as fragments
-    static constexpr bool Q_REGISTERS = TILES_N * K::D <= 256;         // those of the item at work are kept in registers
+    static constexpr bool Q_REGISTERS = TILES_N * K::D * (NARROW ? 1 : Q_PARTS) <= 256;         // those of the item at work are kept in registers
     static constexpr int ML = Q + TILES_N * KeyCodec::STEPS * 32 * (int)sizeof(Query);
-    // Per warp m and l; the block's M and L, queries' largest, units, biases, and those that come next; a flag.
-    static constexpr int BYTES = ML + (2 * WARPS + 6) * ROWS * 4 + 16;
+    // Per warp m and l; the block's M and L, queries' largest, units, biases, and those that come next (EXACT: sizes and lengths, of both);
+    // a flag.
+    static constexpr int MAXIMA = (WARPS + 1) * ROWS * (int)sizeof(Real);
+    static constexpr int BYTES = ML + MAXIMA + (WARPS + 5 + (EXACT ? 4 : 0)) * ROWS * 4 + 16;
 };
 static_assert(Layout::BYTES == SHARED_BYTES, "as the host has it");
 extern __shared__ __align__(128) u8 shared_memory[];

@@ -5,8 +5,10 @@
 // A block's sums in shared memory.
 struct BlockSums {
     float* acc;               // [ROWS][ACC_ROW]
-    float *m, *l;             // [ROWS]
-    float *warp_m, *warp_l;   // [WARPS][ROWS]
+    Real* m;                  // [ROWS]
+    float* l;                 // [ROWS]
+    Real* warp_m;             // [WARPS][ROWS]
+    float* warp_l;            // [WARPS][ROWS]
     float* scratch;           // [WARPS][512]
     u32* last;
 };
@@ -32,12 +34,13 @@ template <typename F> DEVICE void sum_warps(const BlockSums& b, const Softmax& m
                         }
             __syncthreads();
             if (quad + from == 0) meanwhile();
-            float top = -1e30f, factor[WARPS];
+            Real top = -1e30f;
+            float factor[WARPS];
             const int thread = threadIdx.x, row = quad * 4 + (thread & 3);
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) factor[k] = b.warp_m[k * ROWS + row], top = fmaxf(top, factor[k]);
+            for (int k = 0; k < WARPS; k++) top = larger(top, b.warp_m[k * ROWS + row]);
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx(factor[k] - top);
+            for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx((float)(b.warp_m[k * ROWS + row] - top));
             if (from == 0 && thread < 4) {
                 float sum = 0.f;
 #pragma unroll
@@ -58,6 +61,18 @@ template <typename F> DEVICE void sum_warps(const BlockSums& b, const Softmax& m
     }
 }
 
+DEVICE void store_part(PartSum* to, float m, float l) { __stcg((float2*)to, make_float2(m, l)); }
+DEVICE void store_part(PartSum* to, double m, float l) { __stcg((double2*)to, make_double2(m, l)); }
+DEVICE PartSum load_part(const PartSum* from) {
+    if constexpr (EXACT) {
+        const double2 x = __ldcg((const double2*)from);
+        return {(Real)x.x, (Real)x.y};
+    } else {
+        const float2 x = __ldcg((const float2*)from);
+        return {x.x, x.y};
+    }
+}
+
 // Leaves a part in the workspace; whether this block came last, and is to sum the parts.
 DEVICE bool leave_part(const Params& p, const Item& it, const BlockSums& b) {
     const int thread = threadIdx.x;
@@ -65,7 +80,7 @@ DEVICE bool leave_part(const Params& p, const Item& it, const BlockSums& b) {
         const int r = i / (V::D / 4), d = i % (V::D / 4) * 4;
         __stcg((float4*)(p.partial + ((u64)it.part * ROWS + r) * V::D + d), *(const float4*)(b.acc + r * Layout::ACC_ROW + d));
     }
-    if (thread < it.rows) __stcg(p.partial_ml + (u64)it.part * ROWS + thread, make_float2(b.m[thread], b.l[thread]));
+    if (thread < it.rows) store_part(p.partial_ml + (u64)it.part * ROWS + thread, b.m[thread], b.l[thread]);
     __syncthreads();
     if (thread == 0) {
         *b.last = atomic_add_acq_rel(p.counters + it.part_first, 1) == it.part_count - 1;
@@ -79,25 +94,27 @@ DEVICE void sum_parts(const Params& p, const Item& it, const BlockSums& b) {
     constexpr int BATCH = 16;
     for (int i = threadIdx.x; i < it.rows * (V::D / 2); i += THREADS) {
         const int r = i / (V::D / 2), d = i % (V::D / 2) * 2;
-        float top = -1e30f, weight = 0.f, sum0 = 0.f, sum1 = 0.f;
+        Real top = -1e30f;
+        float weight = 0.f, sum0 = 0.f, sum1 = 0.f;
         for (u32 k = 0; k < it.part_count; k += BATCH) {
-            float2 ml[BATCH], x[BATCH];
+            PartSum ml[BATCH];
+            float2 x[BATCH];
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 const u64 part = (u64)(it.part_first + min(k + j, it.part_count - 1)) * ROWS + r;
-                ml[j] = __ldcg(p.partial_ml + part);
+                ml[j] = load_part(p.partial_ml + part);
                 x[j] = __ldcg((const float2*)(p.partial + part * V::D + d));
-                if (k + j >= it.part_count) ml[j] = make_float2(-1e30f, 0.f), x[j] = make_float2(0.f, 0.f);
+                if (k + j >= it.part_count) ml[j] = {-1e30f, 0.f}, x[j] = make_float2(0.f, 0.f);
             }
-            float higher = top;
+            Real higher = top;
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) higher = fmaxf(higher, ml[j].x);
-            const float shrink = exp2_approx(top - higher);
+            for (int j = 0; j < BATCH; j++) higher = larger(higher, ml[j].m);
+            const float shrink = exp2_approx((float)(top - higher));
             top = higher, weight *= shrink, sum0 *= shrink, sum1 *= shrink;
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                const float f = exp2_approx(ml[j].x - top);
-                weight += f * ml[j].y, sum0 += f * x[j].x, sum1 += f * x[j].y;
+                const float f = exp2_approx((float)(ml[j].m - top));
+                weight += f * (float)ml[j].l, sum0 += f * x[j].x, sum1 += f * x[j].y;
             }
         }
         *(float2*)(b.acc + r * Layout::ACC_ROW + d) = make_float2(sum0, sum1);
@@ -117,20 +134,20 @@ DEVICE float row_bias(const Params& p, const Item& it, u64 row, int lane) {
 }
 
 // Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
-DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, float m, float l, int lane) {
+DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, Real m, float l, int lane) {
     typedef WarpShape<V::D> S;
     u64 to = query_row(p, it, row);
     float scale = p.out_scale;
     if (p.lse || p.sink_logits) m += row_bias(p, it, to, lane);
     if (p.sink_logits) {
-        float sink = p.sink_logits[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
-        scale *= exp2_approx(m - top);
-        l = l * exp2_approx(m - top) + exp2_approx(sink - top);
+        const Real sink = p.sink_logits[it.kv_head * p.group + row % p.group] * (Real)LOG2E, top = larger(m, sink);
+        scale *= exp2_approx((float)(m - top));
+        l = l * exp2_approx((float)(m - top)) + exp2_approx((float)(sink - top));
         m = top;
     }
     // No weight: nothing was seen. What is not a number stays so.
     scale = l == 0.f ? 0.f : scale / l;
-    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (m + log2_approx(l)) * 0.6931471805599453f;
+    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (float)((m + log2_approx(l)) * (Real)0.6931471805599453);
     float x[S::N];
 #pragma unroll
     for (int k = 0; k < S::N; k++) x[k] = acc[S::element(k, lane % S::GROUP)] * scale;

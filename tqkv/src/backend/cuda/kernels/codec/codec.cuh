@@ -24,23 +24,23 @@
 template <int PACKING> struct Kind;
 template <> struct Kind<PACK_DENSE> {
     template <typename R, int ALIGN> using Codec = StreamRuns<R, ALIGN>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Keys = LookupKeys<R, Lookup<R>, ROW_TILES, PAIRED>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Values = LookupValues<R, Lookup<R>, ROW_TILES, PAIRED>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Keys = LookupKeys<R, Lookup<R, PARTS>, ROW_TILES, PAIRED, PARTS>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Values = LookupValues<R, Lookup<R, PARTS>, ROW_TILES, PAIRED, PARTS>;
 };
 template <> struct Kind<PACK_BYTE> : Kind<PACK_DENSE> {};
 template <> struct Kind<PACK_F16> {
     template <typename R, int ALIGN> using Codec = FloatRuns<R, TYPE_F16, ALIGN>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Keys = LookupKeys<R, Halves, ROW_TILES, PAIRED>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Values = LookupValues<R, Halves, ROW_TILES, PAIRED>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Keys = LookupKeys<R, Halves, ROW_TILES, PAIRED, PARTS>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Values = LookupValues<R, Halves, ROW_TILES, PAIRED, PARTS>;
 };
 template <> struct Kind<PACK_F32> {
     template <typename R, int ALIGN> using Codec = FloatRuns<R, TYPE_F32, ALIGN>;
 };
 template <> struct Kind<PACK_PLANES> {
     template <typename R, int ALIGN> using Codec = PlaneRuns<R, ALIGN>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Keys = PlaneKeys<R, ROW_TILES, PAIRED>;
-    template <typename R, int ROW_TILES, bool PAIRED> using Values = PlaneValues<R, ROW_TILES, PAIRED>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Keys = PlaneKeys<R, ROW_TILES, PAIRED, PARTS>;
+    template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Values = PlaneValues<R, ROW_TILES, PAIRED, PARTS>;
 };
 template <typename R, int ALIGN> using Codec = typename Kind<R::PACKING>::template Codec<R, ALIGN>;
-template <typename R, int ROW_TILES, bool PAIRED> using Keys = typename Kind<R::PACKING>::template Keys<R, ROW_TILES, PAIRED>;
-template <typename R, int ROW_TILES, bool PAIRED> using Values = typename Kind<R::PACKING>::template Values<R, ROW_TILES, PAIRED>;
+template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Keys = typename Kind<R::PACKING>::template Keys<R, ROW_TILES, PAIRED, PARTS>;
+template <typename R, int ROW_TILES, bool PAIRED, int PARTS> using Values = typename Kind<R::PACKING>::template Values<R, ROW_TILES, PAIRED, PARTS>;
