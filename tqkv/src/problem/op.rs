@@ -1,6 +1,6 @@
 //! Operations as data: validated, and on their way to a backend. Shapes stand beside the fields; D is the row's head_dim.
 
-use super::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder};
+use super::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder, Visible};
 use crate::compute::{Buffer, CommandEncoder, KernelSource};
 use crate::error::Result;
 use crate::format::RowFormat;
@@ -73,6 +73,16 @@ pub(crate) struct Attention {
     pub out: Buffer,
     /// [tokens, heads] f32.
     pub lse: Option<Buffer>,
+    /// Positions that lie elsewhere and belong to the same softmax: only for recorders that fuse them.
+    pub near: Vec<Near>,
+}
+
+/// Positions of the same sequences in other pools, and which of them the same queries see.
+pub(crate) struct Near {
+    pub key: PagePool,
+    pub value: PagePool,
+    pub batch: Batch,
+    pub visible: Visible,
 }
 
 pub(crate) struct Merge {

@@ -25,7 +25,7 @@ pub(crate) use memory::{Memory, address};
 use crate::compute::driver::{Completion, Driver, Recorder, Repeatable, Storage};
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
-use crate::problem::op::Op;
+use crate::problem::op::{Attention, Op};
 use driver::{Context, Graph, Mark, Stream, lock};
 use gpu::{Gpu, Recording, Work};
 use std::any::Any;
@@ -149,6 +149,10 @@ impl Recorder for CudaRecorder {
             Err(_) => to.work.truncate(before),
         }
         recorded
+    }
+
+    fn fuses(&self, op: &dyn Any) -> bool {
+        op.downcast_ref::<Attention>().is_some_and(|op| attention::fuses(&self.gpu, op))
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {

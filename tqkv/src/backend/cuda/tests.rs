@@ -69,6 +69,7 @@ fn row_kernels(head_dims: &[usize]) -> Vec<KernelKey> {
                 key: row,
                 value: row,
                 page_size: 16,
+                near: [None; 2],
                 query_rows: 2,
                 q: dtype,
                 out: dtype,
@@ -99,7 +100,7 @@ fn attention_variants(head_dims: &[usize], shared_memory: usize) -> Vec<Variant>
     let mut add = |key, value, page_size, query_rows, q, out| {
         // One query of long contexts, several of short ones.
         let (original, aligned, short) = (true, true, query_rows > 4);
-        let shape = Shape { key, value, page_size, query_rows, q, out, original, aligned, short };
+        let shape = Shape { key, value, near: [None; 2], page_size, query_rows, q, out, original, aligned, short };
         all.extend(Variant::choose(&shape, shared_memory));
     };
     let pair = |k, v, d| (RowFormat::new(k, d).unwrap(), RowFormat::new(v, d).unwrap());

@@ -1,17 +1,18 @@
 //! The tensor-core kernel: its parameters and its launch.
 
-use super::params::Params;
+use super::params::{Near, Params};
 use super::plan::{Item, Plan, Problem};
 use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::memory::{Memory, address, batch_addresses};
-use crate::backend::cuda::tables::{Side, scale_unit};
+use crate::backend::cuda::tables::{Side, Turn, scale_unit};
 use crate::error::{Result, to_u32};
 use crate::format::{RowFormat, Scaling};
-use crate::problem::op::Attention;
-use crate::problem::{Batch, Domain, Visible};
+use crate::problem::op::{self, Attention};
+use crate::problem::{Batch, Domain, PagePool, Visible};
+use bytemuck::Zeroable;
 use std::sync::{Arc, Mutex};
 
 /// A plan on the device, kept with its batch.
@@ -60,6 +61,35 @@ fn lacking(row: &RowFormat) -> f32 {
     }
 }
 
+/// As kernels have it: one past 32 bits sees everything.
+fn window(window: Option<usize>) -> u32 {
+    window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32))
+}
+
+/// `factors`: what brings keys and values to the units of the operation's own rows.
+fn near_params(gpu: &Gpu, op: &Attention, near: &op::Near, original: bool, factors: [f32; 2]) -> Result<Near> {
+    let side = |pool: &PagePool, own: &PagePool| -> Result<Side> {
+        let (tables, target) = (gpu.tables(pool.row())?, gpu.tables(own.row())?);
+        let side = Side::new(pool, &tables, tables.levels, original);
+        // The domain of the operation's own rows is what its queries are turned to, too.
+        let rotated = (original && own.row().is_rotated() && !pool.row().is_rotated()) as u32;
+        Ok(Side { turn: Turn { rotated, ..target.turn }, ..side })
+    };
+    let [spans, table] = batch_addresses(&near.batch)?;
+    Ok(Near {
+        key: side(&near.key, &op.key)?,
+        value: side(&near.value, &op.value)?,
+        spans,
+        table,
+        width: near.batch.width() as u32,
+        page_size: near.key.page_size() as u32,
+        causal: near.visible.causal as u32,
+        window: window(near.visible.window),
+        key_factor: factors[0],
+        value_factor: factors[1],
+    })
+}
+
 pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Recording) -> Result<()> {
     let (key, value) = (op.key.row(), op.value.row());
     let (k_tables, v_tables) = (gpu.tables(key)?, gpu.tables(value)?);
@@ -80,6 +110,10 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
     let ml = parts * rows * 8 * variant.parts;
     let [partial, counters] = lock(&gpu.workspace).get(&gpu.stream, sums + ml, parts * 4)?;
     let original = op.params.domain == Domain::Original;
+    let mut near = [Near::zeroed(); 2];
+    for (near, of) in near.iter_mut().zip(&op.near) {
+        *near = near_params(gpu, op, of, original, [k_tables.gain / lacking(key), v_tables.gain / lacking(value)])?;
+    }
     let params = Params {
         key: Side::new(&op.key, &k_tables, k_tables.tensor_levels, original),
         value: Side::new(&op.value, &v_tables, v_tables.tensor_levels, original),
@@ -97,8 +131,7 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         page_size: op.key.page_size() as u32,
         table_width: op.batch.width() as u32,
         causal: op.params.causal as u32,
-        // A window past 32 bits sees everything.
-        window: op.params.window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32)),
+        window: window(op.params.window),
         q_scale: op.params.scale * lacking(key) / k_tables.gain,
         out_scale: lacking(value) / v_tables.gain,
         softcap: op.params.softcap.unwrap_or(0.0),
@@ -106,6 +139,7 @@ pub(super) fn tensor(gpu: &Gpu, op: &Attention, variant: &Variant, to: &mut Reco
         // Levels have an rms of one, but for rows that no encoder makes.
         key_length: 1.25 * (key.row_dim() as f32).sqrt() * k_tables.gain,
         pad: 0,
+        near,
     };
     gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
     to.memory.extend([partial, counters, planned.items.clone()]);

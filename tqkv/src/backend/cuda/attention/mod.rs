@@ -21,6 +21,12 @@ use crate::error::Result;
 use crate::problem::op::Attention;
 use std::sync::Once;
 
+/// Whether one launch takes what lies elsewhere too.
+pub(super) fn fuses(gpu: &Gpu, op: &Attention) -> bool {
+    let limit = gpu.stream.context.limits.shared_memory as usize;
+    shape::Shape::of(op, gpu.multiprocessors()).and_then(|shape| variant::Variant::choose(&shape, limit)).is_some()
+}
+
 /// Precision follows the queries' type: f16 and bf16 are answered by f16 products and f32 sums, f32 by products of numbers in two parts,
 /// which are as exact as f32. Shapes that the tensor-core kernel does not take are left to plain cores.
 pub(super) fn attention(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {

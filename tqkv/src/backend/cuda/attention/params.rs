@@ -5,6 +5,21 @@ use crate::backend::cuda::kernel::kernel_struct;
 use crate::backend::cuda::tables::{Side, Turn};
 
 kernel_struct! {
+    pub(super) struct Near as "Near" {
+        key: Side,
+        value: Side,
+        spans: u64,
+        table: u64,
+        width: u32,
+        page_size: u32,
+        causal: u32,
+        window: u32,
+        key_factor: f32,
+        value_factor: f32,
+    }
+}
+
+kernel_struct! {
     pub(super) struct Params as "Params" {
         key: Side,
         value: Side,
@@ -29,10 +44,11 @@ kernel_struct! {
         scale: f32,
         key_length: f32,
         pad: u32,
+        near: [Near; 2],
     }
 }
 
 /// What holds all structs of the kernel to the host's layout.
 pub(super) fn asserts() -> String {
-    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Params::asserts()
+    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Near::asserts() + &Params::asserts()
 }

@@ -43,6 +43,19 @@ static ATTENTION: KernelText = KernelText {
         "PAGE_SIZE",
         "SHARED_BYTES",
         "Q_PARTS",
+        "NEARS",
+        "A_K_BITS",
+        "A_K_PACKING",
+        "A_K_SCALING",
+        "A_V_BITS",
+        "A_V_PACKING",
+        "A_V_SCALING",
+        "B_K_BITS",
+        "B_K_PACKING",
+        "B_K_SCALING",
+        "B_V_BITS",
+        "B_V_PACKING",
+        "B_V_SCALING",
     ],
     asserts: super::params::asserts,
     shared_memory_symbol: None,
@@ -62,6 +75,9 @@ impl Variant {
         };
         // Registers hold the accumulators of a row tile.
         let tiles_n = [4, 2, 1].into_iter().find(|&n| n <= wanted && n * d * parts <= 576)?;
+        if tiles_n > 1 && shape.near.iter().any(Option::is_some) {
+            return None;
+        }
         let sizes = [(12, 64), (8, 64), (12, 32), (8, 32), (8, 16), (4, 16), (2, 16), (1, 16)];
         // Of rows that are looked up in two tables, 12 x 32 does more at once than 8 x 64.
         let two_tables = shape.key.codec() != shape.value.codec() && sides[0].1.looked_up;
@@ -88,7 +104,8 @@ impl Variant {
         let width = |row: &crate::format::RowFormat| if shape.original { row.head_dim() } else { row.row_dim() };
         let [k_dim, k_bits, k_packing, k_scaling] = row_values(&shape.key);
         let [v_dim, v_bits, v_packing, v_scaling] = row_values(&shape.value);
-        let key = ATTENTION.with([
+        let mut values = [0; 34];
+        values[..21].copy_from_slice(&[
             k_dim,
             k_bits,
             k_packing,
@@ -111,6 +128,12 @@ impl Variant {
             shared_bytes as u32,
             parts as u32,
         ]);
+        let near = || shape.near.iter().flatten();
+        values[21] = near().count() as u32;
+        for (to, row) in values[22..].chunks_mut(3).zip(near().flatten()) {
+            to.copy_from_slice(&row_values(row)[1..]);
+        }
+        let key = ATTENTION.with(values);
         Variant { key, tiles_n, tile, warps, parts, short: shape.short }
     }
 }

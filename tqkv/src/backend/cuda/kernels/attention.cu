@@ -16,6 +16,7 @@
 //                          waits for every copy)
 //   NARROW                 1: no item has more than 4 rows (needs TILES_N = 1). The tensor cores' eight columns are then four
 //                          pairs, of a query in full and what its rounding lost
+//   NEARS                  how many of Params.near there are (needs TILES_N = 1), with codecs A_K_, A_V_ and B_K_, B_V_ BITS, PACKING, SCALING
 //   Q_PARTS                numbers of f16 as whose sum queries, weights and levels are multiplied: 1, or 2, which is as exact as f32
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
@@ -45,6 +46,9 @@
 // weight. A query is multiplied as two numbers where there are columns for it. At the end of an item the block's warps are summed, between
 // two barriers, while the next item's queries become fragments; of a split output the block that finishes last sums the parts.
 #include "attention/fetch.cuh"
+#if NEARS > 0
+#include "attention/near.cuh"
+#endif
 #include "attention/queries.cuh"
 #include "attention/sum.cuh"
 #include "attention/values.cuh"
@@ -104,6 +108,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         // Tiles within [last_row.lo, first_row.hi) are seen whole by every row.
         const Bounds first_row = visible(p, it, it.row), last_row = visible(p, it, it.row + it.rows - 1);
         Softmax sums;
+#if NEARS > 0
+        add_near<Row<K_DIM, A_K_BITS, A_K_PACKING, A_K_SCALING>, Row<V_DIM, A_V_BITS, A_V_PACKING, A_V_SCALING>>(sums, p, p.near[0], it, q, to_log2,
+                                                                                                                  scratch + warp * 512, warp, lane);
+#endif
+#if NEARS > 1
+        add_near<Row<K_DIM, B_K_BITS, B_K_PACKING, B_K_SCALING>, Row<V_DIM, B_V_BITS, B_V_PACKING, B_V_SCALING>>(sums, p, p.near[1], it, q, to_log2,
+                                                                                                                  scratch + warp * 512, warp, lane);
+#endif
 
 #pragma unroll 1
         for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
@@ -135,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
         const Item next = p.items[it.next];
         sums.close(warp_m + warp * ROWS, warp_l + warp * ROWS, g, t);
-        // Where tiles read the item's own rows, all are done with them first.
-        if (EXACT && it.next) __syncthreads();
+        // Where the item's own rows are read again, all are done with them first.
+        if ((EXACT || NEARS > 0) && it.next) __syncthreads();
         if (it.next) queries.keep(p, next, q, warp, lane);
         sum_warps(block, sums, it.rows, warp, g, t, [&] {
             if (it.next) make_fragments(keys, q, to_log2);

@@ -27,6 +27,15 @@ struct Item {
     u32 reserved[2];
 };
 
+// Positions that lie elsewhere: see attention/near.cuh.
+struct Near {
+    Side key, value;      // levels as they are; `turn`: from these rows' domain to that of the item's
+    const Span* spans;    // as of the item's batch
+    const u32* table;     // [sequences, width]
+    u32 width, page_size, causal, window;
+    float key_factor, value_factor;  // what brings them to the units of the item's rows
+};
+
 struct Params {
     Side key, value;             // `rotated`: whether queries (outputs) are in the original domain, and rows are not
     const u32* page_table;       // [sequences, table_width]
@@ -47,6 +56,7 @@ struct Params {
     float scale;      // softmax scale
     float key_length; // about the length of a key's row under a scale of 1, as `q_scale` has it
     u32 pad;
+    Near near[2];
 };
 
 typedef Row<K_DIM, K_BITS, K_PACKING, K_SCALING> K;

@@ -84,7 +84,7 @@ template <typename R, int ROW_TILES, bool PAIRED, int PARTS> struct PlaneKeys {
         // A pair's columns: the highest bytes and, if there are three, the lowest; the bytes between.
         Query out;
 #pragma unroll
-        for (int k = 0; k < QUERY_WORDS; k++) out.word[k] = words[PAIRED ? k + 2 * (rest + (k > 1)) : k];
+        for (int k = 0; k < QUERY_WORDS; k++) out.word[k] = !PAIRED ? words[k] : rest ? words[k + (k > 1 ? 4 : 2)] : words[k > 1 ? k + 2 : k];
         return out;
     }
     // Eight codes of each of two rows as fragments, of each of the levels' bytes.
