@@ -10,7 +10,8 @@ use std::any::Any;
 /// A validated operation.
 pub(crate) enum Op {
     Rotate(Rotate),
-    Quantize(Quantize),
+    /// In any order: they write to other places, and none reads what another writes.
+    Quantize(Vec<Quantize>),
     Dequantize(Dequantize),
     Attention(Attention),
     Merge(Merge),

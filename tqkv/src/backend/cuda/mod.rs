@@ -133,7 +133,7 @@ impl Recorder for CudaRecorder {
         let before = to.work.len();
         let recorded = match &op {
             Op::Rotate(op) => rows::rotate(gpu, op, to),
-            Op::Quantize(op) => rows::quantize(gpu, op, to),
+            Op::Quantize(ops) => rows::quantize(gpu, ops, to),
             Op::Dequantize(op) => rows::dequantize(gpu, op, to),
             Op::Attention(op) => attention::attention(gpu, op, to),
             Op::Merge(op) => rows::merge(gpu, op, to),

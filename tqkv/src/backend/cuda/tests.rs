@@ -57,7 +57,10 @@ fn row_kernels(head_dims: &[usize]) -> Vec<KernelKey> {
                     input_aligned: aligned as u32,
                     code_alignment: alignment(aligned),
                 };
-                all.push(quantize_key([side, side]));
+                all.push(quantize_key(&[[side, side]]));
+                if aligned && matches!(d, 80 | 128) {
+                    all.push(quantize_key(&[[side, side]; 2]));
+                }
             }
             for out in [DType::F32, DType::F16, DType::BF16] {
                 all.push(dequantize_key(&row, out, 1, d, alignment(true)));
