@@ -124,7 +124,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             __syncwarp();
             const int base = tile * TILE;
             const bool edge = base < last_row.lo || base + TILE > first_row.hi;
-            if (unlikely(edge)) clear_outside(pipe + stage, base, first_row.lo, last_row.hi, lane);
+            // Many rows want the registers that the bounds of all would take.
+            if (unlikely(edge)) clear_outside(pipe + stage, base, ROWS > 8 ? (int)it.first : first_row.lo, ROWS > 8 ? (int)it.len : last_row.hi, lane);
 #pragma unroll 1
             for (int run = 0; run < TILE / 16; run += SUB) {
                 Scores s, rests = {};
