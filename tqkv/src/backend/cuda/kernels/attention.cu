@@ -46,9 +46,7 @@
 // weight. A query is multiplied as two numbers where there are columns for it. At the end of an item the block's warps are summed, between
 // two barriers, while the next item's queries become fragments; of a split output the block that finishes last sums the parts.
 #include "attention/fetch.cuh"
-#if NEARS > 0
 #include "attention/near.cuh"
-#endif
 #include "attention/queries.cuh"
 #include "attention/sum.cuh"
 #include "attention/values.cuh"
@@ -94,28 +92,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     u32 stage = 0;  // byte offset in the pipe
     while (true) {
         RowFloats unit;
-        float reach = 0.f;
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                unit[n][c] = UNITS ? q.unit[tile_row(n, t, c)] : 1.f;
-                if (EXACT) reach = fmaxf(reach, q.now.length[tile_row(n, t, c)] * fabsf(q.now.size[tile_row(n, t, c)]));
-            }
+        const float reach = load_units(unit, q, t);
         const Fragments query(q.fragments, lane);
         if (it.next) queries.load(p, p.items[it.next], warp, lane);
 
         // Tiles within [last_row.lo, first_row.hi) are seen whole by every row.
         const Bounds first_row = visible(p, it, it.row), last_row = visible(p, it, it.row + it.rows - 1);
         Softmax sums;
-#if NEARS > 0
-        add_near<Row<K_DIM, A_K_BITS, A_K_PACKING, A_K_SCALING>, Row<V_DIM, A_V_BITS, A_V_PACKING, A_V_SCALING>>(sums, p, p.near[0], it, q, to_log2,
-                                                                                                                  scratch + warp * 512, warp, lane);
-#endif
-#if NEARS > 1
-        add_near<Row<K_DIM, B_K_BITS, B_K_PACKING, B_K_SCALING>, Row<V_DIM, B_V_BITS, B_V_PACKING, B_V_SCALING>>(sums, p, p.near[1], it, q, to_log2,
-                                                                                                                  scratch + warp * 512, warp, lane);
-#endif
+        add_all_near(sums, p, it, q, to_log2, scratch + warp * 512, warp, lane);
 
 #pragma unroll 1
         for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
@@ -130,11 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             for (int run = 0; run < TILE / 16; run += SUB) {
                 Scores s, rests = {};
                 multiply_keys(s, keys, query, pipe + stage, run, key_row);
-                bool large = false;
-                if constexpr (EXACT) {
-                    large = may_be_large(keys, reach * (p.softcap > 0.f ? LOG2E : 1.f), p.key_length, pipe + stage, run, key_row);
-                    if (unlikely(large)) sum_in_f64(s, rests, p, unit, q, pipe + stage, run, key_row, t);
-                }
+                const bool large = sum_large(s, rests, p, keys, unit, reach, q, pipe + stage, run, key_row, t);
                 if (unlikely(p.softcap > 0.f)) cap(s, rests, unit, p.key.channels ? q.now.bias : nullptr, t, p.softcap);
                 if (unlikely(edge)) hide(s, rests, p, it, base + run * 16, key_row, t);
                 Softmax::ValueScales v_scale;

@@ -4,6 +4,7 @@
 #pragma once
 #include "attention/softmax.cuh"
 
+#if NEARS > 0
 // How a warp takes rows: a group of lanes has one, in runs of eight elements.
 typedef Shape<K::D, 32, 8> NearRow;
 static_assert(K::D == V::D && TILES_N == 1 && K::D <= 256, "what the host asks for");
@@ -112,4 +113,18 @@ DEVICE void add_near(Softmax& sums, const Params& p, const Near& near, const Ite
         sum_near(sums, scores, values, lane >> 2, lane & 3);
         __syncwarp();
     }
+}
+#endif
+
+DEVICE void add_all_near(Softmax& sums, const Params& p, const Item& it, const QueryRows& q, float to_log2, float* scratch, int warp, int lane) {
+#if NEARS > 0
+    typedef Row<K_DIM, A_K_BITS, A_K_PACKING, A_K_SCALING> AK;
+    typedef Row<V_DIM, A_V_BITS, A_V_PACKING, A_V_SCALING> AV;
+    add_near<AK, AV>(sums, p, p.near[0], it, q, to_log2, scratch, warp, lane);
+#endif
+#if NEARS > 1
+    typedef Row<K_DIM, B_K_BITS, B_K_PACKING, B_K_SCALING> BK;
+    typedef Row<V_DIM, B_V_BITS, B_V_PACKING, B_V_SCALING> BV;
+    add_near<BK, BV>(sums, p, p.near[1], it, q, to_log2, scratch, warp, lane);
+#endif
 }

@@ -6,6 +6,20 @@ typedef float Scores[SUB][TILES_N][2 * COLUMNS];
 // Of every query row of a lane.
 typedef float RowFloats[TILES_N][COLUMNS];
 
+// What scores lack of an item's rows; returns how far they may reach for a key of length one.
+DEVICE float load_units(RowFloats& unit, const QueryRows& q, int t) {
+    float reach = 0.f;
+#pragma unroll
+    for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const int row = tile_row(n, t, c);
+            unit[n][c] = UNITS ? q.unit[row] : 1.f;
+            if (EXACT) reach = fmaxf(reach, q.now.length[row] * fabsf(q.now.size[row]));
+        }
+    return reach;
+}
+
 template <typename QUERY> DEVICE void multiply_keys(Scores& s, const KeyCodec& keys, const QUERY& query, const u8* stage, int first_run, u32 key_row) {
 #pragma unroll
     for (int u = 0; u < SUB; u++) {
@@ -100,6 +114,17 @@ DEVICE bool may_be_large(const KeyCodec& keys, float reach, float key_length, co
             }
     }
     return __any_sync(~0u, !finite || !(longest * reach <= LARGE));
+}
+
+// Sums scores in f64 that may be large; whether they are.
+DEVICE bool sum_large(Scores& s, Scores& rests, const Params& p, const KeyCodec& keys, const RowFloats& unit, float reach, const QueryRows& q,
+                      const u8* stage, int first_run, u32 key_row, int t) {
+    bool large = false;
+    if constexpr (EXACT) {
+        large = may_be_large(keys, reach * (p.softcap > 0.f ? LOG2E : 1.f), p.key_length, stage, first_run, key_row);
+        if (unlikely(large)) sum_in_f64(s, rests, p, unit, q, stage, first_run, key_row, t);
+    }
+    return large;
 }
 
 // `biases`: of the block's rows, or null.
