@@ -81,6 +81,7 @@ API R cuMemcpyDtoHAsync_v2(void* d, P s, size_t n, void*) { LOCK; memcpy(d, (voi
 API R cuMemcpyDtoH_v2(void* d, P s, size_t n) { LOCK; memcpy(d, (void*)s, n); return 0; }
 API R cuMemcpyHtoDAsync_v2(P d, const void* s, size_t n, void* st) { LOCK; memcpy((void*)d, s, n); return 0; }
 API R cuPointerGetAttribute(void*, int, P) { return 1; }
+API R cuPointerGetAttributes(unsigned, int*, void**, P) { return 0; }
 API R cuMemcpyHtoD_v2(P d, const void* s, size_t n) { LOCK; memcpy((void*)d, s, n); return 0; }
 API R cuMemcpyDtoDAsync_v2(P d, P s, size_t n, void* st) { LOCK; enqueue((StreamS*)st, [=] { memmove((void*)d, (void*)s, n); }); return 0; }
 API R cuMemsetD8Async(P d, unsigned char v, size_t n, void* st) { LOCK; enqueue((StreamS*)st, [=] { memset((void*)d, v, n); }); return 0; }

@@ -107,3 +107,4 @@ DEVICE void load_matrices(u32& a, u32& b, u32& c, u32& d, u32 from) { u32 o[4]; 
 DEVICE void load_matrices(u32& a, u32& b, u32 from) { u32 o[2]; emu_ldmatrix<2, false>(o, from, 10); a = o[0], b = o[1]; }
 DEVICE void load_transposed(u32& a, u32& b, u32& c, u32& d, u32 from) { u32 o[4]; emu_ldmatrix<4, true>(o, from, 11); a = o[0], b = o[1], c = o[2], d = o[3]; }
 DEVICE void load_transposed(u32& a, u32& b, u32 from) { u32 o[2]; emu_ldmatrix<2, true>(o, from, 15); a = o[0], b = o[1]; }
+DEVICE void begin() {}

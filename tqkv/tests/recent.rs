@@ -4,7 +4,8 @@
 mod support;
 
 use support::*;
-use tqkv::cache::{LayerKind, RECENT_SLACK, Recent};
+use tqkv::cache::{LayerKind, RECENT_SLACK, Recent, Sinks};
+use tqkv::compute::DeviceKind;
 use tqkv::ops::*;
 use tqkv::{CacheConfig, CodecPair, DType, Device, Error, KvCache};
 
@@ -59,6 +60,70 @@ fn truncation_within_the_slack_makes_no_difference(device: &Device) {
     }
 }
 
+/// What is stored in several places is one softmax, on every device as on the CPU: codecs, head dims, groups of heads, windows, caps, logits of sinks,
+/// shifted channels; and sequences that have no other positions than their newest.
+fn extents_are_one_softmax(device: &Device) {
+    let cases = [
+        ("k4v4", "f16", "k8v8", 128, 4, None, None),
+        ("k4v4", "f16", "k8v8", 128, 8, Some(40), Some(20.0)),
+        ("k3v3", "k8v8", "f16", 128, 4, None, Some(3.0)),
+        ("k5v4", "f16", "k6v7", 64, 1, Some(100), None),
+        ("k2v2", "k4v3", "k8v8", 96, 3, None, None),
+        ("seed4", "f16", "seed4", 64, 5, None, None),
+        ("f16", "f16", "f16", 80, 2, None, None),
+        ("k8v8", "f16", "f32", 256, 4, None, None),
+        ("k4v4", "f16", "k8v8", 512, 4, None, None),
+    ];
+    // A processor that plays a GPU is slow.
+    let kinds = if device.info().kind == DeviceKind::Wgpu { 1 } else { 3 };
+    for (own, first, newest, d, group, window, softcap) in cases {
+        for (dtype, sinks, recent) in
+            [(DType::F16, 1, 20), (DType::F32, 5, 33), (DType::F16, 0, 64)].into_iter().take(kinds)
+        {
+            let (kv_heads, lens) = (2, [300usize, 77, 1500, 9]);
+            let (heads, n) = (kv_heads * group, lens.iter().sum::<usize>());
+            let mut rng = Rng(d as u64 + group as u64);
+            let (k, v) = (rng.normals(n * kv_heads * d), rng.normals(n * kv_heads * d));
+            let q: Vec<f32> = rng.normals(lens.len() * heads * d).iter().map(|&x| rounded(dtype, 2.0 * x)).collect();
+            let (logits, channels) = (rng.normals(heads), rng.normals(kv_heads * d));
+            let [(want, want_lse), (got, got_lse)] = [&Device::cpu(), device].map(|device| {
+                let config = CacheConfig::new(1, kv_heads, d).page_size(16).codec(pair(own));
+                let config = config.sinks(Sinks { positions: sinks, codec: pair(first) });
+                let config = config.recent(Recent { positions: recent, codec: pair(newest) });
+                let config = window.map_or(config.clone(), |w| config.kind_at(0, LayerKind::Window(w)));
+                let scale = channels.iter().map(|x: &f32| 0.5 + x.abs()).collect::<Vec<_>>();
+                let config = if group == 4 { config.channels_at(0, channels.clone(), scale) } else { config };
+                let mut cache = KvCache::new(device, config.capacity(4096)).unwrap();
+                let tokens: Vec<_> = lens.iter().map(|&len| (cache.add_sequence(), len)).collect();
+                let [k, v] = [&k, &v].map(|x| device.upload(x, &[n, kv_heads, d]).unwrap());
+                let one_each: Vec<_> = tokens.iter().map(|t| (t.0, 1)).collect();
+                // The CPU answers f32 queries exactly.
+                let q_type = if device.info().kind == DeviceKind::Cpu { DType::F32 } else { dtype };
+                let q = upload(device, q_type, &q, &[lens.len(), heads, d]);
+                let out = Guarded::new(device, DType::F32, &[lens.len(), heads, d]);
+                let lse = Guarded::new(device, DType::F32, &[lens.len(), heads]);
+                let sink_logits = (group == 3).then(|| device.upload(&logits, &[heads]).unwrap());
+                let params = AttentionParams { softcap, sink_logits, ..AttentionParams::for_head_dim(d) };
+                run(device, |e| cache.append(e, 0, &tokens, &k, &v));
+                run(device, |e| cache.attend(e, 0, &one_each, &q, &out.buffer, Some(&lse.buffer), &params));
+                (out.take(), lse.take())
+            });
+            let name = format!("{own}+s{sinks}{first}+r{recent}{newest} D={d} group {group} {dtype}");
+            let tolerance = 2.0 * attention_tolerance(device, dtype, DType::F32);
+            for (i, (want, got)) in want.chunks(d).zip(got.chunks(d)).enumerate() {
+                let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                let error = relative_error(got, &want);
+                assert!(error <= tolerance, "{name}, sequence {} head {}: {error:e}", i / heads, i % heads);
+                let (want, got) = (want_lse[i], got_lse[i]);
+                assert!(
+                    (got - want).abs() as f64 <= tolerance * want.abs().max(1.0) as f64,
+                    "{name}: lse {got} {want}"
+                );
+            }
+        }
+    }
+}
+
 fn what_does_not_fit_is_said(device: &Device) {
     // More new tokens than there is room for as newest, while there is room for them as such.
     let recent = Recent { positions: 4, codec: pair("k8v8") };
@@ -98,5 +163,5 @@ fn what_does_not_fit_is_said(device: &Device) {
 }
 
 suite!(cpu, wgpu, cuda: (
-    truncation_within_the_slack_makes_no_difference, what_does_not_fit_is_said,
+    truncation_within_the_slack_makes_no_difference, extents_are_one_softmax, what_does_not_fit_is_said,
 ));

@@ -72,6 +72,7 @@ pub(super) fn record<'a>(
     for (pools, from, to) in copies {
         pools.copy_page(encoder, from, to)?;
     }
-    rows.iter()
-        .try_for_each(|(k, v, pools, batch)| record_quantize(encoder, &[(k, &pools.key), (v, &pools.value)], batch))
+    let writes: Vec<_> =
+        rows.iter().map(|(k, v, pools, batch)| (vec![(k, &pools.key), (v, &pools.value)], *batch)).collect();
+    record_quantize(encoder, &writes)
 }

@@ -69,12 +69,15 @@ impl KvCache {
             let rows = |buffer: &Buffer| buffer.slice(queries.clone());
             let (q, out, lse) = (rows(q)?, rows(out)?, lse.map(rows).transpose()?);
             let reads: Vec<_> = reads.iter().filter_map(|read| Some((read, read.params(params)?))).collect();
-            let mut attention = |(read, params): &(&Read, AttentionParams), out: &Buffer, lse: Option<&Buffer>| {
+            let attention = |encoder: &mut _, (read, params): &(&Read, AttentionParams), out: &_, lse: Option<&_>| {
                 let Pools { key, value, .. } = &extents[read.extent];
                 ops::attention(encoder, &q, key, value, &read.batch, params, out, lse)
             };
             if let [read] = &reads[..] {
-                attention(read, &out, lse.as_ref())?;
+                attention(encoder, read, &out, lse.as_ref())?;
+                continue;
+            }
+            if attend_at_once(encoder, &extents, &reads, &q, &out, lse.as_ref())? {
                 continue;
             }
             let &[_, heads, head_dim] = q.shape() else { continue };
@@ -83,7 +86,7 @@ impl KvCache {
                 let part = self.scratch(i, [queries.len(), heads, head_dim])?;
                 // A sink logit counts once.
                 let sink_logits = params.sink_logits.clone().filter(|_| i == 0);
-                attention(&(read, AttentionParams { sink_logits, ..params }), &part[0], Some(&part[1]))?;
+                attention(encoder, &(read, AttentionParams { sink_logits, ..params }), &part[0], Some(&part[1]))?;
                 parts.push(part);
             }
             let parts: Vec<_> = parts.iter().map(|[out, lse]| (out, lse)).collect();
@@ -111,6 +114,27 @@ impl KvCache {
         };
         Ok([out.slice(0..sizes[0])?.reshape(&shape)?, lse.slice(0..sizes[1])?.reshape(&shape[..2])?])
     }
+}
+
+/// All reads of some queries as one operation, with the layer's own positions as what the others are added to; false where that is not to be had.
+fn attend_at_once(
+    encoder: &mut CommandEncoder,
+    extents: &[Pools],
+    reads: &[(&Read, AttentionParams)],
+    q: &Buffer,
+    out: &Buffer,
+    lse: Option<&Buffer>,
+) -> Result<bool> {
+    let (own, others): (Vec<_>, Vec<_>) = reads.iter().partition(|(read, _)| read.extent == 0);
+    let parts: Vec<_> = own
+        .iter()
+        .chain(&others)
+        .map(|(read, params)| {
+            let Pools { key, value, .. } = &extents[read.extent];
+            ops::Part { key, value, batch: &read.batch, params }
+        })
+        .collect();
+    if own.is_empty() { Ok(false) } else { ops::attention_of_parts(encoder, q, &parts, out, lse) }
 }
 
 /// What [`ops::attention`] would say of a part of the queries, said of all before anything is recorded.

@@ -46,6 +46,10 @@ pub(crate) trait Driver: Any + Send + Sync {
 pub(crate) trait Recorder: Send {
     /// Adds an operation, a `problem::Op`: validated, and known to nobody between `ops` and the backend.
     fn record(&mut self, op: Box<dyn Any + Send>) -> Result<()>;
+    /// Whether it takes this `problem::op::Attention` with all that it has.
+    fn fuses(&self, _op: &dyn Any) -> bool {
+        false
+    }
     /// Kernel launches recorded so far, where they are counted.
     #[cfg(test)]
     fn dispatches(&self) -> usize {

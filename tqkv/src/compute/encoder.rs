@@ -41,6 +41,11 @@ impl CommandEncoder {
         self.recorder.record(op)
     }
 
+    /// Whether the recorder takes attention over several pools as one operation.
+    pub(crate) fn fuses(&self, op: &dyn Any) -> bool {
+        self.recorder.fuses(op)
+    }
+
     /// Kernel launches recorded so far.
     #[cfg(test)]
     pub(crate) fn dispatches(&self) -> usize {

@@ -3,8 +3,8 @@
 use crate::compute::{Buffer, CommandEncoder};
 use crate::error::{Error, Result};
 use crate::problem::checks::{expect_apart, expect_f32, expect_float, expect_shape};
-use crate::problem::op::{self, Op};
-use crate::problem::{AttentionParams, Batch, Domain, PagePool};
+use crate::problem::op::{self, Near, Op};
+use crate::problem::{AttentionParams, Batch, Domain, PagePool, Visible};
 
 /// Softmax(scale · q·Kᵀ)·V for the new positions of every sequence, without writing K or V out.
 ///
@@ -61,6 +61,49 @@ pub fn attention(
     out: &Buffer,
     lse: Option<&Buffer>,
 ) -> Result<()> {
+    let op = checked(encoder, q, &Part { key, value, batch, params }, out, lse)?;
+    if batch.tokens() == 0 { Ok(()) } else { Op::Attention(op).record(encoder) }
+}
+
+/// Positions of one pair of pools, and how they are attended to.
+pub(crate) struct Part<'a> {
+    pub key: &'a PagePool,
+    pub value: &'a PagePool,
+    pub batch: &'a Batch,
+    pub params: &'a AttentionParams,
+}
+
+/// [`attention`] over several parts whose results belong together, as one operation; the parameters are the first part's but for what of the
+/// others is seen. False, and nothing is recorded, where the device does not do that.
+pub(crate) fn attention_of_parts(
+    encoder: &mut CommandEncoder,
+    q: &Buffer,
+    parts: &[Part],
+    out: &Buffer,
+    lse: Option<&Buffer>,
+) -> Result<bool> {
+    let [own, others @ ..] = parts else { return Ok(false) };
+    let mut op = checked(encoder, q, own, out, lse)?;
+    for part in others {
+        checked(encoder, q, part, out, lse)?;
+        let visible = Visible { causal: part.params.causal, window: part.params.window };
+        let (key, value, batch) = (part.key.clone(), part.value.clone(), part.batch.clone());
+        op.near.push(Near { key, value, batch, visible });
+    }
+    if own.batch.tokens() == 0 || !encoder.fuses(&op) {
+        return Ok(false);
+    }
+    Op::Attention(op).record(encoder).map(|()| true)
+}
+
+/// The operation, if nothing is wrong with it.
+fn checked(
+    encoder: &CommandEncoder,
+    q: &Buffer,
+    &Part { key, value, batch, params }: &Part,
+    out: &Buffer,
+    lse: Option<&Buffer>,
+) -> Result<op::Attention> {
     for (what, buffer) in [("q", q), ("key", key.codes()), ("value", value.codes()), ("out", out)] {
         encoder.expect_own(what, buffer)?;
     }
@@ -119,10 +162,7 @@ pub fn attention(
         expect_shape("lse", lse, &[batch.tokens(), heads])?;
         expect_apart("lse", lse, inputs().chain([out]))?;
     }
-    if batch.tokens() == 0 {
-        return Ok(());
-    }
-    Op::Attention(op::Attention {
+    Ok(op::Attention {
         q: q.clone(),
         heads,
         key: key.clone(),
@@ -131,6 +171,6 @@ pub fn attention(
         params: params.clone(),
         out: out.clone(),
         lse: lse.cloned(),
+        near: vec![],
     })
-    .record(encoder)
 }

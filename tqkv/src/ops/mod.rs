@@ -16,6 +16,7 @@ pub use crate::problem::{
     Strides,
 };
 pub use attention::attention;
+pub(crate) use attention::{Part, attention_of_parts};
 pub use copy::copy;
 pub use dequantize::dequantize;
 pub use merge::merge;

@@ -32,7 +32,7 @@ use crate::problem::{Batch, PagePool};
 /// ```
 pub fn quantize(encoder: &mut CommandEncoder, parts: &[(&Buffer, &PagePool)], batch: &Batch) -> Result<()> {
     check_quantize(encoder, parts, batch)?;
-    record_quantize(encoder, parts, batch)
+    record_quantize(encoder, &[(parts.to_vec(), batch)])
 }
 
 /// Fails as [`quantize`] does, and records nothing.
@@ -57,15 +57,18 @@ pub(crate) fn check_quantize(encoder: &CommandEncoder, parts: &[(&Buffer, &PageP
     batch.expect_writes_apart()
 }
 
-/// Records what [`check_quantize`] has checked.
-pub(crate) fn record_quantize(
-    encoder: &mut CommandEncoder,
-    parts: &[(&Buffer, &PagePool)],
-    batch: &Batch,
-) -> Result<()> {
-    if batch.tokens() == 0 {
-        return Ok(());
-    }
-    let parts = parts.iter().map(|(x, pool)| ((*x).clone(), (*pool).clone())).collect();
-    Op::Quantize(Quantize { parts, batch: batch.clone() }).record(encoder)
+/// What is written to some pools.
+pub(crate) type Writes<'a> = (Vec<(&'a Buffer, &'a PagePool)>, &'a Batch);
+
+/// Records what [`check_quantize`] has checked, of pools that are all different.
+pub(crate) fn record_quantize(encoder: &mut CommandEncoder, all: &[Writes]) -> Result<()> {
+    let ops: Vec<_> = all
+        .iter()
+        .filter(|(_, batch)| batch.tokens() > 0)
+        .map(|(parts, batch)| {
+            let parts = parts.iter().map(|(x, pool)| ((*x).clone(), (*pool).clone())).collect();
+            Quantize { parts, batch: (*batch).clone() }
+        })
+        .collect();
+    if ops.is_empty() { Ok(()) } else { Op::Quantize(ops).record(encoder) }
 }

@@ -1,6 +1,6 @@
 //! Operations as data: validated, and on their way to a backend. Shapes stand beside the fields; D is the row's head_dim.
 
-use super::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder};
+use super::{AttentionParams, Batch, Direction, Domain, PagePool, Positions, RowOrder, Visible};
 use crate::compute::{Buffer, CommandEncoder, KernelSource};
 use crate::error::Result;
 use crate::format::RowFormat;
@@ -10,7 +10,8 @@ use std::any::Any;
 /// A validated operation.
 pub(crate) enum Op {
     Rotate(Rotate),
-    Quantize(Quantize),
+    /// In any order: they write to other places, and none reads what another writes.
+    Quantize(Vec<Quantize>),
     Dequantize(Dequantize),
     Attention(Attention),
     Merge(Merge),
@@ -73,6 +74,16 @@ pub(crate) struct Attention {
     pub out: Buffer,
     /// [tokens, heads] f32.
     pub lse: Option<Buffer>,
+    /// Positions that lie elsewhere and belong to the same softmax: only for recorders that fuse them.
+    pub near: Vec<Near>,
+}
+
+/// Positions of the same sequences in other pools, and which of them the same queries see.
+pub(crate) struct Near {
+    pub key: PagePool,
+    pub value: PagePool,
+    pub batch: Batch,
+    pub visible: Visible,
 }
 
 pub(crate) struct Merge {

@@ -62,7 +62,7 @@ pub enum Precision {
     /// As products of half precision are, whatever the type of the queries. On a CPU with AVX-512 VNNI levels, queries and weights
     /// are integers of 16 bits then, twice as many products an instruction: scores are within 2e-5 |q| |k| scale, and outputs within
     /// 5e-4 relative where |q| |k| scale is up to 16 and values do not cancel (1e-3 for a head_dim below 64), in proportion where it is larger. CUDA takes
-    /// queries of half types to its tensor cores (2e-3), and f32 queries to f32 products whatever is said here.
+    /// queries of half types to f16 products (2e-3), and f32 queries to products as exact as f32 whatever is said here.
     Half,
 }
 

@@ -117,7 +117,7 @@ impl Completion for Done {
 fn run(op: &Op, isa: Isa) -> Result<()> {
     match op {
         Op::Rotate(op) => ops::rotate(op, isa),
-        Op::Quantize(op) => ops::quantize(op, isa),
+        Op::Quantize(all) => all.iter().try_for_each(|op| ops::quantize(op, isa)),
         Op::Dequantize(op) => ops::dequantize(op, isa),
         Op::Attention(op) => attention::attention(op, isa),
         Op::Merge(op) => attention::merge(op),

@@ -88,28 +88,30 @@ pub(super) struct Needs {
 
 impl Needs {
     /// `None` if the kernel does not take such rows.
-    pub fn of(row: &RowFormat, narrow: bool) -> Option<Self> {
+    /// `parts`: see `Shape::parts`.
+    pub fn of(row: &RowFormat, narrow: bool, parts: usize) -> Option<Self> {
         let d = row.row_dim();
+        let query_bytes = if narrow { 8 } else { 8 * parts };
         let lines = |bits| match bits {
             5 => 64,
             6 => 128,
             _ => 256,
         };
         let looked_up = |bits| {
-            let table = 128 * lines(bits);
-            Needs { key_table: table, value_table: table, steps: d / 16, query_bytes: 8, looked_up: true }
+            let table = 128 * lines(bits) * parts;
+            Needs { key_table: table, value_table: table, steps: d / 16, query_bytes, looked_up: true }
         };
         match row.packing() {
             Packing::Dense => Some(looked_up(row.bits())),
             Packing::Byte => Some(looked_up(8)),
             Packing::Planes => {
                 let lines = if d.is_multiple_of(128) { 64 } else { 256 };
-                let query_bytes = if narrow { 8 } else { 16 };
+                let query_bytes = if narrow { 8 * parts } else { 8 * (parts + 1) };
                 let steps = 4 * d.div_ceil(128);
-                Some(Needs { key_table: 0, value_table: 128 * lines, steps, query_bytes, looked_up: false })
+                Some(Needs { key_table: 0, value_table: 128 * lines * parts, steps, query_bytes, looked_up: false })
             }
             Packing::Float(DType::F16) => {
-                Some(Needs { key_table: 0, value_table: 0, steps: d / 16, query_bytes: 8, looked_up: true })
+                Some(Needs { key_table: 0, value_table: 0, steps: d / 16, query_bytes, looked_up: true })
             }
             _ => None,
         }

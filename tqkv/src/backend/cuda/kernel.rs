@@ -19,7 +19,7 @@ pub(super) struct KernelText {
 }
 
 /// The most macros of a kernel.
-const MOST: usize = 24;
+const MOST: usize = 48;
 
 /// A specialisation: what a kernel is looked up by.
 #[derive(Clone, Copy)]

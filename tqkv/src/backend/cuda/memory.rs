@@ -76,11 +76,12 @@ impl Memory {
 /// Whether the driver knows the memory of a byte (pinned, registered, managed): then it reads it only when the stream comes to
 /// it, and the caller must not have it back before.
 fn is_known(byte: &u8) -> bool {
-    let (mut kind, which) = (0u32, sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
-    // SAFETY: writes one integer; a pointer that the driver does not know is an error.
-    unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), which, std::ptr::from_ref(byte) as u64) }
-        .result()
-        .is_ok()
+    // The plural is no error for a pointer that the driver does not know: its type is 0 then.
+    let (mut kind, mut which) = (0u32, sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+    let mut to: *mut std::ffi::c_void = (&raw mut kind).cast();
+    // SAFETY: one attribute, and one integer that it is written to.
+    unsafe { sys::cuPointerGetAttributes(1, &mut which, &mut to, std::ptr::from_ref(byte) as u64) }.result().is_ok()
+        && kind != 0
 }
 
 impl Drop for Memory {

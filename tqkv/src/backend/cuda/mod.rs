@@ -25,7 +25,7 @@ pub(crate) use memory::{Memory, address};
 use crate::compute::driver::{Completion, Driver, Recorder, Repeatable, Storage};
 use crate::compute::{DeviceInfo, DeviceKind};
 use crate::error::{Error, Result};
-use crate::problem::op::Op;
+use crate::problem::op::{Attention, Op};
 use driver::{Context, Graph, Mark, Stream, lock};
 use gpu::{Gpu, Recording, Work};
 use std::any::Any;
@@ -142,7 +142,7 @@ impl Recorder for CudaRecorder {
         let before = to.work.len();
         let recorded = match &op {
             Op::Rotate(op) => rows::rotate(gpu, op, to),
-            Op::Quantize(op) => rows::quantize(gpu, op, to),
+            Op::Quantize(ops) => rows::quantize(gpu, ops, to),
             Op::Dequantize(op) => rows::dequantize(gpu, op, to),
             Op::Attention(op) => attention::attention(gpu, op, to),
             Op::Merge(op) => rows::merge(gpu, op, to),
@@ -158,6 +158,10 @@ impl Recorder for CudaRecorder {
             Err(_) => to.work.truncate(before),
         }
         recorded
+    }
+
+    fn fuses(&self, op: &dyn Any) -> bool {
+        op.downcast_ref::<Attention>().is_some_and(|op| attention::fuses(&self.gpu, op))
     }
 
     fn submit(self: Box<Self>) -> Result<Box<dyn Completion>> {

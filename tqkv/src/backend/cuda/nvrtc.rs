@@ -15,6 +15,7 @@ const PATH_VARIABLE: &str = "TQKV_NVRTC";
 const HEADERS: &[(&str, &str)] = &[
     header!("attention/fetch.cuh"),
     header!("attention/layout.cuh"),
+    header!("attention/near.cuh"),
     header!("attention/params.cuh"),
     header!("attention/parts.cuh"),
     header!("attention/queries.cuh"),

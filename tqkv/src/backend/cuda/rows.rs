@@ -12,6 +12,7 @@ use crate::error::{Error, Result, to_u32};
 use crate::format::{Cells, DType, RowFormat, Scaling, ZERO_NORM};
 use crate::problem::op::{Custom, Dequantize, Merge, Quantize, Rotate};
 use crate::problem::{Direction, Domain, PagePool, Positions, RowOrder};
+use bytemuck::Zeroable;
 use std::sync::Arc;
 
 /// Threads of a block of these kernels, and how many blocks a multiprocessor is given.
@@ -107,8 +108,32 @@ static QUANTIZE: KernelText = KernelText {
         "B_CELLS",
         "B_CELL_REPLICAS",
         "B_GRID",
+        "PAIRS",
+        "SAME_2",
+        "C_DIM",
+        "C_BITS",
+        "C_PACKING",
+        "C_SCALING",
+        "C_WIDTH",
+        "C_TYPE",
+        "C_ALIGNED",
+        "C_CODE_ALIGN",
+        "C_CELLS",
+        "C_CELL_REPLICAS",
+        "C_GRID",
+        "D_DIM",
+        "D_BITS",
+        "D_PACKING",
+        "D_SCALING",
+        "D_WIDTH",
+        "D_TYPE",
+        "D_ALIGNED",
+        "D_CODE_ALIGN",
+        "D_CELLS",
+        "D_CELL_REPLICAS",
+        "D_GRID",
     ],
-    asserts: || Turn::asserts() + &Input::asserts() + &QuantizeParams::asserts(),
+    asserts: || Turn::asserts() + &Input::asserts() + &BatchParams::asserts() + &QuantizeParams::asserts(),
     shared_memory_symbol: Some("quantize_shared_bytes"),
 };
 
@@ -136,15 +161,20 @@ kernel_struct! {
 }
 
 kernel_struct! {
-    struct QuantizeParams as "Params" {
-        side: [Input; 2],
+    struct BatchParams as "Batch" {
         spans: u64,
         table: u64,
         sequences: u32,
         page_size: u32,
         width: u32,
+        blocks: u32,
         a_blocks: u32,
+        pad: u32,
     }
+}
+
+kernel_struct! {
+    struct QuantizeParams as "Params" { side: [Input; 4], batch: [BatchParams; 2] }
 }
 
 /// What one side of a quantize kernel is compiled for.
@@ -180,18 +210,31 @@ fn replicas(cells: &Cells) -> usize {
     if fit < 2 { 1 } else { 1 << fit.min(16).ilog2() }
 }
 
-pub(super) fn quantize_key([a, b]: [InputShape; 2]) -> KernelKey {
-    let (a, b) = (a.values(), b.values());
-    let mut all = [0; 23];
-    all[0] = (a == b) as u32;
-    all[1..12].copy_from_slice(&a);
-    all[12..].copy_from_slice(&b);
+/// Of one or two pairs of sides.
+pub(super) fn quantize_key(pairs: &[[InputShape; 2]]) -> KernelKey {
+    let mut all = [0; 47];
+    all[23] = pairs.len() as u32;
+    for ([a, b], [same, sides]) in pairs.iter().zip([[0, 1], [24, 25]]) {
+        let (a, b) = (a.values(), b.values());
+        all[same] = (a == b) as u32;
+        all[sides..][..11].copy_from_slice(&a);
+        all[sides + 11..][..11].copy_from_slice(&b);
+    }
     QUANTIZE.with(all)
 }
 
-/// K and V (any two parts) go in one launch.
-pub(super) fn quantize(gpu: &Gpu, op: &Quantize, to: &mut Recording) -> Result<()> {
-    op.parts.chunks(2).try_for_each(|parts| quantize_pair(gpu, op, parts, to))
+/// K and V (any two parts) go in one launch; two such pairs do where all are small, as in decoding.
+pub(super) fn quantize(gpu: &Gpu, ops: &[Quantize], to: &mut Recording) -> Result<()> {
+    let pairs = ops.iter().flat_map(|op| op.parts.chunks(2).map(move |parts| (op, parts)));
+    let pairs = pairs.map(|(op, parts)| Pair::new(gpu, op, parts)).collect::<Result<Vec<_>>>()?;
+    let small = |pair: &Pair| pair.needed[0] + pair.needed[1] <= gpu.multiprocessors();
+    let mut at = 0;
+    while at < pairs.len() {
+        let n = pairs[at..].iter().take(2).take_while(|pair| small(pair)).count().max(1);
+        launch_quantize(gpu, &pairs[at..at + n], to)?;
+        at += n;
+    }
+    Ok(())
 }
 
 fn input(op: &Quantize, (x, pool): &(Buffer, PagePool), tables: &Tables) -> Result<Input> {
@@ -222,45 +265,81 @@ fn input(op: &Quantize, (x, pool): &(Buffer, PagePool), tables: &Tables) -> Resu
     })
 }
 
-fn quantize_pair(gpu: &Gpu, op: &Quantize, parts: &[(Buffer, PagePool)], to: &mut Recording) -> Result<()> {
-    let (a, b) = (&parts[0], &parts[parts.len() - 1]);
-    let tables = [gpu.tables(a.1.row())?, gpu.tables(b.1.row())?];
-    let shapes = [(a, &tables[0]), (b, &tables[1])].map(|((x, pool), tables)| InputShape {
-        row: pool.row(),
-        cells: tables.of.cells.as_ref(),
-        // Tiles take vectors as they come.
-        grid: tables.grid.as_ref().filter(|_| pool.channels().is_none()),
-        input: x.dtype(),
-        input_aligned: aligned(x, pool.row().head_dim()),
-        code_alignment: code_alignment(pool),
-    });
-    let side = [input(op, a, &tables[0])?, input(op, b, &tables[1])?];
-    let needed = |shape: &InputShape, pool: &PagePool| {
-        let rows = if shape.tiles().is_some() { TILE * THREADS / 32 } else { THREADS / group(pool.row()) };
-        (op.batch.tokens() * pool.kv_heads()).div_ceil(rows)
-    };
-    let need_a = needed(&shapes[0], &a.1);
-    let need_b = if parts.len() == 2 { needed(&shapes[1], &b.1) } else { 0 };
-    // Of tiles as many as a multiprocessor holds at once: `Work::HELD`.
-    let held = |shape: &InputShape| match shape.tiles() {
-        Some(_) if shape.row.row_dim() <= 128 => 3,
-        Some(_) => 2,
-        None => BLOCKS,
-    };
-    let all = gpu.blocks(need_a + need_b, held(&shapes[0]).min(held(&shapes[1]))) as usize;
-    let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
-    let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
-    let [spans, table] = batch_addresses(&op.batch)?;
-    let params = QuantizeParams {
-        side,
-        spans,
-        table,
-        sequences: op.batch.sequences() as u32,
-        page_size: op.batch.page_size() as u32,
-        width: op.batch.width() as u32,
-        a_blocks,
-    };
-    gpu.launch(&quantize_key(shapes), a_blocks + b_blocks, &params, to)
+/// Two inputs of a quantize kernel with the same places, of which the second may be the first again.
+struct Pair<'a> {
+    op: &'a Quantize,
+    parts: [&'a (Buffer, PagePool); 2],
+    tables: [Arc<Tables>; 2],
+    sides: [Input; 2],
+    /// Blocks that would have a piece of work each.
+    needed: [usize; 2],
+}
+
+impl<'a> Pair<'a> {
+    fn new(gpu: &Gpu, op: &'a Quantize, parts: &'a [(Buffer, PagePool)]) -> Result<Self> {
+        let parts_of = [&parts[0], &parts[parts.len() - 1]];
+        let tables = [gpu.tables(parts_of[0].1.row())?, gpu.tables(parts_of[1].1.row())?];
+        let sides = [input(op, parts_of[0], &tables[0])?, input(op, parts_of[1], &tables[1])?];
+        let pair = Pair { op, parts: parts_of, tables, sides, needed: [0; 2] };
+        let needed = |shape: InputShape, (_, pool): &(Buffer, PagePool)| {
+            let rows = if shape.tiles().is_some() { TILE * THREADS / 32 } else { THREADS / group(shape.row) };
+            (op.batch.tokens() * pool.kv_heads()).div_ceil(rows)
+        };
+        let [a, b] = pair.shapes();
+        let needed = [needed(a, parts_of[0]), if parts.len() == 2 { needed(b, parts_of[1]) } else { 0 }];
+        Ok(Pair { needed, ..pair })
+    }
+
+    fn shapes(&self) -> [InputShape<'_>; 2] {
+        [0, 1].map(|i| {
+            let ((x, pool), tables) = (self.parts[i], &self.tables[i]);
+            InputShape {
+                row: pool.row(),
+                cells: tables.of.cells.as_ref(),
+                // Tiles take vectors as they come.
+                grid: tables.grid.as_ref().filter(|_| pool.channels().is_none()),
+                input: x.dtype(),
+                input_aligned: aligned(x, pool.row().head_dim()),
+                code_alignment: code_alignment(pool),
+            }
+        })
+    }
+
+    fn batch(&self, gpu: &Gpu) -> Result<BatchParams> {
+        // Of tiles as many as a multiprocessor holds at once: `Work::HELD`.
+        let held = |shape: &InputShape| match shape.tiles() {
+            Some(_) if shape.row.row_dim() <= 128 => 3,
+            Some(_) => 2,
+            None => BLOCKS,
+        };
+        let [need_a, need_b] = self.needed;
+        let most = self.shapes().iter().map(held).min().unwrap_or(BLOCKS);
+        let all = gpu.blocks(need_a + need_b, most) as usize;
+        let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
+        let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
+        let batch = &self.op.batch;
+        let [spans, table] = batch_addresses(batch)?;
+        Ok(BatchParams {
+            spans,
+            table,
+            sequences: batch.sequences() as u32,
+            page_size: batch.page_size() as u32,
+            width: batch.width() as u32,
+            blocks: a_blocks + b_blocks,
+            a_blocks,
+            pad: 0,
+        })
+    }
+}
+
+fn launch_quantize(gpu: &Gpu, pairs: &[Pair], to: &mut Recording) -> Result<()> {
+    let mut params = QuantizeParams::zeroed();
+    for (i, pair) in pairs.iter().enumerate() {
+        params.side[2 * i..][..2].copy_from_slice(&pair.sides);
+        params.batch[i] = pair.batch(gpu)?;
+    }
+    let shapes: Vec<_> = pairs.iter().map(Pair::shapes).collect();
+    gpu.launch(&quantize_key(&shapes), params.batch.iter().map(|b| b.blocks).sum(), &params, to)
 }
 
 static DEQUANTIZE: KernelText = KernelText {

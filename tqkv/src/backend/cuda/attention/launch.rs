@@ -1,17 +1,18 @@
 //! The tensor-core kernel: its parameters and its launch.
 
-use super::params::Params;
+use super::params::{Near, Params, window};
 use super::plan::{Item, Plan, Problem, Sequences};
 use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
-use crate::backend::cuda::memory::Memory;
-use crate::backend::cuda::tables::scale_unit;
+use crate::backend::cuda::memory::{Memory, batch_addresses};
+use crate::backend::cuda::tables::{Side, Turn, scale_unit};
 use crate::error::Result;
 use crate::format::{RowFormat, Scaling};
-use crate::problem::op::Attention;
-use crate::problem::{Batch, Visible};
+use crate::problem::op::{self, Attention};
+use crate::problem::{Batch, Domain, PagePool, Visible};
+use bytemuck::Zeroable;
 use std::sync::{Arc, Mutex};
 
 /// A plan on the device, kept with its batch.
@@ -63,6 +64,30 @@ fn lacking(row: &RowFormat) -> f32 {
     }
 }
 
+/// `factors`: what brings keys and values to the units of the operation's own rows.
+fn near_params(gpu: &Gpu, op: &Attention, near: &op::Near, original: bool, factors: [f32; 2]) -> Result<Near> {
+    let side = |pool: &PagePool, own: &PagePool| -> Result<Side> {
+        let (tables, target) = (gpu.tables(pool.row())?, gpu.tables(own.row())?);
+        let side = Side::new(pool, &tables, tables.levels, original);
+        // The domain of the operation's own rows is what its queries are turned to, too.
+        let rotated = (original && own.row().is_rotated() && !pool.row().is_rotated()) as u32;
+        Ok(Side { turn: Turn { rotated, ..target.turn }, ..side })
+    };
+    let [spans, table] = batch_addresses(&near.batch)?;
+    Ok(Near {
+        key: side(&near.key, &op.key)?,
+        value: side(&near.value, &op.value)?,
+        spans,
+        table,
+        width: near.batch.width() as u32,
+        page_size: near.key.page_size() as u32,
+        causal: near.visible.causal as u32,
+        window: window(near.visible.window),
+        key_factor: factors[0],
+        value_factor: factors[1],
+    })
+}
+
 /// Of the sequences with few queries.
 pub(super) fn tensor(
     gpu: &Gpu,
@@ -86,7 +111,14 @@ pub(super) fn tensor(
     let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short, sequences)?;
     let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;
-    let [partial, counters] = lock(&gpu.workspace).parts(&gpu.stream, sums + parts * rows * 8, parts * 4)?;
+    // Of each row a maximum and a sum, f32 or f64.
+    let ml = parts * rows * 8 * variant.parts;
+    let [partial, counters] = lock(&gpu.workspace).parts(&gpu.stream, sums + ml, parts * 4)?;
+    let original = op.params.domain == Domain::Original;
+    let mut near = [Near::zeroed(); 2];
+    for (near, of) in near.iter_mut().zip(&op.near) {
+        *near = near_params(gpu, op, of, original, [k_tables.gain / lacking(key), v_tables.gain / lacking(value)])?;
+    }
     let sides = [(&*k_tables, k_tables.tensor_levels), (&*v_tables, v_tables.tensor_levels)];
     let params = Params {
         items: planned.items.address,
@@ -95,6 +127,9 @@ pub(super) fn tensor(
         counters: counters.address,
         q_scale: op.params.scale * lacking(key) / k_tables.gain,
         out_scale: lacking(value) / v_tables.gain,
+        // Levels have an rms of one, but for rows that no encoder makes.
+        key_length: 1.25 * (key.row_dim() as f32).sqrt() * k_tables.gain,
+        near,
         ..Params::of(op, sides)?
     };
     gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;

@@ -13,6 +13,8 @@ pub(super) struct Layout {
     pub stages: usize,
     /// Query rows of an item over 8.
     pub tiles_n: usize,
+    /// See `Shape::parts`.
+    pub parts: usize,
 }
 
 impl Layout {
@@ -25,7 +27,9 @@ impl Layout {
         let sums = rows * (value.0.row_dim() + 4) * 4;
         let queries = rows * (key.0.row_dim() + 4) * 4;
         let fragments = self.tiles_n * key.1.steps * 32 * key.1.query_bytes;
-        let softmax = (2 * self.warps + 6) * rows * 4 + 16;
+        // Maxima are f64 where results are as of f32.
+        let (real, of_queries) = if self.parts > 1 { (8, 8) } else { (4, 4) };
+        let softmax = (self.warps + 1) * rows * (real + 4) + of_queries * rows * 4 + 16;
         tables + self.warps * self.stages * stage + sums + queries + self.warps * 2048 + fragments + softmax
     }
 }

@@ -22,20 +22,36 @@ pub(super) use variant::Variant;
 use super::gpu::{Gpu, Recording};
 use crate::error::Result;
 use crate::problem::op::Attention;
+use std::sync::Once;
 
-/// Precision follows the queries' type: f16 and bf16 are answered by tensor cores, in f16 products and f32 sums; f32 by plain
-/// cores in f32, which is slower. So are shapes that the tensor-core kernels do not take. Sequences with many queries have a kernel of their own
-/// where there is one.
+/// Whether one launch takes what lies elsewhere too.
+pub(super) fn fuses(gpu: &Gpu, op: &Attention) -> bool {
+    let limit = gpu.stream.context.limits.shared_memory as usize;
+    shape::Shape::of(op, gpu.multiprocessors()).and_then(|shape| variant::Variant::choose(&shape, limit)).is_some()
+}
+
+/// Precision follows the queries' type: f16 and bf16 are answered by f16 products and f32 sums, f32 by products of numbers in two parts,
+/// which are as exact as f32. Shapes that the tensor-core kernels do not take are left to plain cores. Sequences with many queries have a
+/// kernel of their own where there is one.
 pub(super) fn attention(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {
     let limit = gpu.stream.context.limits.shared_memory as usize;
-    let Some(shape) = shape::Shape::of(op, gpu.multiprocessors()) else { return plain::plain(gpu, op, to) };
+    let Some(shape) = shape::Shape::of(op, gpu.multiprocessors()) else { return on_plain_cores(gpu, op, to) };
     let (sequences, prefill) = prefill::Prefill::of(gpu, op)?;
     let rows: Vec<_> = shape::query_rows(op).collect();
     if let Some(query_rows) = sequences.few.iter().map(|&s| rows[s]).max() {
         match variant::Variant::choose(&shape::Shape { query_rows, ..shape }, limit) {
             Some(variant) => launch::tensor(gpu, op, &variant, &sequences, to)?,
-            None => return plain::plain(gpu, op, to),
+            None => return on_plain_cores(gpu, op, to),
         }
     }
     prefill.map_or(Ok(()), |prefill| prefill.record(gpu, op, to))
+}
+
+fn on_plain_cores(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()> {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        let (q, key, value, dim) = (op.q.dtype(), op.key.row().codec(), op.value.row().codec(), op.key.row().row_dim());
+        tracing::warn!("attention on plain cores, which are several times slower (said once): {q} queries, keys {key}, values {value} of {dim} elements");
+    });
+    plain::plain(gpu, op, to)
 }

@@ -7,6 +7,22 @@ use crate::backend::cuda::tables::{Side, Tables, Turn};
 use crate::error::{Result, to_u32};
 use crate::problem::Domain;
 use crate::problem::op::Attention;
+use bytemuck::Zeroable;
+
+kernel_struct! {
+    pub(super) struct Near as "Near" {
+        key: Side,
+        value: Side,
+        spans: u64,
+        table: u64,
+        width: u32,
+        page_size: u32,
+        causal: u32,
+        window: u32,
+        key_factor: f32,
+        value_factor: f32,
+    }
+}
 
 kernel_struct! {
     pub(super) struct Params as "Params" {
@@ -31,7 +47,15 @@ kernel_struct! {
         out_scale: f32,
         softcap: f32,
         scale: f32,
+        key_length: f32,
+        pad: u32,
+        near: [Near; 2],
     }
+}
+
+/// As kernels have it: one past 32 bits sees everything.
+pub(super) fn window(window: Option<usize>) -> u32 {
+    window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32))
 }
 
 impl Params {
@@ -56,17 +80,19 @@ impl Params {
             page_size: op.key.page_size() as u32,
             table_width: op.batch.width() as u32,
             causal: op.params.causal as u32,
-            // A window past 32 bits sees everything.
-            window: op.params.window.map_or(0, |w| u32::try_from(w).unwrap_or(0).min(i32::MAX as u32)),
+            window: window(op.params.window),
             q_scale: op.params.scale,
             out_scale: 1.0,
             softcap: op.params.softcap.unwrap_or(0.0),
             scale: op.params.scale,
+            key_length: 0.0,
+            pad: 0,
+            near: [Near::zeroed(); 2],
         })
     }
 }
 
 /// What holds all structs of the kernel to the host's layout.
 pub(super) fn asserts() -> String {
-    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Params::asserts()
+    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Near::asserts() + &Params::asserts()
 }

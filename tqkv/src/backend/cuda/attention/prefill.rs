@@ -336,7 +336,10 @@ impl Tiles {
         let (key, value) = (op.key.row(), op.value.row());
         let limits = &gpu.stream.context.limits;
         // The only one with products by a warpgroup.
-        let able = limits.capability == (9, 0) && [key, value].iter().all(|row| Needs::of(row, false).is_some());
+        let able = limits.capability == (9, 0)
+            && op.q.dtype() != DType::F32
+            && op.near.is_empty()
+            && [key, value].iter().all(|row| Needs::of(row, false, 1).is_some());
         Tiles::of(key, value).filter(|t| able && t.shared_bytes() <= limits.shared_memory as usize)
     }
 }

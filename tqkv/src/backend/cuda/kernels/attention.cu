@@ -16,6 +16,8 @@
 //                          waits for every copy)
 //   NARROW                 1: no item has more than 4 rows (needs TILES_N = 1). The tensor cores' eight columns are then four
 //                          pairs, of a query in full and what its rounding lost
+//   NEARS                  how many of Params.near there are (needs TILES_N = 1), with codecs A_K_, A_V_ and B_K_, B_V_ BITS, PACKING, SCALING
+//   Q_PARTS                numbers of f16 as whose sum queries, weights and levels are multiplied: 1, or 2, which is as exact as f32
 //   RUN                    positions that are surely contiguous in memory and 16-byte aligned: TILE if page_size % TILE == 0, else
 //                          16 if page_size % 16 == 0, else 1 (slow, any page size)
 //   PAGE_SIZE              the page size if known when compiling, 0: Params.page_size
@@ -34,7 +36,7 @@
 // the workspace, `part_first` the first slot of its group, `part_count` their number (1: no workspace is touched).
 // Items repeat what the kernel needs of their sequence, so that a block's first copy waits for two reads only, item and page.
 //
-// Workspace for N parts: partial f32 [N, 8 * TILES_N, V_DIM], partial_ml f32x2 [N, 8 * TILES_N], counters u32 [N], zeroed once;
+// Workspace for N parts: partial f32 [N, 8 * TILES_N, V_DIM], partial_ml PartSum [N, 8 * TILES_N], counters u32 [N], zeroed once;
 // every launch leaves the counters zero. Two launches in flight at once need two workspaces.
 //
 // METHOD
@@ -44,6 +46,7 @@
 // weight. A query is multiplied as two numbers where there are columns for it. At the end of an item the block's warps are summed, between
 // two barriers, while the next item's queries become fragments; of a split output the block that finishes last sums the parts.
 #include "attention/fetch.cuh"
+#include "attention/near.cuh"
 #include "attention/queries.cuh"
 #include "attention/sum.cuh"
 #include "attention/values.cuh"
@@ -54,18 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread >> 5, 0), lane = thread & 31, g = lane >> 2, t = lane & 3;
     u8* const pipe = shared_memory + Layout::PIPES + warp * STAGES * Layout::STAGE;
     float* const scratch = (float*)(shared_memory + Layout::SCRATCH);
-    u16* const levels = (u16*)scratch;  // of keys, then 256 further of values
-    float* const q_rows = (float*)(shared_memory + Layout::QUERIES);
-    Query* const q_fragments = (Query*)(shared_memory + Layout::Q);
-    float* const warp_m = (float*)(shared_memory + Layout::ML);
-    float* const warp_l = warp_m + WARPS * ROWS;
-    float* const block_m = warp_l + WARPS * ROWS;
-    float* const block_l = block_m + ROWS;
-    float* const q_largest = block_l + ROWS;
-    float* const q_unit = q_largest + ROWS;
-    float* const q_bias = q_unit + ROWS;       // read only where there are channels
-    float* const q_next_bias = q_bias + ROWS;
-    u32* const last = (u32*)(q_next_bias + ROWS);
+    u16* const levels = (u16*)scratch;  // of keys, then 512 further of values
+    Real* const warp_m = (Real*)(shared_memory + Layout::ML);
+    Real* const block_m = warp_m + WARPS * ROWS;
+    float* const warp_l = (float*)(block_m + ROWS);
+    float* const block_l = warp_l + WARPS * ROWS;
+    const QueryRows q(block_l + ROWS);
+    u32* const last = (u32*)(block_l + ROWS + QueryRows::FLOATS);
     const BlockSums block = {{(float*)(shared_memory + Layout::ACC), block_m, block_l, last}, warp_m, warp_l, scratch};
 
     Item it = p.items[blockIdx.x];
@@ -78,32 +76,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
-    k_levels.keep(thread, levels), v_levels.keep(thread, levels + 256);
+    k_levels.keep(thread, levels), v_levels.keep(thread, levels + 512);
     __syncthreads();
     KeyCodec::Table::build(shared_memory + Layout::K_TABLE, levels, thread, THREADS);
-    if (!Layout::SHARED_TABLE) ValueCodec::Table::build(shared_memory + Layout::V_TABLE, levels + 256, thread, THREADS);
+    if (!Layout::SHARED_TABLE) ValueCodec::Table::build(shared_memory + Layout::V_TABLE, levels + 512, thread, THREADS);
     keys.init(shared_memory + Layout::K_TABLE, lane), values.init(shared_memory + Layout::V_TABLE, lane);
     const u32 key_row = fragment_row(g);
 
     const float to_log2 = p.softcap > 0.f ? 1.f : LOG2E;
-    queries.keep(p, it, q_rows, q_largest, q_next_bias, warp, lane);
+    queries.keep(p, it, q, warp, lane);
     __syncthreads();
-    make_fragments(keys, q_rows, q_largest, q_next_bias, q_fragments, q_unit, q_bias, to_log2);
+    make_fragments(keys, q, to_log2);
     __syncthreads();
 
     u32 stage = 0;  // byte offset in the pipe
     while (true) {
         RowFloats unit;
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) unit[n][c] = KeyCodec::UNITS ? q_unit[tile_row(n, t, c)] : 1.f;
-        const Fragments query(q_fragments, lane);
+        const float reach = load_units(unit, q, t);
+        const Fragments query(q.fragments, lane);
         if (it.next) queries.load(p, p.items[it.next], warp, lane);
 
-        // Tiles within [all_lo, all_hi) are seen whole by every row.
-        const int all_lo = visible(p, it, it.row + it.rows - 1).lo, all_hi = visible(p, it, it.row).hi;
+        // Tiles within [last_row.lo, first_row.hi) are seen whole by every row.
+        const Bounds first_row = visible(p, it, it.row), last_row = visible(p, it, it.row + it.rows - 1);
         Softmax sums;
+        add_all_near(sums, p, it, q, to_log2, scratch + warp * 512, warp, lane);
 
 #pragma unroll 1
         for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
@@ -111,18 +107,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
             copy_wait<STAGES - 1>();
             __syncwarp();
             const int base = tile * TILE;
-            const bool edge = base < all_lo || base + TILE > all_hi;
-            if (unlikely(edge)) clear_outside(pipe + stage, base, it, lane);
+            const bool edge = base < last_row.lo || base + TILE > first_row.hi;
+            // Many rows want the registers that the bounds of all would take.
+            if (unlikely(edge)) clear_outside(pipe + stage, base, ROWS > 8 ? (int)it.first : first_row.lo, ROWS > 8 ? (int)it.len : last_row.hi, lane);
 #pragma unroll 1
             for (int run = 0; run < TILE / 16; run += SUB) {
-                Scores s;
+                Scores s, rests = {};
                 multiply_keys(s, keys, query, pipe + stage, run, key_row);
-                if (unlikely(p.softcap > 0.f)) cap(s, unit, p.key.channels ? q_bias : nullptr, t, p.softcap);
-                if (unlikely(edge)) hide(s, p, it, base + run * 16, key_row, t);
+                const bool large = sum_large(s, rests, p, keys, unit, reach, q, pipe + stage, run, key_row, t);
+                if (unlikely(p.softcap > 0.f)) cap(s, rests, unit, p.key.channels ? q.now.bias : nullptr, t, p.softcap);
+                if (unlikely(edge)) hide(s, rests, p, it, base + run * 16, key_row, t);
                 Softmax::ValueScales v_scale;
                 load_value_scales(v_scale, pipe + stage, run, key_row, sums.v_unit);
-                sums.grow(s, v_scale, unit, tile == it.tile_begin + warp && run == 0);
-                multiply_values(sums, s, v_scale, unit, values, pipe + stage, run);
+                sums.grow(s, rests, v_scale, unit, tile == it.tile_begin + warp && run == 0, large);
+                multiply_values(sums, s, rests, large, v_scale, unit, values, pipe + stage, run);
             }
             __syncwarp();
             stage = stage == (STAGES - 1) * Layout::STAGE ? 0 : stage + Layout::STAGE;
@@ -130,9 +128,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
 
         const Item next = p.items[it.next];
         sums.close(warp_m + warp * ROWS, warp_l + warp * ROWS, g, t);
-        if (it.next) queries.keep(p, next, q_rows, q_largest, q_next_bias, warp, lane);
+        // Where the item's own rows are read again, all are done with them first.
+        if ((EXACT || NEARS > 0) && it.next) __syncthreads();
+        if (it.next) queries.keep(p, next, q, warp, lane);
         sum_warps(block, sums, it.rows, warp, g, t, [&] {
-            if (it.next) make_fragments(keys, q_rows, q_largest, q_next_bias, q_fragments, q_unit, q_bias, to_log2);
+            if (it.next) make_fragments(keys, q, to_log2);
         });
         bool mine = true;
         if (it.part_count > 1) {

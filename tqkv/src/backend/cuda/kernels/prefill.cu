@@ -13,6 +13,7 @@
 // FlashAttention-3 (Shah et al., 2024, https://arxiv.org/abs/2407.08608): one warp copies tiles, two warpgroups of 64 rows each multiply them in turns: while one
 // has its softmax the other has the tensor cores; and a warpgroup's products with the next tile's keys and with this tile's values run
 // beside its softmax. Rows stay in the rotated domain: queries are rotated when they are read, outputs when they are written.
+#define Q_PARTS 1
 #include "attention/parts.cuh"
 #include "hopper.cuh"
 
@@ -192,15 +193,15 @@ struct Consumers {
 // Of an output that several blocks share, by the one that came last: as `sum_parts`, for so many rows that what they weigh is worth working out
 // before.
 DEVICE void sum_many_parts(const Params& p, const Item& it, const Sums& b) {
-    const float2* const ml = p.partial_ml + (u64)it.part_first * ROWS;
+    const PartSum* const ml = p.partial_ml + (u64)it.part_first * ROWS;
     for (u32 r = Consumers::thread(); r < it.rows; r += CONSUMERS) {
         float top = -1e30f, weight = 0.f;
 #pragma unroll 8
-        for (u32 k = 0; k < it.part_count; k++) top = fmaxf(top, __ldcg(ml + k * ROWS + r).x);
+        for (u32 k = 0; k < it.part_count; k++) top = fmaxf(top, load_part(ml + k * ROWS + r).m);
 #pragma unroll 8
         for (u32 k = 0; k < it.part_count; k++) {
-            const float2 part = __ldcg(ml + k * ROWS + r);
-            weight += exp2_approx(part.x - top) * part.y;
+            const PartSum part = load_part(ml + k * ROWS + r);
+            weight += exp2_approx(part.m - top) * part.l;
         }
         b.m[r] = top, b.l[r] = weight;
     }
@@ -214,7 +215,7 @@ DEVICE void sum_many_parts(const Params& p, const Item& it, const Sums& b) {
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
                 const u32 i = min(first + j * CONSUMERS, it.rows * QUADS - 1), r = i / QUADS;
-                const float factor = exp2_approx(__ldcg(ml + k * ROWS + r).x - b.m[r]);
+                const float factor = exp2_approx(load_part(ml + k * ROWS + r).m - b.m[r]);
                 const float4 x = __ldcg(sums + k * ROWS * QUADS + i);
                 sum[j].x += factor * x.x, sum[j].y += factor * x.y, sum[j].z += factor * x.z, sum[j].w += factor * x.w;
             }

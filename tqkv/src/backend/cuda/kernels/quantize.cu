@@ -1,19 +1,25 @@
-// Encodes new vectors of one or two pools (K and V) in one launch. For each side A and B, -D: X_DIM, X_BITS, X_PACKING, X_SCALING, X_WIDTH
+// Encodes new vectors of one or two pools (K and V) in one launch, and with PAIRS = 2 of two more, whose sides are C and D. For each side, -D: X_DIM, X_BITS, X_PACKING, X_SCALING, X_WIDTH
 // (elements of a vector of the input), X_TYPE (of the input), X_ALIGNED (the input, to 16 bytes), X_CODE_ALIGN (bytes), X_CELLS,
-// X_CELL_REPLICAS, X_GRID (cells of the tiles' grid; 0: no tiles). For all: ZERO_NORM, SAME (the sides differ in nothing). Dynamic shared
+// X_CELL_REPLICAS, X_GRID (cells of the tiles' grid; 0: no tiles). For all: ZERO_NORM, SAME and SAME_2 (a pair's sides differ in nothing). Dynamic shared
 // memory: `quantize_shared_bytes`.
 #include "codec/tile_encoder.cuh"
 
-struct Params {
-    Input side[2];
+// Where a pair's vectors go.
+struct Batch {
     const Span* spans;
     const u32* table;
     u32 sequences, page_size, width;
-    u32 a_blocks;  // the first blocks take side A
+    u32 blocks;          // of the pair
+    u32 a_blocks, pad;   // the first blocks take its first side
+};
+
+struct Params {
+    Input side[4];
+    Batch batch[2];
 };
 
 // The sequence that holds a token: the first whose new tokens end after it.
-DEVICE u32 sequence_of(const Params& p, u32 token) {
+DEVICE u32 sequence_of(const Batch& p, u32 token) {
     u32 low = 0, high = p.sequences - 1;
     while (low < high) {
         const u32 mid = (low + high) / 2;
@@ -25,9 +31,9 @@ DEVICE u32 sequence_of(const Params& p, u32 token) {
 
 // Where new vectors go.
 struct Places {
-    const Params& p;
+    const Batch& p;
     const Divisor kv_heads, page_size;
-    DEVICE Places(const Params& p, const Input& s) : p(p), kv_heads(s.kv_heads), page_size(p.page_size) {}
+    DEVICE Places(const Batch& p, const Input& s) : p(p), kv_heads(s.kv_heads), page_size(p.page_size) {}
     DEVICE u32 of(u32 vector) const {
         u32 head;
         const u32 token = kv_heads.divide(vector, head), sequence = sequence_of(p, token);
@@ -74,8 +80,8 @@ template <typename R, int WIDTH, int ALIGN, int CELLS, int REPLICAS, int GRID, i
         if constexpr (GRID > 0) return Tiles::BYTES;
         else return Encoder<R, S, Codec<R, ALIGN>, CELLS, REPLICAS>::BYTES;
     }
-    static DEVICE void run(const Params& p, const Input& s, u32 block, u32 blocks) {
-        const Places places(p, s);
+    static DEVICE void run(const Batch& batch, const Input& s, u32 block, u32 blocks) {
+        const Places places(batch, s);
         if constexpr (GRID > 0) Tiles(s, places).run(block, blocks);
         else encode<R, WIDTH, ALIGN, CELLS, REPLICAS, TYPE, ALIGNED>(s, places, block, blocks);
     }
@@ -83,13 +89,33 @@ template <typename R, int WIDTH, int ALIGN, int CELLS, int REPLICAS, int GRID, i
 typedef Work<Row<A_DIM, A_BITS, A_PACKING, A_SCALING>, A_WIDTH, A_CODE_ALIGN, A_CELLS, A_CELL_REPLICAS, A_GRID, A_TYPE, A_ALIGNED> WorkA;
 typedef Work<Row<B_DIM, B_BITS, B_PACKING, B_SCALING>, B_WIDTH, B_CODE_ALIGN, B_CELLS, B_CELL_REPLICAS, B_GRID, B_TYPE, B_ALIGNED> WorkB;
 
-extern "C" __device__ u32 quantize_shared_bytes = WorkA::bytes() > WorkB::bytes() ? WorkA::bytes() : WorkB::bytes();
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
-extern "C" __global__ void __launch_bounds__(THREADS, min_of(WorkA::HELD, WorkB::HELD)) quantize(const __grid_constant__ Params p) {
+// Two sides that go to the same places.
+template <typename A, typename B, bool ALIKE> struct Pair {
+    static constexpr int HELD = min_of(A::HELD, B::HELD);
+    static constexpr int bytes() { return max_of(A::bytes(), B::bytes()); }
+    static DEVICE void run(const Batch& batch, const Input* side, u32 block) {
+        const bool b = block >= batch.a_blocks;
+        const u32 own = b ? block - batch.a_blocks : block, blocks = b ? batch.blocks - batch.a_blocks : batch.a_blocks;
+        // If both sides are of one kind, one copy of the code serves both.
+        if (ALIKE || !b) A::run(batch, side[b], own, blocks);
+        else B::run(batch, side[1], own, blocks);
+    }
+};
+typedef Pair<WorkA, WorkB, SAME> First;
+#if PAIRS > 1
+typedef Work<Row<C_DIM, C_BITS, C_PACKING, C_SCALING>, C_WIDTH, C_CODE_ALIGN, C_CELLS, C_CELL_REPLICAS, C_GRID, C_TYPE, C_ALIGNED> WorkC;
+typedef Work<Row<D_DIM, D_BITS, D_PACKING, D_SCALING>, D_WIDTH, D_CODE_ALIGN, D_CELLS, D_CELL_REPLICAS, D_GRID, D_TYPE, D_ALIGNED> WorkD;
+typedef Pair<WorkC, WorkD, SAME_2> Second;
+#else
+typedef First Second;
+#endif
+
+extern "C" __device__ u32 quantize_shared_bytes = max_of(First::bytes(), Second::bytes());
+
+extern "C" __global__ void __launch_bounds__(THREADS, min_of(First::HELD, Second::HELD)) quantize(const __grid_constant__ Params p) {
     begin();
-    const bool b = blockIdx.x >= p.a_blocks;
-    const u32 block = b ? blockIdx.x - p.a_blocks : blockIdx.x, blocks = b ? gridDim.x - p.a_blocks : p.a_blocks;
-    // If both sides are of one kind, one copy of the code serves both.
-    if (SAME || !b) WorkA::run(p, p.side[b], block, blocks);
-    else WorkB::run(p, p.side[1], block, blocks);
+    if (PAIRS == 1 || blockIdx.x < p.batch[0].blocks) First::run(p.batch[0], p.side, blockIdx.x);
+    else Second::run(p.batch[1], p.side + 2, blockIdx.x - p.batch[0].blocks);
 }

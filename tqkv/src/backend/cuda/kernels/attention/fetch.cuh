@@ -107,15 +107,21 @@ struct Fetch {
     }
 };
 
-// What lies outside the sequence may be any bits: its weight is zero, but zero times NaN is not. One warp.
-DEVICE void clear_outside(u8* stage, int base, const Item& it, int lane) {
-    constexpr int SCALE_ROW = V::SCALES * V::SCALE_BYTES;
+// What no row sees, outside [lo, hi), may be any bits: its weight is zero, but zero times NaN is not. One warp.
+DEVICE void clear_outside(u8* stage, int base, int lo, int hi, int lane) {
+    constexpr int SCALE_ROW = V::SCALES * V::SCALE_BYTES, K_SCALE_ROW = K::SCALES * K::SCALE_BYTES;
     u8* const codes = stage + TILE * K::BYTES;
     for (int r = lane; r < TILE; r += 32) {
-        if (base + r >= (int)it.first && base + r < (int)it.len) continue;
+        if (base + r >= lo && base + r < hi) continue;
         for (int b = 0; b < SCALE_ROW; b += 2) *(u16*)(stage + Layout::V_SCALES + r * SCALE_ROW + b) = 0;
         if (!ValueCodec::FINITE)
             for (int c = 0; c < V::BYTES / 16; c++) *(uint4*)(codes + Placed<V>::place(r, c)) = make_uint4(0, 0, 0, 0);
+        if (EXACT) {
+            // Nor may a key that is not seen decide how the others are summed.
+            for (int b = 0; b < K_SCALE_ROW; b += 2) *(u16*)(stage + Layout::K_SCALES + r * K_SCALE_ROW + b) = 0;
+            if (!K::CODED)
+                for (int c = 0; c < K::BYTES / 16; c++) *(uint4*)(stage + Placed<K>::place(r, c)) = make_uint4(0, 0, 0, 0);
+        }
     }
     __syncwarp();
 }

@@ -5,8 +5,8 @@
 
 typedef Row<K_DIM, K_BITS, K_PACKING, K_SCALING> K;
 typedef Row<V_DIM, V_BITS, V_PACKING, V_SCALING> V;
-typedef Keys<K, TILES_N, NARROW> KeyCodec;
-typedef Values<V, TILES_N, NARROW> ValueCodec;
+typedef Keys<K, TILES_N, NARROW, Q_PARTS> KeyCodec;
+typedef Values<V, TILES_N, NARROW, Q_PARTS> ValueCodec;
 typedef typename KeyCodec::Query Query;
 
 constexpr int THREADS = WARPS * 32;
@@ -34,10 +34,12 @@ struct Layout {
     static constexpr int QUERY_ROW = K::D + 4;
     static constexpr int SCRATCH = QUERIES + ROWS * QUERY_ROW * 4;     // f32 [WARPS][512], or levels
     static constexpr int Q = SCRATCH + WARPS * 2048;                   // queries as fragments
-    static constexpr bool Q_REGISTERS = TILES_N * K::D <= 256;         // those of the item at work are kept in registers
+    static constexpr bool Q_REGISTERS = TILES_N * K::D * (NARROW ? 1 : Q_PARTS) <= 256;         // those of the item at work are kept in registers
     static constexpr int ML = Q + TILES_N * KeyCodec::STEPS * 32 * (int)sizeof(Query);
-    // Per warp m and l; the block's M and L, queries' largest, units, biases, and those that come next; a flag.
-    static constexpr int BYTES = ML + (2 * WARPS + 6) * ROWS * 4 + 16;
+    // Per warp m and l; the block's M and L, queries' largest, units, biases, and those that come next (EXACT: sizes and lengths, of both);
+    // a flag.
+    static constexpr int MAXIMA = (WARPS + 1) * ROWS * (int)sizeof(Real);
+    static constexpr int BYTES = ML + MAXIMA + (WARPS + 5 + (EXACT ? 4 : 0)) * ROWS * 4 + 16;
 };
 static_assert(Layout::BYTES == SHARED_BYTES, "as the host has it");
 extern __shared__ __align__(128) u8 shared_memory[];

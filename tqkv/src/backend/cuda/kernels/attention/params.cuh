@@ -2,6 +2,22 @@
 #pragma once
 #include "codec/row.cuh"
 
+constexpr bool EXACT = Q_PARTS > 1;  // results are as of f32
+template <bool WIDE> struct RealOf {
+    typedef float type;
+};
+template <> struct RealOf<true> {
+    typedef double type;
+};
+// Maxima of scores. EXACT ones may be so large that f32 steps by more than exp can take.
+typedef typename RealOf<EXACT>::type Real;
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE double larger(double a, double b) { return fmax(a, b); }
+// Of a part: its maximum and its sum of weights.
+struct PartSum {
+    Real m, l;
+};
+
 struct Item {
     u32 sequence, kv_head;      // row of the page table, KV head
     u32 row, rows;              // query rows [row, row + rows) of q_len * group
@@ -14,6 +30,15 @@ struct Item {
     u32 reserved;
 };
 
+// Positions that lie elsewhere: see attention/near.cuh.
+struct Near {
+    Side key, value;      // levels as they are; `turn`: from these rows' domain to that of the item's
+    const Span* spans;    // as of the item's batch
+    const u32* table;     // [sequences, width]
+    u32 width, page_size, causal, window;
+    float key_factor, value_factor;  // what brings them to the units of the item's rows
+};
+
 struct Params {
     Side key, value;             // `rotated`: whether queries (outputs) are in the original domain, and rows are not
     const u32* page_table;       // [sequences, table_width]
@@ -23,7 +48,7 @@ struct Params {
     float* lse;                  // [tokens, kv_heads * group], natural logarithm, or null
     const float* sink_logits;    // [kv_heads * group], or null
     float* partial;
-    float2* partial_ml;
+    PartSum* partial_ml;
     u32* counters;
     u32 kv_heads, group, page_size, table_width;
     u32 causal;       // a query sees no position after its own
@@ -32,6 +57,9 @@ struct Params {
     float out_scale;  // what every stored V scale lacks
     float softcap;    // 0: none
     float scale;      // softmax scale
+    float key_length; // about the length of a key's row under a scale of 1, as `q_scale` has it
+    u32 pad;
+    Near near[2];
 };
 
 constexpr float LOG2E = 1.4426950408889634f;

@@ -39,20 +39,20 @@ DEVICE float row_bias(const Params& p, const Item& it, u64 row, int lane) {
 }
 
 // Softmax denominators to outputs: one warp a row of `acc` (sums under the maximum `m`, in powers of two; weight `l`).
-DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, float m, float l, int lane) {
+DEVICE void finish_row(const Params& p, const Item& it, u32 row, const float* acc, Real m, float l, int lane) {
     typedef WarpShape<V_DIM> S;
     u64 to = query_row(p, it, row);
     float scale = p.out_scale;
     if (p.lse || p.sink_logits) m += row_bias(p, it, to, lane);
     if (p.sink_logits) {
-        float sink = p.sink_logits[it.kv_head * p.group + row % p.group] * LOG2E, top = fmaxf(m, sink);
-        scale *= exp2_approx(m - top);
-        l = l * exp2_approx(m - top) + exp2_approx(sink - top);
+        const Real sink = p.sink_logits[it.kv_head * p.group + row % p.group] * (Real)LOG2E, top = larger(m, sink);
+        scale *= exp2_approx((float)(m - top));
+        l = l * exp2_approx((float)(m - top)) + exp2_approx((float)(sink - top));
         m = top;
     }
     // No weight: nothing was seen. What is not a number stays so.
     scale = l == 0.f ? 0.f : scale / l;
-    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (m + log2_approx(l)) * 0.6931471805599453f;
+    if (p.lse && lane == 0) p.lse[to] = l == 0.f ? -__int_as_float(0x7f800000) : (float)((m + log2_approx(l)) * (Real)0.6931471805599453);
     float x[S::N];
 #pragma unroll
     for (int k = 0; k < S::N; k++) x[k] = acc[S::element(k, lane % S::GROUP)] * scale;

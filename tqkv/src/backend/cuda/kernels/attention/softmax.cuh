@@ -10,7 +10,8 @@ struct Softmax {
     static constexpr float SLACK = 8.f, LARGEST_SCALE = 0x1p15f, SMALLEST_SCALE = 0x1p-8f;
     static constexpr bool WIDE = V::SCALE_BYTES == 4;
     float o[TILES_N][FRAGMENTS][4];  // sums of values
-    RowFloats m, l;                  // running maximum; sum of weights
+    Real m[TILES_N][COLUMNS];        // running maximum
+    RowFloats l;                     // sum of weights
     float v_unit;                    // WIDE: what values' scales are multiplied by, a power of two
 
     DEVICE Softmax() : v_unit(1.f) {
@@ -25,8 +26,9 @@ struct Softmax {
 
     typedef float ValueScales[SUB][V::SPANS][2];
 
-    // Moves the maxima where scores and scales want it. `first`: nothing is summed yet.
-    DEVICE void grow(const Scores& s, ValueScales& v_scale, const RowFloats& unit, bool first) {
+    // Moves the maxima where scores and scales want it. `first`: nothing is summed yet. `large`: scores that f32 may not tell apart.
+    // These become differences to the maxima, as f64 has them.
+    DEVICE void grow(Scores& s, Scores& rests, ValueScales& v_scale, const RowFloats& unit, bool first, bool large) {
         float largest = 0x1p-60f, top[TILES_N][COLUMNS];
 #pragma unroll
         for (int u = 0; u < SUB; u++)
@@ -35,7 +37,7 @@ struct Softmax {
 #pragma unroll
                 for (int half = 0; half < 2; half++) largest = fmaxf(largest, v_scale[u][h][half]);
         const float above = V::SCALE_BYTES ? log2_approx(largest) - SLACK : -SLACK;
-        bool grown = WIDE && largest > LARGEST_SCALE;
+        bool grown = large || (WIDE && largest > LARGEST_SCALE);
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
@@ -43,11 +45,21 @@ struct Softmax {
                 top[n][c] = -__int_as_float(0x7f800000);
 #pragma unroll
                 for (int u = 0; u < SUB; u++) top[n][c] = fmaxf(top[n][c], fmaxf(s[u][n][c], s[u][n][c + COLUMNS]));
-                grown |= top[n][c] * unit[n][c] + above > m[n][c];
+                grown |= top[n][c] * unit[n][c] + above > (float)m[n][c];
             }
         if (unlikely(__any_sync(~0u, grown))) {
             if constexpr (WIDE) narrow(v_scale, largest, first);
-            move(s, v_scale, unit);
+            move(s, rests, v_scale, unit);
+            if (EXACT && large)
+#pragma unroll
+                for (int u = 0; u < SUB; u++)
+#pragma unroll
+                    for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                        for (int e = 0; e < 2 * COLUMNS; e++) {
+                            const Real x = (Real)s[u][n][e] * unit[n][e % COLUMNS] + rests[u][n][e];
+                            s[u][n][e] = 0.f, rests[u][n][e] = (float)(x - m[n][e % COLUMNS]);
+                        }
         }
     }
     // Brings scales near one that f16 does not hold. The maxima follow, as far as they are not so large that they cannot.
@@ -65,21 +77,21 @@ struct Softmax {
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) {
-                    const float before = m[n][c];
+                    const Real before = m[n][c];
                     m[n][c] += log2_approx(change);
-                    const float grown = exp2_approx(before - m[n][c]), kept = grown * change;
+                    const float grown = exp2_approx((float)(before - m[n][c])), kept = grown * change;
                     l[n][c] *= grown;
 #pragma unroll
                     for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= kept, o[n][i][c + 2] *= kept;
                 }
         }
     }
-    DEVICE void move(const Scores& s, const ValueScales& v_scale, const RowFloats& unit) {
+    DEVICE void move(const Scores& s, const Scores& rests, const ValueScales& v_scale, const RowFloats& unit) {
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
-                float x = m[n][c];
+                Real x = m[n][c];
 #pragma unroll
                 for (int u = 0; u < SUB; u++)
 #pragma unroll
@@ -87,11 +99,12 @@ struct Softmax {
                         float scale = 0x1p-60f;
 #pragma unroll
                         for (int h = 0; h < V::SPANS; h++) scale = fmaxf(scale, v_scale[u][h][half]);
-                        x = fmaxf(x, s[u][n][half * COLUMNS + c] * unit[n][c] + fminf(log2_approx(scale), 100.f));
+                        const int e = half * COLUMNS + c;
+                        x = larger(x, (Real)s[u][n][e] * unit[n][c] + (EXACT ? rests[u][n][e] : 0.f) + fminf(log2_approx(scale), 100.f));
                     }
 #pragma unroll
-                for (int k = 4; k < 32; k <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
-                const float shrink = exp2_approx(m[n][c] - x);
+                for (int k = 4; k < 32; k <<= 1) x = larger(x, __shfl_xor_sync(~0u, x, k));
+                const float shrink = exp2_approx((float)(m[n][c] - x));
                 m[n][c] = x, l[n][c] *= shrink;
 #pragma unroll
                 for (int i = 0; i < FRAGMENTS; i++) o[n][i][c] *= shrink, o[n][i][c + 2] *= shrink;
@@ -99,18 +112,23 @@ struct Softmax {
     }
 
     // Of run `u`: its weights, in the order of a fragment.
-    DEVICE void weigh(const Scores& s, int u, const RowFloats& unit, float (&w)[TILES_N][4]) {
+    // `large`: as `grow` has left them.
+    DEVICE void weigh(const Scores& s, const Scores& rests, bool large, int u, const RowFloats& unit, float (&w)[TILES_N][4]) {
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
             for (int e = 0; e < 2 * COLUMNS; e++) {
-                const float x = exp2_approx(s[u][n][e] * unit[n][e % COLUMNS] - m[n][e % COLUMNS]);
+                const Real top = EXACT && large ? 0.f : m[n][e % COLUMNS];
+                const float high = (float)top;
+                const float above = EXACT ? __fmaf_rn(s[u][n][e], unit[n][e % COLUMNS], -high) + (rests[u][n][e] - (float)(top - high))
+                                          : s[u][n][e] * unit[n][e % COLUMNS] - high;
+                const float x = exp2_approx(above);
                 w[n][e * (NARROW + 1)] = x, l[n][e % COLUMNS] += x;
             }
     }
 
     // Sums weights over the lanes, and leaves maxima and sums of this warp's rows to the block.
-    DEVICE void close(float* warp_m, float* warp_l, int g, int t) {
+    DEVICE void close(Real* warp_m, float* warp_l, int g, int t) {
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll

@@ -5,7 +5,8 @@
 
 // A block's sums in shared memory, and what they are made in.
 struct BlockSums : Sums {
-    float *warp_m, *warp_l;   // [WARPS][ROWS]
+    Real* warp_m;             // [WARPS][ROWS]
+    float* warp_l;            // [WARPS][ROWS]
     float* scratch;           // [WARPS][512]
 };
 
@@ -30,12 +31,13 @@ template <typename F> DEVICE void sum_warps(const BlockSums& b, const Softmax& m
                         }
             __syncthreads();
             if (quad + from == 0) meanwhile();
-            float top = -1e30f, factor[WARPS];
+            Real top = -1e30f;
+            float factor[WARPS];
             const int thread = threadIdx.x, row = quad * 4 + (thread & 3);
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) factor[k] = b.warp_m[k * ROWS + row], top = fmaxf(top, factor[k]);
+            for (int k = 0; k < WARPS; k++) top = larger(top, b.warp_m[k * ROWS + row]);
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx(factor[k] - top);
+            for (int k = 0; k < WARPS; k++) factor[k] = exp2_approx((float)(b.warp_m[k * ROWS + row] - top));
             if (from == 0 && thread < 4) {
                 float sum = 0.f;
 #pragma unroll

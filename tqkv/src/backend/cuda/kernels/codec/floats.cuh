@@ -13,6 +13,7 @@ template <typename R, int TYPE, int ALIGN> struct FloatRuns {
         load8<TYPE, ALIGN >= 16>(row, element, run.x);
         return run;
     }
+    static DEVICE float level(const float*, const Run& run, int k) { return run.x[k]; }
     static DEVICE float decode(const float*, const Run& run, int k, float) { return run.x[k]; }
     static DEVICE void store(u8* row, int element, const float* x) { store8<TYPE, ALIGN >= 16>(row, element, x); }
 };

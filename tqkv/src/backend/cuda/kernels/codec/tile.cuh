@@ -86,12 +86,12 @@ template <typename R, int SECTIONS, int SECTION_BITS, int LANE_BITS> struct Lane
 
 // A table of a row's levels in shared memory, looked up by PLACE bits a code, CODES codes at once. It is replicated so that each lane reads a
 // bank of its own: an entry is a line of 128 bytes. An index that is a whole byte (2, 3, 4, 8 bits) becomes its line's place by one byte
-// product (DP2A), which leaves the ALU, the busiest pipe, alone.
-template <typename R, int PLACE_> struct LevelTable {
-    static constexpr int PLACE = PLACE_, LEVELS = R::LEVELS;
+// product (DP2A), which leaves the ALU, the busiest pipe, alone. With PARTS = 2 a table of what rounding to f16 loses follows.
+template <typename R, int PLACE_, int PARTS_> struct LevelTable {
+    static constexpr int PLACE = PLACE_, LEVELS = R::LEVELS, PARTS = PARTS_;
     static constexpr int CODES = R::STORED == 2 ? 4 : R::STORED <= 4 ? 2 : 1;
     static constexpr bool HALVES = R::STORED >= 5 && R::STORED <= 7;  // two tables, for the lower and the upper half of a pair
-    static constexpr int ENTRIES = 1 << (PLACE * CODES + HALVES), BYTES = ENTRIES * 128;
+    static constexpr int ENTRIES = 1 << (PLACE * CODES + HALVES), PART_BYTES = ENTRIES * 128, BYTES = PARTS * PART_BYTES;
 
     // Where a lane's replica lies within a line.
     static DEVICE u32 lane_offset(int lane) { return CODES == 4 ? (lane & 15) * 8 : lane * 4; }
@@ -99,11 +99,13 @@ template <typename R, int PLACE_> struct LevelTable {
     // Fills it from the levels in f16, which `levels` holds in shared memory; a code's bits above are ignored. All threads of the block.
     static DEVICE void build(u8* table, const u16* levels, int thread, int threads) {
         // Eight threads write an entry's 128 bytes.
-        for (int i = thread; i < ENTRIES * 8; i += threads) {
+        for (int i = thread; i < PARTS * ENTRIES * 8; i += threads) {
+            const int entry = i / 8 % ENTRIES;
+            const u16* const of_part = levels + i / (ENTRIES * 8) * 256;
             u32 c[4];
 #pragma unroll
-            for (int k = 0; k < 4; k++) c[k] = levels[k < CODES ? (i >> 3) >> k * PLACE & (LEVELS - 1) : 0];
-            if (HALVES) c[i >> (3 + PLACE) ? 1 : 0] = c[0], c[i >> (3 + PLACE) ? 0 : 1] = 0;
+            for (int k = 0; k < 4; k++) c[k] = of_part[k < CODES ? entry >> k * PLACE & (LEVELS - 1) : 0];
+            if (HALVES) c[entry >> PLACE ? 1 : 0] = c[0], c[entry >> PLACE ? 0 : 1] = 0;
             uint4 v;
             v.x = c[0] | (CODES == 1 && !HALVES ? c[0] : c[1]) << 16;
             v.y = CODES == 4 ? c[2] | c[3] << 16 : v.x;
@@ -113,12 +115,12 @@ template <typename R, int PLACE_> struct LevelTable {
     }
 };
 struct NoTable {
-    static constexpr int LEVELS = 0, BYTES = 0;
+    static constexpr int LEVELS = 0, PARTS = 1, PART_BYTES = 0, BYTES = 0;
     static DEVICE u32 lane_offset(int) { return 0; }
     static DEVICE void build(u8*, const u16*, int, int) {}
 };
 
-// A table's levels on their way from global memory to shared memory, as f16: read early, kept late.
+// A table's levels on their way from global memory to shared memory, as f16, and 256 further what that loses: read early, kept late.
 template <typename TABLE, int THREADS> struct Levels {
     static constexpr int N = (TABLE::LEVELS + THREADS - 1) / THREADS;
     float value[N ? N : 1];
@@ -129,7 +131,11 @@ template <typename TABLE, int THREADS> struct Levels {
     DEVICE void keep(int thread, u16* to) const {
 #pragma unroll
         for (int k = 0; k < N; k++)
-            if (thread + k * THREADS < TABLE::LEVELS) to[thread + k * THREADS] = f16_from_f32(value[k]);
+            if (thread + k * THREADS < TABLE::LEVELS) {
+                const u16 high = f16_from_f32(value[k]);
+                to[thread + k * THREADS] = high;
+                if (TABLE::PARTS > 1) to[256 + thread + k * THREADS] = f16_from_f32(value[k] - f32_from_f16(high));
+            }
     }
 };
 
