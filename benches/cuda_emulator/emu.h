@@ -22,12 +22,12 @@ static inline double2 make_double2(double a, double b) { return {a, b}; }
 
 struct Fiber { void* sp; int warp, lane, done; Dim3 tid; unsigned phase; };
 struct Warp { unsigned arrived, generation, live; int op; struct { uint64_t w[8]; } slot[2][32]; };
-struct Block { unsigned arrived, generation, live; unsigned long progress; Warp warps[32]; Fiber fibers[1024]; int n, current; void* main_sp; void (*kernel)(const void*); const void* params; Dim3 block_idx, grid_dim, block_dim; };
-extern Block emu_block;
+struct EmuBlock { unsigned arrived, generation, live; unsigned long progress; Warp warps[32]; Fiber fibers[1024]; int n, current; void* main_sp; void (*kernel)(const void*); const void* params; Dim3 block_idx, grid_dim, block_dim; };
+extern EmuBlock emu_block;
 extern "C" void emu_switch(void** from, void* to);
 static inline Fiber& me() { return emu_block.fibers[emu_block.current]; }
 static void emu_yield() {
-    Block& b = emu_block;
+    EmuBlock& b = emu_block;
     int from = b.current, to = from;
     do to = to + 1 == b.n ? 0 : to + 1; while (b.fibers[to].done && to != from);
     if (to == 0 || to <= from) { static unsigned long last, idle; if (b.progress == last) { if (++idle > 4) { fprintf(stderr, "emu: deadlock at block %u\n", b.block_idx.x); abort(); } } else last = b.progress, idle = 0; }
@@ -36,7 +36,7 @@ static void emu_yield() {
     emu_switch(&b.fibers[from].sp, b.fibers[to].sp);
 }
 static void warp_barrier(int op) {
-    Block& b = emu_block; Fiber& f = me(); Warp& w = b.warps[f.warp];
+    EmuBlock& b = emu_block; Fiber& f = me(); Warp& w = b.warps[f.warp];
     if (w.arrived && w.op != op) { fprintf(stderr, "emu: lanes of a warp are in different operations: %d %d\n", w.op, op); abort(); }
     w.op = op;
     unsigned g = w.generation;
@@ -45,7 +45,7 @@ static void warp_barrier(int op) {
     while (w.generation == g) emu_yield();
 }
 static inline void __syncthreads() {
-    Block& b = emu_block;
+    EmuBlock& b = emu_block;
     unsigned g = b.generation;
     b.progress++;
     if (++b.arrived >= b.live) { b.arrived = 0, b.generation++; return; }

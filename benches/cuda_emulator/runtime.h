@@ -4,7 +4,7 @@
 #undef gridDim
 #undef blockDim
 #include <sys/mman.h>
-Block emu_block;
+EmuBlock emu_block;
 extern "C" { __attribute__((aligned(256))) unsigned char emu_dynamic[256 << 10]; }
 asm(R"(
 .text
@@ -18,7 +18,7 @@ emu_switch:
     ret
 )");
 static void emu_start() {
-    Block& b = emu_block;
+    EmuBlock& b = emu_block;
     b.kernel(b.params);
     Fiber& f = me();
     f.done = 1, b.live--, b.progress++;
@@ -40,7 +40,7 @@ extern "C" void emu_run(const unsigned* grid, unsigned threads, const void* para
     static char* stacks;
     const size_t STACK = 128 << 10;
     if (!stacks) stacks = (char*)mmap(0, STACK * 1024, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    Block& b = emu_block;
+    EmuBlock& b = emu_block;
     alignas(64) static unsigned char copy[8192];
     memcpy(copy, params, bytes);
     for (unsigned z = 0; z < grid[2]; z++) for (unsigned y = 0; y < grid[1]; y++) for (unsigned x = 0; x < grid[0]; x++) {

@@ -237,7 +237,7 @@ impl Meter {
         let page_size = if contiguous { shape.context.1 } else { PAGE_SIZE };
         let caches = Caches::new(self, shape, codec, page_size, &x)?;
         let batches = caches.batches(&self.device, shape, 1)?;
-        let out = self.device.zeros(self.query_dtype(), &q_shape)?;
+        let out = self.device.zeros(query, &q_shape)?;
         let params = AttentionParams::for_head_dim(shape.head_dim);
         let run = |i: usize, encoder: &mut _| {
             attention(encoder, &q_buffer, &caches.key, &caches.value, &batches[i % batches.len()], &params, &out, None)
@@ -268,7 +268,7 @@ impl Meter {
         let batches = caches.batches(&self.device, &shape, prompt)?;
         let q_shape = [tokens, HEADS, HEAD_DIM];
         let (q, q_buffer) = self.vectors(3, &q_shape, query)?;
-        let out = self.device.zeros(self.query_dtype(), &q_shape)?;
+        let out = self.device.zeros(query, &q_shape)?;
         let params = AttentionParams::for_head_dim(HEAD_DIM);
         let run = |i: usize, encoder: &mut _| {
             let batch = &batches[i % batches.len()];
