@@ -66,9 +66,15 @@ template <bool BF16> static void emu_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, 
     }
     for (int r = 0; r < 2; r++)
         for (int n = 0; n < 2; n++) {
-            double sum = c[2 * r + n];
-            for (int k = 0; k < 16; k++) sum += (double)A[r][k] * B[n][k];
-            c[2 * r + n] = (float)sum;
+            // As tensor cores do it: addends are cut off 24 bits below the first of the largest, and so is the sum.
+            double addend[17] = {c[2 * r + n]}, largest = fabs(addend[0]);
+            for (int k = 0; k < 16; k++) addend[k + 1] = (double)A[r][k] * B[n][k], largest = fmax(largest, fabs(addend[k + 1]));
+            const double unit = largest > 0 && largest < INFINITY ? ldexp(1, ilogb(largest) - 24) : 0;
+            double sum = 0;
+            for (double x : addend) sum += unit > 0 ? trunc(x / unit) * unit : x;
+            float& to = c[2 * r + n];
+            to = (float)sum;
+            if (fabs((double)to) > fabs(sum) && fabs(sum) < INFINITY) to = nextafterf(to, 0.f);
         }
 }
 DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { emu_mma<false>(c, a0, a1, a2, a3, b0, b1); }

@@ -76,6 +76,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
     Queries queries;
     queries.load(p, it, warp, lane);
     for (int s = 0; s < STAGES - 1; s++) fetch.issue(pipe + s * Layout::STAGE);
+    AllNear near(p);
+    near.start(p, it, warp, lane);
     k_levels.keep(thread, levels), v_levels.keep(thread, levels + 512);
     __syncthreads();
     KeyCodec::Table::build(shared_memory + Layout::K_TABLE, levels, thread, THREADS);
@@ -99,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         // Tiles within [last_row.lo, first_row.hi) are seen whole by every row.
         const Bounds first_row = visible(p, it, it.row), last_row = visible(p, it, it.row + it.rows - 1);
         Softmax sums;
-        add_all_near(sums, p, it, q, to_log2, scratch + warp * 512, warp, lane);
+        near.add(sums, p, it, q, to_log2, scratch + warp * 512, lane);
 
 #pragma unroll 1
         for (u32 tile = it.tile_begin + warp; tile < it.tile_end; tile += WARPS) {
@@ -144,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
                 finish_row(p, it, it.row + r, block.acc + r * Layout::ACC_ROW, block_m[r], block_l[r], lane);
         if (it.next == 0) break;
         it = next;
+        near.start(p, it, warp, lane);
     }
     copy_wait<0>();
 }

@@ -12,19 +12,30 @@ static_assert(K::D == V::D && TILES_N == 1 && K::D <= 256, "what the host asks f
 constexpr int NEAR_FIT = 448 / K::D, NEAR_LANES = 32 / NearRow::GROUP, NEAR_ROOM = NEAR_FIT >= 4 ? 4 : NEAR_FIT >= 2 ? 2 : 1;
 constexpr int NEAR_ROWS = NEAR_LANES < NEAR_ROOM ? NEAR_LANES : NEAR_ROOM, NEAR_VALUES = 64;
 
-template <typename R> DEVICE void decode_near(const Side& s, u64 row, float factor, float (&x)[NearRow::N], int lane) {
+// What is stored of a lane's share of a row: asked for, and decoded when it has come.
+template <typename R> struct NearShare {
     typedef Codec<R, (R::BYTES & -R::BYTES) < 16 ? (R::BYTES & -R::BYTES) : 16> Runs;
-    typename Runs::Run runs[NearRow::N / 8];
+    static constexpr int N = NearRow::N / 8;
+    typename Runs::Run runs[N];
+    u32 scales[N];
+
+    DEVICE void load(const Side& s, u64 row, int lane) {
 #pragma unroll
-    for (int r = 0; r < NearRow::N / 8; r++) runs[r] = Runs::load(s.codes + row * R::BYTES, NearRow::element(r, lane));
-#pragma unroll
-    for (int r = 0; r < NearRow::N / 8; r++) {
-        const float scale = load_factor<R>(s.scales, row * R::SPANS + NearRow::element(r, lane) / R::SPAN, s.unit) * factor;
-#pragma unroll
-        for (int k = 0; k < 8; k++) x[r * 8 + k] = Runs::level(s.levels, runs[r], k) * scale;
+        for (int r = 0; r < N; r++) {
+            const int e = NearRow::element(r, lane);
+            runs[r] = Runs::load(s.codes + row * R::BYTES, e), scales[r] = scale_bits<R>(s.scales, row * R::SPANS + e / R::SPAN);
+        }
     }
-    rotate<NearRow>(x, s.turn, lane);
-}
+    DEVICE void decode(const Side& s, float factor, float (&x)[NearRow::N], int lane) const {
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            const float scale = factor_of<R>(scale_of<R>(scales[r]), s.unit) * factor;
+#pragma unroll
+            for (int k = 0; k < 8; k++) x[r * 8 + k] = Runs::level(s.levels, runs[r], k) * scale;
+        }
+        rotate<NearRow>(x, s.turn, lane);
+    }
+};
 
 DEVICE Bounds visible(const Params& p, const Near& near, const Span& span, u32 row) {
     const int position = (int)(span.len - span.new_ + row / p.group);
@@ -86,45 +97,84 @@ DEVICE void sum_near(Softmax& sums, const Real* scores, const float* values, int
     }
 }
 
-// `scratch`: 512 floats of the warp's own.
-template <typename KR, typename VR>
-DEVICE void add_near(Softmax& sums, const Params& p, const Near& near, const Item& it, const QueryRows& q, float to_log2, float* scratch, int warp, int lane) {
-    const Span span = near.spans[it.sequence];
-    const int lo = visible(p, near, span, it.row).lo, hi = visible(p, near, span, it.row + it.rows - 1).hi;
-    const u64 count = max(hi - lo, 0), part = it.part - it.part_first;
-    const int from = lo + (int)(count * part / it.part_count), to = lo + (int)(count * (part + 1) / it.part_count);
-    const u32* const pages = near.table + (u64)it.sequence * near.width;
-    const int slot = lane / NearRow::GROUP, own = lane % NearRow::GROUP;
-    Real* const scores = (Real*)scratch;
-    float* const values = scratch + NEAR_VALUES;
-#pragma unroll 1
-    for (int base = from + warp * NEAR_ROWS; base < to; base += WARPS * NEAR_ROWS) {
-        const int position = base + slot;
-        const u64 row = locate(pages, min(position, to - 1), Divisor(near.page_size), near.width, p.kv_heads, it.kv_head);
-        float key[NearRow::N], value[NearRow::N];
-        decode_near<KR>(near.key, row, near.key_factor, key, own);
-        decode_near<VR>(near.value, row, near.value_factor, value, own);
-        const bool mine = slot < NEAR_ROWS;
-        score_near(p, near, span, it, q, key, position, position < to, to_log2, scores + slot * 8, own, mine && own == 0);
-        if (mine)
-#pragma unroll
-            for (int k = 0; k < NearRow::N; k++) values[slot * V::D + NearRow::element(k / 8, own) + k % 8] = value[k];
-        __syncwarp();
-        sum_near(sums, scores, values, lane >> 2, lane & 3);
-        __syncwarp();
+// A warp's rows of an item. Of the first rows at once all is asked for before it is wanted. BACKWARDS: the last warp has the first of them, so that few
+// rows of two kinds are not one warp's.
+template <typename KR, typename VR, bool BACKWARDS> struct NearRows {
+    static constexpr int STEP = WARPS * NEAR_ROWS;
+    const Near& near;
+    NearShare<KR> key;
+    NearShare<VR> value;
+    Span span;
+    int base, to;
+
+    DEVICE NearRows(const Near& near) : near(near) {}
+    DEVICE void load(const Params& p, const Item& it, int from, int lane) {
+        const int position = min(from + lane / NearRow::GROUP, to - 1);
+        const u64 row = locate(near.table + (u64)it.sequence * near.width, position, Divisor(near.page_size), near.width, p.kv_heads, it.kv_head);
+        key.load(near.key, row, lane % NearRow::GROUP), value.load(near.value, row, lane % NearRow::GROUP);
     }
-}
+    DEVICE void start(const Params& p, const Item& it, int warp, int lane) {
+        span = near.spans[it.sequence];
+        const int lo = visible(p, near, span, it.row).lo, hi = visible(p, near, span, it.row + it.rows - 1).hi;
+        const u64 count = max(hi - lo, 0), part = it.part - it.part_first;
+        base = lo + (int)(count * part / it.part_count) + (BACKWARDS ? WARPS - 1 - warp : warp) * NEAR_ROWS;
+        to = lo + (int)(count * (part + 1) / it.part_count);
+        if (base < to) load(p, it, base, lane);
+    }
+    // `scratch`: 512 floats of the warp's own.
+    DEVICE void add(Softmax& sums, const Params& p, const Item& it, const QueryRows& q, float to_log2, float* scratch, int lane) {
+        const int slot = lane / NearRow::GROUP, own = lane % NearRow::GROUP;
+        Real* const scores = (Real*)scratch;
+        float* const values = scratch + NEAR_VALUES;
+        const bool mine = slot < NEAR_ROWS;
+#pragma unroll 1
+        for (; base < to; base += STEP) {
+            const int position = base + slot;
+            float k[NearRow::N], v[NearRow::N];
+            key.decode(near.key, near.key_factor, k, own), value.decode(near.value, near.value_factor, v, own);
+            if (base + STEP < to) load(p, it, base + STEP, lane);
+            score_near(p, near, span, it, q, k, position, position < to, to_log2, scores + slot * 8, own, mine && own == 0);
+            if (mine)
+#pragma unroll
+                for (int i = 0; i < NearRow::N; i++) values[slot * V::D + NearRow::element(i / 8, own) + i % 8] = v[i];
+            __syncwarp();
+            sum_near(sums, scores, values, lane >> 2, lane & 3);
+            __syncwarp();
+        }
+    }
+};
 #endif
 
-DEVICE void add_all_near(Softmax& sums, const Params& p, const Item& it, const QueryRows& q, float to_log2, float* scratch, int warp, int lane) {
+// All that there are.
+struct AllNear {
 #if NEARS > 0
-    typedef Row<K_DIM, A_K_BITS, A_K_PACKING, A_K_SCALING> AK;
-    typedef Row<V_DIM, A_V_BITS, A_V_PACKING, A_V_SCALING> AV;
-    add_near<AK, AV>(sums, p, p.near[0], it, q, to_log2, scratch, warp, lane);
+    NearRows<Row<K_DIM, A_K_BITS, A_K_PACKING, A_K_SCALING>, Row<V_DIM, A_V_BITS, A_V_PACKING, A_V_SCALING>, false> a;
 #endif
 #if NEARS > 1
-    typedef Row<K_DIM, B_K_BITS, B_K_PACKING, B_K_SCALING> BK;
-    typedef Row<V_DIM, B_V_BITS, B_V_PACKING, B_V_SCALING> BV;
-    add_near<BK, BV>(sums, p, p.near[1], it, q, to_log2, scratch, warp, lane);
+    NearRows<Row<K_DIM, B_K_BITS, B_K_PACKING, B_K_SCALING>, Row<V_DIM, B_V_BITS, B_V_PACKING, B_V_SCALING>, true> b;
 #endif
-}
+    DEVICE AllNear(const Params& p)
+#if NEARS > 1
+        : a(p.near[0]), b(p.near[1])
+#elif NEARS > 0
+        : a(p.near[0])
+#endif
+    {
+    }
+    DEVICE void start(const Params& p, const Item& it, int warp, int lane) {
+#if NEARS > 0
+        a.start(p, it, warp, lane);
+#endif
+#if NEARS > 1
+        b.start(p, it, warp, lane);
+#endif
+    }
+    DEVICE void add(Softmax& sums, const Params& p, const Item& it, const QueryRows& q, float to_log2, float* scratch, int lane) {
+#if NEARS > 0
+        a.add(sums, p, it, q, to_log2, scratch, lane);
+#endif
+#if NEARS > 1
+        b.add(sums, p, it, q, to_log2, scratch, lane);
+#endif
+    }
+};

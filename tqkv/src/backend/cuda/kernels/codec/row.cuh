@@ -32,16 +32,21 @@ struct Side {
     const float* channels;  // of keys in the original domain, [3, kv_heads, head_dim]: shift, 1 / scale, scale; or null
 };
 
-// A stored scale as it is; 1 if there is none.
-template <typename R> DEVICE float load_scale(const u8* scales, u64 i) {
-    if (R::SCALING == SCALE_NONE) return 1.f;
-    return R::SCALE_BYTES == 2 ? f32_from_f16(((const u16*)scales)[i]) : ((const float*)scales)[i];
+// A stored scale's bits, and the number that they are; 1 if there is none.
+template <typename R> DEVICE u32 scale_bits(const u8* scales, u64 i) {
+    if (R::SCALING == SCALE_NONE) return 0;
+    return R::SCALE_BYTES == 2 ? ((const u16*)scales)[i] : ((const u32*)scales)[i];
 }
+template <typename R> DEVICE float scale_of(u32 bits) {
+    if (R::SCALING == SCALE_NONE) return 1.f;
+    return R::SCALE_BYTES == 2 ? f32_from_f16((u16)bits) : __uint_as_float(bits);
+}
+template <typename R> DEVICE float load_scale(const u8* scales, u64 i) { return scale_of<R>(scale_bits<R>(scales, i)); }
 // What levels are multiplied by.
-template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) {
-    const float scale = load_scale<R>(scales, i);
+template <typename R> DEVICE float factor_of(float scale, float unit) {
     return R::SCALING == SCALE_NORM ? __fmul_rn(scale, unit) : R::SCALING == SCALE_BLOCK_RMS ? __fdiv_rn(scale, unit) : scale;
 }
+template <typename R> DEVICE float load_factor(const u8* scales, u64 i, float unit) { return factor_of<R>(load_scale<R>(scales, i), unit); }
 
 // Where positions are: problem::SpanInfo, and page tables [sequences, width].
 struct Span {
