@@ -169,7 +169,8 @@ pub fn attention_of_prompts(device: &Device) {
         cases.push(Case { softcap: Some(2.0), ..base.clone() });
         cases.push(Case { softcap: Some(20.0), sinks: true, window: Some(300), ..base.clone() });
         cases.push(Case { domain: Domain::Rotated, q: DType::BF16, ..base.clone() });
-        cases.push(Case { octaves: 15, out: DType::F32, ..base.clone() });
+        // CUDA's tiles of 128 positions keep all bits of values over 2^20: docs/accuracy.md.
+        cases.push(Case { octaves: 9, out: DType::F32, ..base.clone() });
         cases.push(Case { ring: Some((1000, 5000, 5900, 800)), kv_heads: 3, ..base.clone() });
     }
     let cuda = device.info().kind == DeviceKind::Cuda;

@@ -52,6 +52,9 @@ pub struct Bench {
     /// Tokens before those of prefill, separated by commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [0])]
     history: Vec<usize>,
+    /// Sequences of prefill, each of which has its prompt and its history
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    sequences: usize,
     /// Type of the queries of attention and prefill [default: f16 on CUDA, else f32]. f16 allows half precision, which is faster on
     /// CUDA and on a processor with AVX-512
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_enum)]
@@ -108,6 +111,7 @@ impl Bench {
         ensure!(positions > 0, "--positions is 0, expected at least 1");
         let given = !self.shape.is_empty();
         ensure!(!self.prompt.contains(&0), "--prompt is 0, expected at least 1");
+        ensure!(self.sequences > 0, "--sequences is 0, expected at least 1");
         let shapes = match self.shape {
             _ if self.models => model_shapes(gpu),
             shapes if shapes.is_empty() => default_shapes(&device, gpu),
@@ -153,7 +157,7 @@ impl Bench {
                     for (&prompt, &history) in self.prompt.iter().flat_map(|n| self.history.iter().map(move |h| (n, h)))
                     {
                         for (&codec, &query) in pairs.iter().flat_map(|codec| queries.iter().map(move |q| (codec, q))) {
-                            meter.prefill(codec, (prompt, history), query)?;
+                            meter.prefill(codec, (self.sequences, prompt, history), query)?;
                         }
                     }
                     if meter.device.info().kind == DeviceKind::Cpu && self.prompt.contains(&operations::PREFILL) {

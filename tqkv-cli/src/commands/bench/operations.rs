@@ -251,15 +251,22 @@ impl Meter {
         self.report(Measurement { op: "attention", shape, codec, timing, bytes, limit, error, tolerance, products })
     }
 
-    /// New tokens behind a history, with a causal mask.
-    pub fn prefill(&self, codec: CodecPair, (prompt, history): (usize, usize), query: DType) -> Result<()> {
-        let shape = prefill_shape(prompt, history)?;
-        let (_, x) = self.vectors(1, &[prompt, KV_HEADS, HEAD_DIM], self.input_dtype())?;
+    /// New tokens of each of some sequences behind a history, with a causal mask.
+    pub fn prefill(
+        &self,
+        codec: CodecPair,
+        (sequences, prompt, history): (usize, usize, usize),
+        query: DType,
+    ) -> Result<()> {
+        let shape = prefill_shape(sequences, prompt, history)?;
+        let tokens = sequences.checked_mul(prompt).context("--sequences and --prompt together are too many")?;
+        let (_, x) = self.vectors(1, &[tokens, KV_HEADS, HEAD_DIM], self.input_dtype())?;
         let (_, fill) = self.vectors(1, &[FILL, KV_HEADS, HEAD_DIM], DType::F32)?;
-        let page_size = if self.kind() == DeviceKind::Cpu { shape.context.1 } else { PAGE_SIZE };
+        let contiguous = self.kind() == DeviceKind::Cpu && sequences == 1;
+        let page_size = if contiguous { shape.context.1 } else { PAGE_SIZE };
         let caches = Caches::new(self, &shape, codec, page_size, &fill)?;
         let batches = caches.batches(&self.device, &shape, prompt)?;
-        let q_shape = [prompt, HEADS, HEAD_DIM];
+        let q_shape = [tokens, HEADS, HEAD_DIM];
         let (q, q_buffer) = self.vectors(3, &q_shape, query)?;
         let out = self.device.zeros(query, &q_shape)?;
         let params = AttentionParams::for_head_dim(HEAD_DIM);
@@ -284,7 +291,7 @@ impl Meter {
         if self.device.info().threads != Some(std::thread::available_parallelism()?.get()) {
             return Ok(());
         }
-        let shape = prefill_shape(PREFILL, 0)?;
+        let shape = prefill_shape(1, PREFILL, 0)?;
         let cpu = &candle_core::Device::Cpu;
         let tensor = |seed, heads| -> Result<Tensor> {
             let x = gaussian(seed, PREFILL * heads * HEAD_DIM);
@@ -325,9 +332,9 @@ pub(super) fn attention_tolerance(query: DType) -> f64 {
     if query == DType::F32 { F32_TOLERANCE } else { HALF_TOLERANCE }
 }
 
-fn prefill_shape(prompt: usize, history: usize) -> Result<Shape> {
+fn prefill_shape(sequences: usize, prompt: usize, history: usize) -> Result<Shape> {
     let context = prompt.checked_add(history).context("--prompt and --history together are too long")?;
-    format!("1x{HEADS}/{KV_HEADS}x{HEAD_DIM}x{context}").parse()
+    format!("{sequences}x{HEADS}/{KV_HEADS}x{HEAD_DIM}x{context}").parse()
 }
 
 /// Positions x heads x head_dim.

@@ -2,8 +2,8 @@
 // PACKING, SCALING; K_ and V_ALIGN (bytes that codes are aligned to); TILE (positions of a tile).
 //
 // A tile of one KV head is `TILE` positions from a multiple of it on: a matrix of keys and one of values, [TILE, D], zero where nothing is
-// stored. Rows stay in the rotated domain. So that f16 holds them whatever their scales are, those of a tile are divided by the largest
-// one, rounded down to a power of two; `units` has what keys want as a factor, and the binary logarithm of what values want.
+// stored. Rows stay in the rotated domain. So that f16 holds them whatever their scales are, those of a tile are brought to 2^10 by a power of two,
+// of the largest: rows down to 2^-20 of it keep all bits. `units` has what keys want as a factor, and the binary logarithm of what values want.
 // (Levels with their scales beside them would spare keys a rounding; their product with every score costs a ninth of the time.)
 #include "codec/codec.cuh"
 #include "hopper.cuh"
@@ -47,7 +47,7 @@ template <typename R> DEVICE float tile_unit(const Side& side, const u32* rows, 
         const u32 row = rows[i / R::SPANS];
         if (row != ~0u) largest = fmaxf(largest, fabsf(load_factor<R>(side.scales, (u64)row * R::SPANS + i % R::SPANS, side.unit)));
     }
-    return inverse_power(inverse_power(fminf(fmaxf(block_max(largest, scratch), 0x1p-60f), 0x1p126f)));
+    return inverse_power(inverse_power(fminf(fmaxf(block_max(largest, scratch), 0x1p-60f), 0x1p126f))) * 0x1p-10f;
 }
 
 // Rows [from, from + PART) of one side of a tile; gives what they were divided by.

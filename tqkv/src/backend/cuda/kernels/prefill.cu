@@ -228,6 +228,33 @@ DEVICE void sum_many_parts(const Params& p, const Item& it, const Sums& b) {
     Consumers::wait();
 }
 
+// Sums to outputs, by way of shared memory: of a warp's rows, from `mine` on.
+DEVICE void write_outputs(const Params& p, const Item& it, const Softmax& softmax, const float (&o)[V_DIM / 2], int mine, int lane) {
+    float* const acc = (float*)(shared_memory + Layout::ACC);
+    float *const row_m = (float*)(shared_memory + Layout::FLOATS) + 2 * ROWS, *const row_l = row_m + ROWS;
+    const int g = lane >> 2, t = lane & 3;
+    Consumers::wait();  // nobody reads tiles any more
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = mine + g + half * 8;
+        float l = softmax.l[half];
+        l += __shfl_xor_sync(~0u, l, 1), l += __shfl_xor_sync(~0u, l, 2);
+        if (t == 0) row_m[row] = softmax.m[half], row_l[row] = l;
+        // Of a row that saw nothing no sum stays: zero times a value that is not a number is none either.
+#pragma unroll
+        for (int i = 0; i < V_DIM / 8; i++)
+            *(float2*)(acc + row * Layout::ACC_ROW + i * 8 + 2 * t) = l == 0.f ? make_float2(0.f, 0.f) : make_float2(o[4 * i + 2 * half], o[4 * i + 2 * half + 1]);
+    }
+    const Sums sums = {acc, row_m, row_l, (u32*)(shared_memory + Layout::LAST)};
+    if (it.part_count > 1) {
+        Consumers::wait();
+        if (!leave_part<Consumers>(p, it, sums)) return;
+        sum_many_parts(p, it, sums);
+    }
+    __syncwarp();
+    for (int r = mine; r < min(mine + 16, (int)it.rows); r++) finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, row_m[r], row_l[r], lane);
+}
+
 // A warpgroup's 64 rows.
 DEVICE void attend(const Prefill& f, const Item& it, int group, int warp, int lane) {
     const Params& p = f.p;
@@ -318,28 +345,7 @@ DEVICE void attend(const Prefill& f, const Item& it, int group, int warp, int la
         if (group == 0) turn();
     }
 
-    float* const acc = (float*)(shared_memory + Layout::ACC);
-    float *const row_m = biases + ROWS, *const row_l = row_m + ROWS;
-    Consumers::wait();  // nobody reads tiles any more
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = mine + g + half * 8;
-        float l = softmax.l[half];
-        l += __shfl_xor_sync(~0u, l, 1), l += __shfl_xor_sync(~0u, l, 2);
-        if (t == 0) row_m[row] = softmax.m[half], row_l[row] = l;
-        // Of a row that saw nothing no sum stays: zero times a value that is not a number is none either.
-#pragma unroll
-        for (int i = 0; i < V_DIM / 8; i++)
-            *(float2*)(acc + row * Layout::ACC_ROW + i * 8 + 2 * t) = l == 0.f ? make_float2(0.f, 0.f) : make_float2(o[4 * i + 2 * half], o[4 * i + 2 * half + 1]);
-    }
-    const Sums sums = {acc, row_m, row_l, (u32*)(shared_memory + Layout::LAST)};
-    if (it.part_count > 1) {
-        Consumers::wait();
-        if (!leave_part<Consumers>(p, it, sums)) return;
-        sum_many_parts(p, it, sums);
-    }
-    __syncwarp();
-    for (int r = mine; r < min(mine + 16, (int)it.rows); r++) finish_row(p, it, it.row + r, acc + r * Layout::ACC_ROW, row_m[r], row_l[r], lane);
+    write_outputs(p, it, softmax, o, mine, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(const __grid_constant__ Prefill f) {
