@@ -169,6 +169,27 @@ fn large_scores_and_scales_give_the_value() {
     });
 }
 
+/// Many values that cancel: what is lost of each the same way would be most of the sum.
+#[test]
+fn many_values_cancel() {
+    on_both(|device| {
+        let (d, n, heads) = (64, 20_000, 4);
+        for codec in [Codec::tq(4), Codec::tq(3), Codec::F16] {
+            let mut rng = Rng(21);
+            let mut vectors = |n: usize| rng.normals(n * d);
+            check(
+                device,
+                RowFormat::new(codec, d).unwrap(),
+                &vectors(heads),
+                DType::F32,
+                &vectors(n),
+                &vectors(n),
+                None,
+            );
+        }
+    });
+}
+
 /// Caps far below scores, and far above them.
 #[test]
 fn softcaps_of_any_size() {
