@@ -79,6 +79,7 @@ pub(crate) struct Attention {
 }
 
 /// Positions of the same sequences in other pools, and which of them the same queries see.
+#[allow(dead_code)] // Not every backend fuses.
 pub(crate) struct Near {
     pub key: PagePool,
     pub value: PagePool,
