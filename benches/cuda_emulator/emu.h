@@ -22,7 +22,7 @@ static inline double2 make_double2(double a, double b) { return {a, b}; }
 
 struct Fiber { void* sp; int warp, lane, done; Dim3 tid; unsigned phase; };
 struct Warp { unsigned arrived, generation, live; int op; struct { uint64_t w[8]; } slot[2][32]; };
-struct EmuBlock { unsigned arrived, generation, live; unsigned long progress; Warp warps[32]; Fiber fibers[1024]; int n, current; void* main_sp; void (*kernel)(const void*); const void* params; Dim3 block_idx, grid_dim, block_dim; };
+struct EmuBlock { unsigned arrived, generation, live; unsigned long progress; Warp warps[32]; struct { unsigned arrived, generation; } named[16]; Fiber fibers[1024]; int n, current; void* main_sp; void (*kernel)(const void*); const void* params; Dim3 block_idx, grid_dim, block_dim; };
 extern EmuBlock emu_block;
 extern "C" void emu_switch(void** from, void* to);
 static inline Fiber& me() { return emu_block.fibers[emu_block.current]; }

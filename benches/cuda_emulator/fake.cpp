@@ -151,7 +151,7 @@ API R nvrtcCompileProgram(void* pp, int n, const char* const* opts) {
     std::string dir = getenv("EMU_DIR") ? getenv("EMU_DIR") : ".", flags, all = p.text;
     for (int i = 0; i < n; i++) if (!strncmp(opts[i], "-D", 2)) flags += std::string(" '") + opts[i] + "'";
     for (auto& h : p.headers) all += h.first + h.second;
-    for (const char* f : {"emu.h", "ptx.cuh", "runtime.h"}) { std::ifstream in(dir + "/" + f); std::stringstream ss; ss << in.rdbuf(); all += ss.str(); }
+    for (const char* f : {"emu.h", "ptx.cuh", "hopper.cuh", "runtime.h"}) { std::ifstream in(dir + "/" + f); std::stringstream ss; ss << in.rdbuf(); all += ss.str(); }
     uint64_t h1 = 1469598103934665603ull, h2 = 7;
     for (unsigned char c : all + flags) h1 = (h1 ^ c) * 1099511628211ull, h2 = h2 * 6364136223846793005ull + c + 1;
     char key[40]; snprintf(key, 40, "%016lx%016lx", h1, h2);
@@ -163,7 +163,7 @@ API R nvrtcCompileProgram(void* pp, int n, const char* const* opts) {
     for (auto& h : p.headers) {
         std::string path = work + "/" + h.first;
         for (size_t i = work.size() + 1; (i = path.find('/', i)) != std::string::npos; i++) mkdir(path.substr(0, i).c_str(), 0777);
-        if (h.first == "ptx.cuh") std::ofstream(path) << std::ifstream(dir + "/ptx.cuh").rdbuf();
+        if (h.first == "ptx.cuh" || h.first == "hopper.cuh") std::ofstream(path) << std::ifstream(dir + "/" + h.first).rdbuf();
         else std::ofstream(path) << fixed(h.second);
     }
     std::smatch m;

@@ -51,6 +51,15 @@ template <int TO, int FROM> DEVICE void copy_async16_at(u32 to, const void* from
 DEVICE void copy_commit() {}
 template <int N> DEVICE void copy_wait() {}
 DEVICE u32 atomic_add_acq_rel(u32* p, u32 x) { return atomicAdd(p, x); }
+// A sum of products as tensor cores do it: addends are cut off 24 bits below the first of the largest, and so is the sum.
+static float emu_sum(float c, const float (&a)[16], const float (&b)[16]) {
+    double addend[17] = {c}, largest = fabs(addend[0]), sum = 0;
+    for (int k = 0; k < 16; k++) addend[k + 1] = (double)a[k] * b[k], largest = fmax(largest, fabs(addend[k + 1]));
+    const double unit = largest > 0 && largest < INFINITY ? ldexp(1, ilogb(largest) - 24) : 0;
+    for (double x : addend) sum += unit > 0 ? trunc(x / unit) * unit : x;
+    const float rounded = (float)sum;
+    return fabs((double)rounded) > fabs(sum) && fabs(sum) < INFINITY ? nextafterf(rounded, 0.f) : rounded;
+}
 struct EmuAB { u32 a[4], b[2]; };
 template <bool BF16> static void emu_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     Exchange<EmuAB> e({{a0, a1, a2, a3}, {b0, b1}}, 6);
@@ -66,15 +75,7 @@ template <bool BF16> static void emu_mma(float (&c)[4], u32 a0, u32 a1, u32 a2, 
     }
     for (int r = 0; r < 2; r++)
         for (int n = 0; n < 2; n++) {
-            // As tensor cores do it: addends are cut off 24 bits below the first of the largest, and so is the sum.
-            double addend[17] = {c[2 * r + n]}, largest = fabs(addend[0]);
-            for (int k = 0; k < 16; k++) addend[k + 1] = (double)A[r][k] * B[n][k], largest = fmax(largest, fabs(addend[k + 1]));
-            const double unit = largest > 0 && largest < INFINITY ? ldexp(1, ilogb(largest) - 24) : 0;
-            double sum = 0;
-            for (double x : addend) sum += unit > 0 ? trunc(x / unit) * unit : x;
-            float& to = c[2 * r + n];
-            to = (float)sum;
-            if (fabs((double)to) > fabs(sum) && fabs(sum) < INFINITY) to = nextafterf(to, 0.f);
+            c[2 * r + n] = emu_sum(c[2 * r + n], A[r], B[n]);
         }
 }
 DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { emu_mma<false>(c, a0, a1, a2, a3, b0, b1); }

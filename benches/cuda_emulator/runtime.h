@@ -5,7 +5,7 @@
 #undef blockDim
 #include <sys/mman.h>
 EmuBlock emu_block;
-extern "C" { __attribute__((aligned(256))) unsigned char emu_dynamic[256 << 10]; }
+extern "C" { __attribute__((aligned(1024))) unsigned char emu_dynamic[256 << 10]; }
 asm(R"(
 .text
 .globl emu_switch
@@ -45,6 +45,7 @@ extern "C" void emu_run(const unsigned* grid, unsigned threads, const void* para
     memcpy(copy, params, bytes);
     for (unsigned z = 0; z < grid[2]; z++) for (unsigned y = 0; y < grid[1]; y++) for (unsigned x = 0; x < grid[0]; x++) {
         memset(emu_dynamic, 0xa5, sizeof emu_dynamic);
+        memset(b.named, 0, sizeof b.named);
         b.arrived = 0, b.live = b.n = threads, b.current = 0;
         b.block_idx = {x, y, z}, b.grid_dim = {grid[0], grid[1], grid[2]}, b.block_dim = {threads, 1, 1};
         b.kernel = [](const void* p) { EMU_CALL };
