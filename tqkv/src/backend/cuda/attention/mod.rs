@@ -37,8 +37,7 @@ pub(super) fn attention(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result
     let limit = gpu.stream.context.limits.shared_memory as usize;
     let Some(shape) = shape::Shape::of(op, gpu.multiprocessors()) else { return on_plain_cores(gpu, op, to) };
     let (sequences, prefill) = prefill::Prefill::of(gpu, op)?;
-    let rows: Vec<_> = shape::query_rows(op).collect();
-    if let Some(query_rows) = sequences.few.iter().map(|&s| rows[s]).max() {
+    if let Some(query_rows) = sequences.few.iter().map(|&s| shape::query_rows(op, s)).max() {
         match variant::Variant::choose(&shape::Shape { query_rows, ..shape }, limit) {
             Some(variant) => launch::tensor(gpu, op, &variant, &sequences, to)?,
             None => return on_plain_cores(gpu, op, to),

@@ -156,7 +156,7 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// None if the tiles of one KV head are too many.
+    /// Empty if the tiles of one KV head are too many.
     fn passes(&self, spans: &[SpanInfo]) -> Vec<Pass> {
         let mut passes = vec![(Pass::default(), vec![])];
         for &sequence in &self.sequences {
@@ -236,6 +236,9 @@ impl Pass {
 /// part that is joined to others being longer by what joining costs (in tiles, fitted to measured times).
 fn pieces(blocks: usize, groups: &[Group]) -> Vec<usize> {
     const JOINING: usize = 5;
+    if groups.len() > blocks {
+        return vec![1; groups.len()];
+    }
     let longest = groups.iter().map(Group::tiles).max().unwrap_or(0);
     let cut = |most: usize| groups.iter().map(move |g| g.tiles().div_ceil(most.max(1)).max(1));
     let cost = |&most: &usize| if most < longest { most + JOINING + longest.div_ceil(most) / 2 } else { longest };

@@ -24,10 +24,9 @@ pub(in crate::backend::cuda) struct Shape {
     pub short: bool,
 }
 
-/// The query rows that read a KV head, of every sequence.
-pub(super) fn query_rows(op: &Attention) -> impl Iterator<Item = usize> {
-    let group = op.heads / op.key.kv_heads();
-    op.batch.spans().iter().map(move |s| s.new as usize * group)
+/// The query rows of a sequence that read a KV head.
+pub(super) fn query_rows(op: &Attention, sequence: usize) -> usize {
+    op.batch.spans()[sequence].new as usize * (op.heads / op.key.kv_heads())
 }
 
 /// Less than two tiles of 64 positions for each of eight warps.
@@ -73,7 +72,7 @@ impl Shape {
             return None;
         }
         near.iter_mut().zip(&op.near).for_each(|(to, n)| *to = Some([*n.key.row(), *n.value.row()]));
-        let query_rows = query_rows(op).max()?;
+        let query_rows = (0..op.batch.sequences()).map(|s| query_rows(op, s)).max()?;
         let buffers = || [&op.key, &op.value].into_iter().flat_map(PagePool::buffers);
         // Rows of a tile that see other positions than their neighbours get NaN from what only those see: f32 keeps them apart.
         if op.q.dtype() == DType::F32 && query_rows > op.heads / op.key.kv_heads() {
