@@ -5,7 +5,6 @@ Skipped where there is no GPU, unless the variable TQKV_REQUIRE names cuda."""
 import contextlib
 import gc
 import os
-import pathlib
 import threading
 
 import pytest
@@ -13,17 +12,18 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import generation  # noqa: E402
+from generation import PROMPTS, cache  # noqa: E402
 from readme import snippet  # noqa: E402
 
 import tqkv  # noqa: E402
-from tqkv.transformers import TqkvCache, decoding_graph  # noqa: E402
+from tqkv.transformers import decoding_graph  # noqa: E402
 
 if not torch.cuda.is_available():
     assert "cuda" not in os.environ.get("TQKV_REQUIRE", "").split(","), "TQKV_REQUIRE names cuda"
     pytest.skip("torch finds no NVIDIA GPU", allow_module_level=True)
 
 D, KV_HEADS, HEADS, PAGE = 64, 2, 8, 16
-MODEL = pathlib.Path(__file__).parents[2] / "tqkv-cli" / "assets" / "byte-llama-4m"
 #: Cycles of the GPU's clock: some 50 ms.
 LONG = 100_000_000
 
@@ -260,12 +260,6 @@ def test_captured_steps_go_on(device, codec):
             step.captured()
 
 
-PROMPTS = [
-    "The quick brown fox jumps over the lazy dog, and then",
-    "It was",
-    "In the beginning of the year there was a great deal of snow upon the hills, and",
-    "He said to her, he said to her, he said to",
-]
 MODES = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -276,8 +270,7 @@ MODES = {
 
 
 def load(implementation):
-    kwargs = {"dtype": torch.float32, "attn_implementation": implementation}
-    return transformers.AutoModelForCausalLM.from_pretrained(MODEL, **kwargs).eval().to("cuda")
+    return generation.load(implementation).to("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -291,23 +284,11 @@ def model():
 
 
 def padded(texts):
-    rows = [list(t.encode()) for t in texts]
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(r)) + r for r in rows], device="cuda")
-    return tokens, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device="cuda")
+    return tuple(x.to("cuda") for x in generation.padded(texts))
 
 
 def generate(model, texts, cache=None, **kwargs):
-    tokens, mask = padded(texts)
-    kwargs = {"max_new_tokens": 48, "do_sample": False, "pad_token_id": 0} | kwargs
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-    torch.manual_seed(5)
-    return model.generate(tokens, attention_mask=mask, **kwargs)[:, tokens.shape[1] :].tolist()
-
-
-def cache(model, codec="f32", **kwargs):
-    return TqkvCache(model.config, codec, **{"page_size": 8, "capacity": 64} | kwargs)
+    return generation.generate(model, *padded(texts), cache, **{"max_new_tokens": 48} | kwargs)
 
 
 @pytest.mark.parametrize("graph", [False, True])

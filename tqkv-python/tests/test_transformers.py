@@ -8,26 +8,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import generation  # noqa: E402
+from generation import MODEL, PROMPTS, cache, load, padded  # noqa: E402
 from readme import snippet  # noqa: E402
 
 import tqkv  # noqa: E402
 import tqkv.transformers as tt  # noqa: E402
 from tqkv.transformers import TqkvCache  # noqa: E402
 
-MODEL = pathlib.Path(__file__).parents[2] / "tqkv-cli" / "assets" / "byte-llama-4m"
-PROMPTS = [
-    "The quick brown fox jumps over the lazy dog, and then",
-    "It was",
-    "In the beginning of the year there was a great deal of snow upon the hills, and",
-    "He said to her, he said to her, he said to",
-]
 NEW = 32
-
-
-def load(implementation):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.float32, attn_implementation=implementation
-    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +33,8 @@ def ids(text):
     return torch.tensor([list(text.encode())])
 
 
-def padded(texts):
-    rows = [list(t.encode()) for t in texts]
-    width = max(map(len, rows))
-    return (
-        torch.tensor([[0] * (width - len(r)) + r for r in rows]),
-        torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-    )
-
-
-def generate(model, ids, mask=None, cache=None, **kwargs):
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | kwargs
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-    mask = torch.ones_like(ids) if mask is None else mask
-    torch.manual_seed(5)
-    return model.generate(ids, attention_mask=mask, **kwargs)[:, ids.shape[1] :].tolist()
-
-
-def cache(model, codec="f32", **kwargs):
-    return TqkvCache(model.config, codec, **{"page_size": 8, "capacity": 64} | kwargs)
+def generate(model, tokens, mask=None, cache=None, **kwargs):
+    return generation.generate(model, tokens, mask, cache, **{"max_new_tokens": NEW} | kwargs)
 
 
 MODES = {
