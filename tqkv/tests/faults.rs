@@ -250,6 +250,81 @@ fn a_folder_that_takes_no_file_keeps_the_old_one() {
     assert!(matches!(denied, Err(Error::Io { .. })), "{denied:?}");
 }
 
+const FOLDER: &str = "TQKV_TEST_FULL_DISK";
+
+/// Not a test of its own: the process that the next test runs on a disk without room. It says whether there was room.
+#[cfg(target_os = "linux")]
+#[test]
+fn child_saver() {
+    let Some(path) = std::env::var_os(FOLDER).map(std::path::PathBuf::from) else { return };
+    let files = || {
+        let read = |entry: io::Result<std::fs::DirEntry>| std::fs::read(entry.unwrap().path()).unwrap();
+        std::fs::read_dir(path.parent().unwrap()).unwrap().map(read).collect::<Vec<_>>()
+    };
+    let (mut cache, ids) = filled();
+    let (file, usage) = state(&cache, ids);
+    let before = files();
+    let saved = cache.save(&ids, &path, b"m");
+    assert_eq!(cache.usage(), usage);
+    if saved.is_ok() {
+        assert!(files() == [file], "what was saved is not what the cache holds");
+        println!("saved");
+    } else {
+        let full = [io::ErrorKind::StorageFull, io::ErrorKind::FileTooLarge];
+        assert!(matches!(&saved, Err(Error::Io { kind, .. }) if full.contains(kind)), "{saved:?}");
+        assert!(files() == before, "the old file is not what it was, or not alone");
+        println!("refused");
+    }
+    assert!(state(&cache, ids) == (state(&filled().0, ids).0, usage));
+    step(&mut cache, ids[0], &buffers(&Device::cpu(), 3)).unwrap();
+}
+
+/// A disk that is full at every block of a file: by a limit on files, and, where the system lets users mount one, by a disk of
+/// so few pages. The old file stays, alone; the cache can be saved elsewhere.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_keeps_the_old_file() {
+    let (file, dir) = (state(&filled().0, filled().1).0, tempfile::tempdir().unwrap());
+    // Signals of the limit are ignored: `write` says that the file is too large.
+    let limit = r#"trap "" XFSZ; ulimit -f "$BLOCKS"; exec "$0" "$@""#;
+    let mount = r#"mount -t tmpfs -o size="$BLOCKS"k none "${TQKV_TEST_FULL_DISK%/*}" || exit 99
+        echo old > "$TQKV_TEST_FULL_DISK"; exec "$0" "$@""#;
+    let save = |before: &[&str], script: &str, blocks: usize| {
+        std::fs::write(dir.path().join("cache"), "old\n").unwrap();
+        let child = std::process::Command::new(before[0])
+            .args(&before[1..])
+            .args(["sh", "-c", script])
+            .arg(std::env::current_exe().unwrap())
+            .args(["child_saver", "--exact", "--nocapture"])
+            .env(FOLDER, dir.path().join("cache"))
+            .env("BLOCKS", blocks.to_string())
+            .output()
+            .ok()?;
+        let text = String::from_utf8_lossy(&child.stdout).into_owned();
+        // Without users' own mounts.
+        let mounted = before.len() == 1 || text.contains("running 1 test");
+        assert!(child.status.success() || !mounted, "{blocks}: {child:?}");
+        assert!(!mounted || text.contains("saved") != text.contains("refused"), "{blocks}: {text}");
+        mounted.then(|| text.contains("saved"))
+    };
+    // `ulimit` counts 512 bytes, or 1024 in some shells.
+    let (few, enough) = (file.len() / 1024, file.len() / 512 + 1);
+    assert!(few > 4, "{}", file.len());
+    for blocks in (0..few).step_by(3) {
+        assert_eq!(save(&["env"], limit, blocks), Some(false), "{blocks}");
+    }
+    assert_eq!(save(&["env"], limit, enough), Some(true));
+    let own = ["unshare", "--user", "--map-root-user", "--mount"];
+    if save(&own, mount, 1024).is_none() {
+        return eprintln!("no mounts by users here: a disk that is full was not tried");
+    }
+    // One page for the old file.
+    for blocks in (8..file.len() / 1024).step_by(4) {
+        assert_eq!(save(&own, mount, blocks), Some(false), "{blocks}");
+    }
+    assert_eq!(save(&own, mount, 1024), Some(true));
+}
+
 #[test]
 fn a_kernel_that_panics_frees_what_it_held() {
     let device = Device::cpu_with_threads(3).unwrap();
