@@ -279,6 +279,14 @@ pub enum Error {
         /// Their length.
         length: usize,
     },
+    /// Needles that a haystack has no facts for.
+    #[error("{got} needles, expected 1 to {most}")]
+    Needles {
+        /// How many.
+        got: usize,
+        /// How many it can have.
+        most: usize,
+    },
     /// No format of another project has this name.
     #[error("unknown format {got:?}, expected {}", crate::Peer::names().collect::<Vec<_>>().join(", "))]
     UnknownPeer {

@@ -47,7 +47,7 @@ pub use cache::SequenceCache;
 pub use calibration::{Calibration, CalibrationError, Origin, Plan, Search, Tried};
 pub use draft::Draft;
 pub use error::{Error, Result};
-pub use eval::{Fidelity, Found, Needle, Peer, Windows, evaluate, find_needle, first_difference, run_freely};
+pub use eval::{Fidelity, Found, Haystack, Peer, Windows, evaluate, find_needles, first_difference, run_freely};
 pub use fingerprint::fingerprint;
 pub use generate::{GenerateOptions, Generated, Progress, StopReason, generate, generate_with, generate_with_draft};
 pub use models::{Activation, GgufError, Metadata, Model, ModelConfig, Rope, RopeScaling, Weights};

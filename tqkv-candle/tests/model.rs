@@ -9,8 +9,8 @@ use tempfile::tempdir;
 use tqkv::cache::LayerKind;
 use tqkv::{CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Error, GenerateOptions, Model, ModelConfig, Needle, Progress, SequenceCache, StopReason, TextProgress,
-    Vocabulary, Windows, evaluate, find_needle, first_difference, generate, generate_text, generate_with, run_freely,
+    Encoded, Error, GenerateOptions, Haystack, Model, ModelConfig, Progress, SequenceCache, StopReason, TextProgress,
+    Vocabulary, Windows, evaluate, find_needles, first_difference, generate, generate_text, generate_with, run_freely,
 };
 
 fn load(tiny: &TinyModel) -> Model {
@@ -522,42 +522,56 @@ fn free_runs_are_greedy_and_their_first_difference_is_found() {
 }
 
 #[test]
-fn a_needle_is_hidden_where_it_should_be_and_costs_what_the_oracle_says() {
+fn needles_are_hidden_where_they_should_be_and_cost_what_the_oracle_says() {
     let mut tiny = TinyModel::new();
-    tiny.config["max_position_embeddings"] = serde_json::json!(256);
+    tiny.config["max_position_embeddings"] = serde_json::json!(512);
     let model = load(&tiny);
-    let hay: Vec<u32> = b"hay".iter().cycle().take(300).map(|&b| b.into()).collect();
-    let hide = |length, depth| Needle::hide(&Vocabulary::Bytes, &hay, length, depth, 42, Some(0));
-    let text = |needle: &Needle| -> String {
-        needle.tokens()[1..].iter().map(|&t| char::from(u8::try_from(t).unwrap())).collect()
+    let hay: Vec<u32> = b"hay".iter().cycle().take(900).map(|&b| b.into()).collect();
+    let hide = |length, needles, round| Haystack::new(&Vocabulary::Bytes, &hay, length, needles, round, Some(0));
+    let haystack = hide(400, 2, 7).unwrap();
+    let (first, rest) = haystack.tokens().split_first().unwrap();
+    let text: String = rest.iter().map(|&t| char::from(u8::try_from(t).unwrap())).collect();
+    assert_eq!((*first, haystack.tokens().len()), (0, 400));
+    // Another number for each needle and round, of other things.
+    let facts = ["weight of the whale", "population of the island"];
+    let told = |haystack: &Haystack, fact: &str| -> String {
+        let text: String = haystack.tokens()[1..].iter().map(|&t| char::from(u8::try_from(t).unwrap())).collect();
+        let (_, after) = text.split_once(&format!("\nThe {fact} is ")).unwrap();
+        after.split_once(".\n").unwrap().0.to_owned()
     };
-    let told = "\nThe secret number is 42. Remember it: the secret number is 42.\n";
-    let asked = "\nWhat is the secret number? The secret number is 42";
-    for (depth, before) in [(0.0, 0), (0.5, 15), (1.0, 30)] {
-        let needle = hide(1 + 30 + told.len() + asked.len(), depth).unwrap();
-        let hay = "hay".repeat(10);
-        assert_eq!(text(&needle), format!("{}{told}{}{asked}", &hay[..before], &hay[before..]));
-        assert_eq!((needle.tokens()[0], needle.depth), (0, depth));
-    }
-    let needle = hide(200, 0.3).unwrap();
-    let found = find_needle(&model, &mut cache(&model), &needle, 64).unwrap();
-    // " 42": each byte after those before it.
-    let (mut nats, mut likeliest) = (0.0, true);
-    for end in 197..200 {
-        let logits = oracle(&tiny, &needle.tokens()[..end]);
-        let next = logits[needle.tokens()[end] as usize];
-        nats += logits.iter().map(|l| l.exp()).sum::<f64>().ln() - next;
-        likeliest &= logits.iter().all(|&l| l <= next);
-    }
-    assert!((found.nats - nats).abs() < 1e-4, "{found:?} {nats}");
-    assert_eq!(found.found, likeliest);
+    let numbers = facts.map(|fact| told(&haystack, fact));
+    assert!(numbers[0] != numbers[1] && numbers.iter().all(|n| n.len() == 5), "{numbers:?}");
+    assert_ne!(told(&hide(400, 2, 16).unwrap(), facts[0]), numbers[0]);
+    let sentences = [0, 1].map(|i| format!("\nThe {} is {}.\n", facts[i], numbers[i]));
+    let questions = [0, 1].map(|i| format!("\nWhat is the {0}? The {0} is {1}", facts[i], numbers[i]));
+    let length = 399 - sentences.concat().len() - questions.concat().len();
+    let (third, hay) = ((length as f64 / 3.0).round() as usize, "hay".repeat(300));
+    let two_thirds = (length as f64 * 2.0 / 3.0).round() as usize;
+    let [a, b, c] = [&hay[..third], &hay[third..two_thirds], &hay[two_thirds..length]];
+    assert_eq!(text, format!("{a}{}{b}{}{c}{}", sentences[0], sentences[1], questions.concat()));
 
-    assert!(matches!(hide(100, 0.5), Err(Error::WindowLength { got: 100 })));
-    assert!(matches!(hide(1000, 0.5), Err(Error::TextTooShort { got: 300, .. })));
-    let mut small = cache_with(&model, "k4v4");
-    assert!(matches!(
-        find_needle(&model, &mut small, &hide(300, 0.5).unwrap(), 64),
-        Err(Error::ContextOverflow { got: 299, .. })
-    ));
-    assert!(matches!(find_needle(&model, &mut small, &needle, 0), Err(Error::ChunkSize)));
+    // Chunks that end within the answers.
+    let found = find_needles(&model, &mut cache(&model), &haystack, 29).unwrap();
+    let mut end = 400;
+    for (i, found) in found.iter().enumerate().rev() {
+        // Each byte of " 12345" after those before it.
+        let (mut nats, mut likeliest) = (0.0, true);
+        for at in end - 6..end {
+            let logits = oracle(&tiny, &haystack.tokens()[..at]);
+            let next = logits[haystack.tokens()[at] as usize];
+            nats += logits.iter().map(|l| l.exp()).sum::<f64>().ln() - next;
+            likeliest &= logits.iter().all(|&l| l <= next);
+        }
+        assert!((found.nats - nats).abs() < 2e-4, "{found:?} {nats}");
+        assert_eq!((found.found, found.depth), (likeliest, (i + 1) as f64 / 3.0));
+        end -= questions[i].len();
+    }
+
+    assert!(matches!(hide(200, 2, 0), Err(Error::WindowLength { got: 200 })));
+    assert!(matches!(hide(2000, 2, 0), Err(Error::TextTooShort { got: 900, .. })));
+    assert!(matches!(hide(400, 0, 0), Err(Error::Needles { got: 0, most: Haystack::MOST })));
+    assert!(matches!(hide(2000, 10, 0), Err(Error::Needles { got: 10, .. })));
+    let (mut small, long) = (cache_with(&model, "k4v4"), hide(900, 2, 0).unwrap());
+    assert!(matches!(find_needles(&model, &mut small, &long, 64), Err(Error::ContextOverflow { got: 899, .. })));
+    assert!(matches!(find_needles(&model, &mut small, &haystack, 0), Err(Error::ChunkSize)));
 }

@@ -106,13 +106,13 @@ fn eval_compares_codecs() {
 #[test]
 fn eval_looks_for_needles_and_lets_the_model_write() {
     let common =
-        ["eval", "--model", MODEL, "--text", TEXT, "--windows", "2", "--window-tokens", "250", "--codec", "f16,k3v3"];
+        ["eval", "--model", MODEL, "--text", TEXT, "--windows", "2", "--window-tokens", "450", "--codec", "f16,k3v3"];
     let arguments = [&common[..], &["--needle", "--depths", "3", "--free-running", "40"]].concat();
     let rows = json(&[&arguments[..], &["--json"]].concat());
     for row in &rows {
         let depths = row["needles"].as_array().unwrap();
         let at: Vec<_> = depths.iter().map(|depth| depth["depth"].as_f64().unwrap()).collect();
-        assert_eq!(at, [0.0, 0.5, 1.0]);
+        assert_eq!(at, [0.25, 0.5, 0.75]);
         assert!(
             depths
                 .iter()
@@ -130,9 +130,10 @@ fn eval_looks_for_needles_and_lets_the_model_write() {
     let table = stdout(&arguments);
     assert!(["depth", "of 3", "same text as f16", "40 tokens written"].iter().all(|w| table.contains(w)), "{table}");
     let eval = |more: &[&str], words: &[&str]| fails(&[&common[..], more].concat(), words);
-    eval(&["--needle", "--depths", "0"], &["--depths is 0"]);
+    eval(&["--needle", "--depths", "0"], &["--depths is 0, expected 1 to 9"]);
+    eval(&["--needle", "--depths", "10"], &["--depths is 10"]);
     eval(&["--free-running", "0"], &["--free-running is 0"]);
-    eval(&["--free-running", "250"], &["less than the window's 250 tokens"]);
+    eval(&["--free-running", "450"], &["less than the window's 450 tokens"]);
     eval(&["--depths", "2"], &["--needle"]);
     let short = ["eval", "--model", MODEL, "--text", TEXT, "--windows", "1", "--window-tokens", "60", "--needle"];
     fails(&short, &["windows of 60 tokens"]);

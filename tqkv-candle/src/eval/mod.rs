@@ -10,6 +10,6 @@ mod windows;
 
 pub use fidelity::{Fidelity, evaluate};
 pub use free_running::{first_difference, run_freely};
-pub use needle::{Found, Needle, find_needle};
+pub use needle::{Found, Haystack, find_needles};
 pub use peers::Peer;
 pub use windows::Windows;

@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tqkv::{Codec, CodecPair, Device};
 use tqkv_candle::{
-    Encoded, Fidelity, GenerateOptions, Needle, SequenceCache, Windows, evaluate, find_needle, first_difference,
+    Encoded, Fidelity, GenerateOptions, Haystack, SequenceCache, Windows, evaluate, find_needles, first_difference,
     run_freely,
 };
 
-/// Needles at each depth.
-const NEEDLES: [u32; 3] = [52_718, 30_946, 81_063];
+/// Haystacks, each with a needle at every depth.
+const HAYSTACKS: usize = 3;
 
 /// What codecs cost a model's predictions of a text: bits a byte, divergence from the uncompressed cache.
 ///
@@ -42,11 +42,11 @@ pub struct Eval {
     /// Tokens of a window, at most one more than the model's context [default: the context, at most 2048]
     #[arg(long, value_name = "N", visible_alias = "window-tokens")]
     length: Option<usize>,
-    /// Tell a number at several depths of a window, ask for it at the end, and count how often it is the likeliest answer
+    /// Tell numbers at several depths of a window, ask for them at its end, and count how often each is the likeliest answer
     #[arg(long)]
     needle: bool,
-    /// Depths of the needles, from the window's beginning to its end
-    #[arg(long, value_name = "N", default_value_t = 5, requires = "needle")]
+    /// Depths of the needles, at even distances: 9 for every tenth of the window
+    #[arg(long, value_name = "N", default_value_t = 9, requires = "needle")]
     depths: usize,
     /// Let the model write so many of its likeliest tokens after the beginning of each window (256 unless said otherwise), and
     /// look where they first differ from those with f16
@@ -124,7 +124,8 @@ struct Evaluation {
 
 impl Eval {
     pub fn run(self) -> Result<ExitCode> {
-        ensure!(self.depths > 0, "--depths is 0, expected at least 1");
+        let (depths, most) = (self.depths, Haystack::MOST);
+        ensure!((1..=most).contains(&depths), "--depths is {depths}, expected 1 to {most}");
         ensure!(self.free_running != Some(0), "--free-running is 0, expected at least 1");
         let device = Device::open(&self.device)?;
         let text = std::fs::read(&self.text).with_context(|| format!("cannot read {}", self.text.display()))?;
@@ -140,7 +141,7 @@ impl Eval {
         codecs.retain(|&codec| codec != reference);
         ensure!(self.plot.is_none() || !codecs.is_empty(), "--plot has nothing to draw: expected a codec besides f32");
         let evaluation = self.evaluation(language, device, &text)?;
-        let needles = if self.needle { Some(evaluation.needles(self.depths)?) } else { None };
+        let haystacks = if self.needle { Some(evaluation.haystacks(depths)?) } else { None };
         if let Some(tokens) = self.free_running {
             let window = evaluation.windows.length();
             ensure!(tokens < window, "--free-running is {tokens}, expected less than the window's {window} tokens");
@@ -149,7 +150,7 @@ impl Eval {
         codecs.insert(0, reference);
         let mut rows = evaluation.predictions(&codecs)?;
         for (row, &codec) in rows.iter_mut().zip(&codecs) {
-            row.needles = needles.as_ref().map(|needles| evaluation.find(codec, needles)).transpose()?;
+            row.needles = haystacks.as_ref().map(|haystacks| evaluation.find(codec, haystacks)).transpose()?;
         }
         if let Some(tokens) = self.free_running {
             let f16 = evaluation.write(Compared::Cache(CodecPair::both(Codec::F16).into()), tokens)?;
@@ -294,32 +295,29 @@ impl Evaluation {
         })
     }
 
-    /// Needles at each depth, as many as there are numbers.
-    fn needles(&self, depths: usize) -> Result<Vec<Needle>> {
-        let depth = |i: usize| if depths == 1 { 0.5 } else { i as f64 / (depths - 1) as f64 };
-        let hide = |(i, number)| {
-            let (vocabulary, text) = (&self.language.vocabulary, &self.text.tokens);
-            Ok(Needle::hide(vocabulary, text, self.length, depth(i), number, self.start)?)
-        };
-        (0..depths).flat_map(|i| NEEDLES.map(|number| (i, number))).map(hide).collect()
+    fn haystacks(&self, depths: usize) -> Result<Vec<Haystack>> {
+        let (vocabulary, text) = (&self.language.vocabulary, &self.text.tokens);
+        let hide = |round| Ok(Haystack::new(vocabulary, text, self.length, depths, round, self.start)?);
+        (0..HAYSTACKS).map(hide).collect()
     }
 
-    /// How many are found with a codec, by depth.
-    fn find(&self, codec: Compared, needles: &[Needle]) -> Result<Vec<Depth>> {
-        let (mut cache, bar) = (self.cache(codec)?, output::progress("needles", needles.len())?);
-        let depths = needles.chunk_by(|a, b| a.depth == b.depth).map(|needles| {
-            let mut depth = Depth { depth: needles[0].depth, needles: needles.len(), found: 0, nats: 0.0 };
-            for needle in needles {
-                let found = find_needle(&self.language.model, &mut cache, needle, self.chunk)?;
-                depth.found += usize::from(found.found);
-                depth.nats += found.nats / needles.len() as f64;
-                bar.inc(1);
+    /// How many needles are found with a codec, by depth.
+    fn find(&self, codec: Compared, haystacks: &[Haystack]) -> Result<Vec<Depth>> {
+        let (mut cache, bar) = (self.cache(codec)?, output::progress("haystacks", haystacks.len())?);
+        let mut depths: Vec<Depth> = vec![];
+        for haystack in haystacks {
+            for (i, found) in find_needles(&self.language.model, &mut cache, haystack, self.chunk)?.iter().enumerate() {
+                if depths.len() == i {
+                    depths.push(Depth { depth: found.depth, needles: 0, found: 0, nats: 0.0 });
+                }
+                depths[i].needles += 1;
+                depths[i].found += usize::from(found.found);
+                depths[i].nats += found.nats / haystacks.len() as f64;
             }
-            Ok(depth)
-        });
-        let depths = depths.collect();
+            bar.inc(1);
+        }
         bar.finish_and_clear();
-        depths
+        Ok(depths)
     }
 
     /// What the model writes with a codec after the beginning of each window.
