@@ -5,9 +5,9 @@ mod support;
 
 use support::*;
 use tqkv::compute::KernelSource;
-use tqkv::format::RowFormat;
+use tqkv::format::{Encoding, RowFormat};
 use tqkv::ops::*;
-use tqkv::{Buffer, Codec, DType, Device, Error, wgpu};
+use tqkv::{Buffer, CacheConfig, Codec, DType, Device, Error, KvCache, wgpu};
 
 const DOUBLE: &str = "
 @group(0) @binding(0) var<storage, read_write> x: array<f32>;
@@ -20,6 +20,16 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
 /// Runs on wgpu where there is one.
 fn on_wgpu(body: impl FnOnce(&Device)) {
     on("wgpu", body);
+}
+
+#[test]
+fn a_search_for_gains_is_refused() {
+    on_wgpu(|device| {
+        let config = CacheConfig::new(1, 1, 64);
+        assert!(KvCache::new(device, config.clone().encoding(Encoding::Nearest)).is_ok());
+        let refused = KvCache::new(device, config.encoding(Encoding::Search)).err();
+        assert!(matches!(&refused, Some(Error::Unsupported { what, .. }) if what.contains("search")), "{refused:?}");
+    });
 }
 
 #[test]

@@ -83,6 +83,7 @@ impl Chat {
         let device = Device::open(&self.source.device)?;
         interrupt::watch()?;
         let mut language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
+        language.encoding = self.source.encode.into();
         if let Some(template) = template {
             language.vocabulary.set_chat_template(template);
         }

@@ -1,7 +1,7 @@
 //! `tqkv eval`
 
 use crate::codecs::Compared;
-use crate::language::{Center, Language};
+use crate::language::{Center, Encode, Language};
 use crate::{codecs, output, plot};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -36,6 +36,9 @@ pub struct Eval {
     /// Without a calibration: subtract the mean of the keys of the first window, for all codecs but f32
     #[arg(long, value_enum, value_name = "OF", conflicts_with = "calibration")]
     center: Option<Center>,
+    /// How codes are chosen
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    encode: Encode,
     /// Windows of the text [default: as many as it holds, at most 120]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
@@ -133,7 +136,8 @@ impl Eval {
         if let Some(path) = &self.plot {
             output::expect_writable(path)?;
         }
-        let language = Language::load(&self.model, self.calibration.as_deref())?;
+        let mut language = Language::load(&self.model, self.calibration.as_deref())?;
+        language.encoding = self.encode.into();
         let reference = Compared::Cache(CodecPair::both(Codec::F32).into());
         let head_dim = language.model.config().head_dim;
         let usual = || codecs::usual(head_dim).into_iter().map(|codec| Compared::Cache(codec.into())).collect();

@@ -49,6 +49,7 @@ impl Generate {
         let device = Device::open(&self.source.device)?;
         interrupt::watch()?;
         let mut language = Language::load(&self.source.model, self.source.calibration.as_deref())?;
+        language.encoding = self.source.encode.into();
         match &prompts[..] {
             [] => self.one(&mut language, &device, "")?,
             [prompt] => self.one(&mut language, &device, prompt)?,

@@ -2,7 +2,7 @@
 
 use super::extent::{Extent, LayerKind, Recent, Sinks};
 use crate::error::{Error, Result, checked_product, to_u32};
-use crate::format::{Codec, CodecPair, RowFormat};
+use crate::format::{Codec, CodecPair, Encoding, RowFormat};
 use crate::problem::{ChannelMap, check_geometry};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -69,6 +69,7 @@ pub struct CacheConfig {
     heads: Heads,
     heads_at: BTreeMap<usize, Heads>,
     channels_at: BTreeMap<usize, Channels>,
+    encoding: Encoding,
     codec: CodecPair,
     codec_at: BTreeMap<usize, CodecPair>,
     kind_at: BTreeMap<usize, LayerKind>,
@@ -92,6 +93,7 @@ impl CacheConfig {
             heads: Heads::new(kv_heads, head_dim),
             heads_at: BTreeMap::new(),
             channels_at: BTreeMap::new(),
+            encoding: Encoding::default(),
             codec: CodecPair::both(Codec::tq(4)),
             codec_at: BTreeMap::new(),
             kind_at: BTreeMap::new(),
@@ -105,6 +107,19 @@ impl CacheConfig {
             recent_capacity: None,
             sink_sequences: None,
         }
+    }
+
+    /// How codes are chosen when vectors are stored. It is no part of what a cache holds: snapshots and prefixes do not tell.
+    ///
+    /// ```
+    /// use tqkv::{CacheConfig, Device, KvCache, format::Encoding};
+    /// let config = CacheConfig::new(2, 2, 64).encoding(Encoding::Search);
+    /// let cache = KvCache::new(&Device::cpu(), config)?;
+    /// # Ok::<(), tqkv::Error>(())
+    /// ```
+    pub fn encoding(mut self, encoding: Encoding) -> Self {
+        self.encoding = encoding;
+        self
     }
 
     /// The codecs of keys and values.
@@ -252,6 +267,10 @@ impl CacheConfig {
     pub fn layer_heads(&self, layer: usize) -> Heads {
         let layer = if let LayerKind::Shared(source) = self.layer_kind(layer) { source } else { layer };
         self.heads_at.get(&layer).copied().unwrap_or(self.heads)
+    }
+
+    pub(crate) fn encodes(&self) -> Encoding {
+        self.encoding
     }
 
     /// The channels of a layer's keys, if they are shifted and scaled.

@@ -5,7 +5,7 @@ use super::extent::{Extent, LayerKind};
 use super::pages::Pages;
 use crate::compute::{Buffer, CommandEncoder, Device};
 use crate::error::{Error, Result};
-use crate::format::CodecPair;
+use crate::format::{CodecPair, Encoding};
 use crate::ops::{self, Batch, ChannelMap, PagePool};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -135,7 +135,7 @@ impl KvCache {
     /// Takes all memory that the configuration asks for.
     ///
     /// # Errors
-    /// Those of [`CacheConfig::bytes`], and [`Error::OutOfMemory`].
+    /// Those of [`CacheConfig::bytes`], [`Error::OutOfMemory`], and [`Error::Unsupported`] for an encoding that the device lacks.
     pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
         config.bytes()?;
         let (mut layers, mut shapes, mut groups) = (Vec::<Layer>::new(), Vec::<Vec<usize>>::new(), vec![]);
@@ -153,7 +153,7 @@ impl KvCache {
             let mut extents = vec![];
             for (extent, codec) in config.layer_extents(index) {
                 let group = Group::of(extent, &config, &mut groups);
-                let mut pools = Pools::new(device, heads, &groups[group], codec, group)?;
+                let mut pools = Pools::new(device, heads, &groups[group], (codec, config.encodes()), group)?;
                 if let Some(channels) = &channels {
                     pools.key = pools.key.with_channels(channels)?;
                 }
@@ -314,8 +314,15 @@ impl Group {
 }
 
 impl Pools {
-    fn new(device: &Device, heads: Heads, of: &Group, codec: CodecPair, group: usize) -> Result<Self> {
-        let pool = |row| PagePool::new(device, row, heads.kv_heads, of.page_size, of.pages.total());
+    fn new(
+        device: &Device,
+        heads: Heads,
+        of: &Group,
+        (codec, encoding): (CodecPair, Encoding),
+        group: usize,
+    ) -> Result<Self> {
+        let pool =
+            |row| PagePool::new(device, row, heads.kv_heads, of.page_size, of.pages.total())?.with_encoding(encoding);
         let [key, value] = heads.rows(codec)?;
         Ok(Pools { key: pool(key)?, value: pool(value)?, group })
     }

@@ -1,6 +1,6 @@
 //! Rotate and encode, one element at a time: the definition to the last bit (`docs/format.md`) that every backend is held to.
 
-use super::{Codebook, DType, MAX_HEAD_DIM, Packing, RowFormat, Scaling, SignWords, ZERO_NORM};
+use super::{Codebook, DType, Encoding, MAX_HEAD_DIM, Packing, RowFormat, Scaling, SignWords, ZERO_NORM};
 use half::{bf16, f16};
 
 /// Elements that one norm of the seed codec covers at head_dim 512.
@@ -21,12 +21,18 @@ pub struct Coder {
     row: RowFormat,
     signs: SignWords,
     book: Option<&'static Codebook>,
+    encoding: Encoding,
 }
 
 impl Coder {
     /// For rows of this format.
     pub fn new(row: &RowFormat) -> Self {
-        Coder { row: *row, signs: row.signs(), book: row.codebook() }
+        Coder { row: *row, signs: row.signs(), book: row.codebook(), encoding: Encoding::default() }
+    }
+
+    /// With codes chosen so.
+    pub fn with_encoding(self, encoding: Encoding) -> Self {
+        Coder { encoding, ..self }
     }
 
     /// T·S·x in place, for `row_dim` elements.
@@ -95,20 +101,20 @@ impl Coder {
         match self.row.scaling() {
             Scaling::Norm => {
                 let norm = sum_of_squares(v, self.row.block()).sqrt();
-                assign_codes(book, v, root, norm, code);
+                assign_codes(book, v, gain(norm, root), norm, code);
                 store_f32(if norm.is_finite() { norm } else { f32::NAN }, scales);
             }
             Scaling::BlockRms => {
                 for ((v, code), scale) in v.chunks(RMS_BLOCK).zip(code.chunks_mut(RMS_BLOCK)).zip(scales.chunks_mut(4))
                 {
                     let rms = (sum_of_squares(v, RMS_BLOCK) / RMS_BLOCK as f32).sqrt();
-                    assign_codes(book, v, self.row.scale_factor_d512(), rms, code);
+                    assign_codes(book, v, gain(rms, self.row.scale_factor_d512()), rms, code);
                     store_f32(if rms.is_finite() { rms } else { f32::NAN }, scale);
                 }
             }
             Scaling::Corrected => {
                 let norm = sum_of_squares(v, self.row.block()).sqrt();
-                assign_codes(book, v, root, norm, code);
+                assign_codes(book, v, self.best_gain(book, v, gain(norm, root), norm), norm, code);
                 v.iter_mut().zip(code.iter()).for_each(|(v, &c)| *v = book.levels[c as usize]);
                 let scale = norm / sum_of_squares(v, self.row.block()).sqrt();
                 let scale = if norm.is_finite() { f16::from_f32(scale) } else { f16::NAN };
@@ -118,6 +124,33 @@ impl Coder {
         }
         self.row.pack(code, codes);
     }
+
+    /// The gain whose levels' direction is nearest to the vector's, of those that are tried; of equals the first.
+    fn best_gain(&self, book: &Codebook, v: &[f32], usual: f32, norm: f32) -> f32 {
+        let (mut best, mut nearest) = (usual, 0.0);
+        let (mut code, mut levels) = ([0u16; MAX_HEAD_DIM], [0f32; MAX_HEAD_DIM]);
+        let (code, levels) = (&mut code[..v.len()], &mut levels[..v.len()]);
+        for gain in self.encoding.gains().iter().filter(|_| has_gain(norm)).map(|factor| usual * factor) {
+            assign_codes(book, v, gain, norm, code);
+            levels.iter_mut().zip(code.iter()).for_each(|(l, &c)| *l = book.levels[c as usize]);
+            let product = sum_of_products(v, levels, self.row.block()) * usual;
+            let near = product / sum_of_squares(levels, self.row.block()) * product;
+            if near > nearest {
+                (best, nearest) = (gain, near);
+            }
+        }
+        best
+    }
+}
+
+/// What elements are multiplied with: `unit` / `norm`, the reciprocal first.
+fn gain(norm: f32, unit: f32) -> f32 {
+    1.0 / norm * unit
+}
+
+/// Whether a vector of this norm is neither zero nor without a finite one.
+fn has_gain(norm: f32) -> bool {
+    norm.is_finite() && norm > ZERO_NORM
 }
 
 /// Little-endian floats, rounded to nearest even.
@@ -135,25 +168,26 @@ fn store_f32(scale: f32, bytes: &mut [u8]) {
     bytes.copy_from_slice(&scale.to_le_bytes());
 }
 
-/// Codes of `v` scaled by `unit` / `norm`. A zero vector gets the zero code, one that is not finite code 0.
-fn assign_codes(book: &Codebook, v: &[f32], unit: f32, norm: f32, codes: &mut [u16]) {
-    if !norm.is_finite() {
-        return codes.fill(0);
+/// Codes of `v` times `gain`. A zero vector gets the zero code, one that is not finite code 0.
+fn assign_codes(book: &Codebook, v: &[f32], gain: f32, norm: f32, codes: &mut [u16]) {
+    if !has_gain(norm) {
+        return codes.fill(if norm.is_finite() { book.zero_code() } else { 0 });
     }
-    if norm <= ZERO_NORM {
-        return codes.fill(book.zero_code());
-    }
-    let gain = 1.0 / norm * unit;
     codes.iter_mut().zip(v).for_each(|(c, x)| *c = book.code(x * gain));
 }
 
-/// Σ v², summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
-/// folded onto each other.
+/// Σ v²; see [`sum_of_products`].
 fn sum_of_squares(v: &[f32], block: usize) -> f32 {
+    sum_of_products(v, v, block)
+}
+
+/// Σ v·w, summed in a fixed order so that every backend rounds alike: blocks first, one after the other, then halves
+/// folded onto each other.
+fn sum_of_products(v: &[f32], w: &[f32], block: usize) -> f32 {
     let mut sum = [0f32; MAX_HEAD_DIM];
     let sum = &mut sum[..block];
-    for v in v.chunks_exact(block) {
-        sum.iter_mut().zip(v).for_each(|(s, x)| *s += x * x);
+    for (v, w) in v.chunks_exact(block).zip(w.chunks_exact(block)) {
+        sum.iter_mut().zip(v.iter().zip(w)).for_each(|(s, (x, y))| *s += x * y);
     }
     let mut half = block / 2;
     while half > 0 {

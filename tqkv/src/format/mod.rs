@@ -5,6 +5,7 @@
 
 mod codec;
 mod dtype;
+mod encoding;
 pub mod exact;
 mod packing;
 mod row;
@@ -15,6 +16,7 @@ pub(crate) mod tables;
 
 pub use codec::{Codec, CodecPair};
 pub use dtype::{DType, Element};
+pub use encoding::Encoding;
 pub use packing::Packing;
 pub use row::RowFormat;
 pub use scalar::Codebook;

@@ -261,8 +261,12 @@ fn the_transform_is_its_own_inverse_and_keeps_norms() {
 
 /// One position of one head, stored and decoded again.
 fn round_trip(device: &Device, row: &RowFormat, x: &[f32], domain: Domain) -> Vec<f32> {
+    round_trip_with(Encoding::Nearest, device, row, x, domain)
+}
+
+fn round_trip_with(encoding: Encoding, device: &Device, row: &RowFormat, x: &[f32], domain: Domain) -> Vec<f32> {
     let (n, d) = (x.len() / row.head_dim(), row.head_dim());
-    let pool = PagePool::new(device, *row, 1, n, 1).unwrap();
+    let pool = PagePool::new(device, *row, 1, n, 1).unwrap().with_encoding(encoding).unwrap();
     let batch = Batch::contiguous(device, n, 0, n, n).unwrap();
     let x = device.upload(x, &[n, 1, d]).unwrap();
     let out = device.zeros(DType::F32, &[n, 1, d]).unwrap();
@@ -291,6 +295,28 @@ fn decoded_vectors_keep_their_norm() {
                 }
             }
         }
+    }
+}
+
+/// Searched rows keep their norm too, none has a larger error, and the errors of all together are at most these parts of the others.
+#[test]
+fn searched_rows_are_nearer() {
+    let (device, mut rng) = (Device::cpu(), Rng(4));
+    for (bits, d, part) in [(2, 64, 0.99), (3, 64, 0.92), (4, 64, 0.82), (4, 128, 0.88), (5, 128, 0.82), (8, 64, 0.76)]
+    {
+        let row = RowFormat::new(Codec::tq(bits), d).unwrap();
+        let x = rng.normals(400 * d);
+        let [near, searched] = [Encoding::Nearest, Encoding::Search]
+            .map(|encoding| round_trip_with(encoding, &device, &row, &x, Domain::Original));
+        let (mut errors, mut searched_errors) = (0.0, 0.0);
+        for ((x, near), searched) in x.chunks(d).zip(near.chunks(d)).zip(searched.chunks(d)) {
+            assert!((norm(searched) / norm(x) - 1.0).abs() < 4.9e-4, "tq{bits} {d}");
+            let (error, less) = (distance(x, near).powi(2), distance(x, searched).powi(2));
+            // The scale's rounding is an error that the search does not know of.
+            assert!(less < error * 1.01 + 4.9e-4f64.powi(2) * norm(x).powi(2), "tq{bits} {d}: {less} {error}");
+            (errors, searched_errors) = (errors + error, searched_errors + less);
+        }
+        assert!(searched_errors < part * errors, "tq{bits} {d}: {}", searched_errors / errors);
     }
 }
 

@@ -3,9 +3,9 @@
 use super::ChannelMap;
 use super::checks::{bound_twice, expect_apart, expect_shape};
 use super::strides::{Rows, Strides};
-use crate::compute::{Buffer, Device};
+use crate::compute::{Buffer, Device, DeviceKind};
 use crate::error::{Error, Result, checked_product, to_u32};
-use crate::format::{DType, Packing, RowFormat};
+use crate::format::{DType, Encoding, Packing, RowFormat};
 
 /// Pages of compressed vectors: the K or the V of one layer.
 ///
@@ -40,6 +40,7 @@ pub struct PagePool {
     /// Of codes and of scales.
     strides: (Strides, Strides),
     channels: Option<ChannelMap>,
+    encoding: Encoding,
 }
 
 impl PagePool {
@@ -62,7 +63,17 @@ impl PagePool {
     fn dense(row: RowFormat, codes: Buffer, scales: Option<Buffer>) -> Self {
         let [pages, kv_heads, page_size] = std::array::from_fn(|i| codes.shape()[i]);
         let strides = dense(&row, kv_heads, page_size);
-        PagePool { row, kv_heads, page_size, pages, codes, scales, strides, channels: None }
+        PagePool {
+            row,
+            kv_heads,
+            page_size,
+            pages,
+            codes,
+            scales,
+            strides,
+            channels: None,
+            encoding: Encoding::default(),
+        }
     }
 
     /// A pool over memory that is there already, in the shapes above.
@@ -146,6 +157,7 @@ impl PagePool {
             scales: None,
             strides: (codes.1, Strides::default()),
             channels: None,
+            encoding: Encoding::default(),
         };
         match (row.scales_per_row(), scales) {
             (0, None) => {}
@@ -235,6 +247,24 @@ impl PagePool {
     pub fn with_channels(self, map: &ChannelMap) -> Result<Self> {
         map.expect_for(self.codes.device(), self.kv_heads, self.row.head_dim())?;
         Ok(PagePool { channels: Some(map.clone()), ..self })
+    }
+
+    /// The same memory, whose rows' codes are chosen otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for [`Encoding::Search`] on a device that is no CPU.
+    pub fn with_encoding(self, encoding: Encoding) -> Result<Self> {
+        let device = self.codes.device();
+        if encoding != Encoding::Nearest && device.info().kind != DeviceKind::Cpu {
+            let what = "search for gains when it encodes: expected Encoding::Nearest".to_owned();
+            return Err(Error::Unsupported { device: device.to_string(), what });
+        }
+        Ok(PagePool { encoding, ..self })
+    }
+
+    /// How codes of rows that are written are chosen.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
     }
 
     /// The map of its rows' channels, if they have one.

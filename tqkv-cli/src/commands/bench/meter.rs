@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use tqkv::compute::DeviceKind;
+use tqkv::format::{Encoding, RowFormat};
+use tqkv::ops::PagePool;
 use tqkv::{CommandEncoder, DType, Device};
 
 /// On a processor each operation runs for about so long, and at least so often.
@@ -28,6 +30,8 @@ pub struct Meter {
     pub device: Device,
     /// Each run takes the next of several copies of its inputs. So many bytes together do not stay in any cache.
     pub cold_bytes: usize,
+    /// How codes are chosen.
+    pub encoding: Encoding,
     json: bool,
     clock: Option<Clock>,
     /// None until it is measured, with this meter.
@@ -123,7 +127,7 @@ struct Row {
 impl Meter {
     pub fn new(device: Device, cold_bytes: usize, json: bool) -> Result<Self> {
         let clock = Clock::new(&device)?;
-        let mut meter = Meter { device, cold_bytes, json, clock, bandwidth: None };
+        let mut meter = Meter { device, cold_bytes, encoding: Encoding::default(), json, clock, bandwidth: None };
         let bandwidth = Bandwidth::measure(&meter)?;
         meter.bandwidth = Some(bandwidth);
         let Bandwidth { bytes, read, copy } = bandwidth;
@@ -142,6 +146,11 @@ impl Meter {
             })?;
         }
         Ok(meter)
+    }
+
+    /// A pool whose rows' codes are chosen as the meter says.
+    pub fn pool(&self, row: RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Result<PagePool> {
+        Ok(PagePool::new(&self.device, row, kv_heads, page_size, pages)?.with_encoding(self.encoding)?)
     }
 
     /// Times what `record` records, again and again, with the number of the run.

@@ -9,6 +9,7 @@ mod shape;
 mod step;
 
 use crate::codecs;
+use crate::language::Encode;
 use anyhow::{Result, ensure};
 use clap::ValueEnum;
 use meter::Meter;
@@ -62,6 +63,9 @@ pub struct Bench {
     /// MiB of inputs that are used in turn: more than the device's caches hold
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     cold: u16,
+    /// How quantize, append and prefill choose codes
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    encode: Encode,
     /// Layers of a step
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     layers: u16,
@@ -117,7 +121,8 @@ impl Bench {
             shapes if shapes.is_empty() => default_shapes(&device, gpu),
             shapes => shapes,
         };
-        let meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
+        let mut meter = Meter::new(device, usize::from(self.cold) << 20, self.json)?;
+        meter.encoding = self.encode.into();
         let pairs = self.codec.iter().map(|&codec| match CacheCodec::from(codec.all) == codec {
             true => Ok(codec.all),
             false => Err(anyhow::anyhow!(

@@ -83,7 +83,7 @@ impl Meter {
         let (x, inputs) = self.inputs(positions, dtype)?;
         let pools = |codec| -> Result<Vec<PagePool>> {
             let row = RowFormat::new(codec, HEAD_DIM)?;
-            (0..inputs.len()).map(|_| Ok(PagePool::new(&self.device, row, KV_HEADS, positions, 1)?)).collect()
+            (0..inputs.len()).map(|_| self.pool(row, KV_HEADS, positions, 1)).collect()
         };
         let (keys, values) = (pools(codec.key)?, pools(codec.value)?);
         let batch = Batch::contiguous(&self.device, positions, 0, positions, positions)?;
@@ -119,9 +119,8 @@ impl Meter {
 
     pub fn append(&self, codec: CodecPair) -> Result<()> {
         let (x, input) = self.vectors(1, &[APPENDED, KV_HEADS, HEAD_DIM], self.input_dtype())?;
-        let pool = |codec| -> Result<PagePool> {
-            Ok(PagePool::new(&self.device, RowFormat::new(codec, HEAD_DIM)?, KV_HEADS, PAGE_SIZE, APPENDED)?)
-        };
+        let pool =
+            |codec| -> Result<PagePool> { self.pool(RowFormat::new(codec, HEAD_DIM)?, KV_HEADS, PAGE_SIZE, APPENDED) };
         let (key, value) = (pool(codec.key)?, pool(codec.value)?);
         let pages: Vec<u32> = (0..APPENDED as u32).collect();
         let span = |page| tqkv::ops::Span { first: 0, len: PAGE_SIZE, new: 1, pages: std::slice::from_ref(page) };

@@ -102,7 +102,7 @@ impl Caches {
         let tables: Vec<Vec<Vec<u32>>> = (0..copies)
             .map(|_| lens.iter().map(|len| order.by_ref().take(len.div_ceil(page_size)).collect()).collect())
             .collect();
-        let pool = |row| PagePool::new(device, row, shape.kv_heads, page_size, pages);
+        let pool = |row| meter.pool(row, shape.kv_heads, page_size, pages);
         let caches = Caches { key: pool(key)?, value: pool(value)?, page_size, tables, bytes };
         // A stretch of every sequence begins somewhere else in `x`, so that a wrong page is seen.
         let tokens = x.shape()[0] / 2;

@@ -1,7 +1,7 @@
 //! Operations on rows and bytes, each spread over threads. Attention has a folder.
 
 use super::channels::Channels;
-use super::codec::RowCoder;
+use super::codec::{RowCoder, Vector};
 use super::isa::Isa;
 use super::rows::{PoolView, PoolViewMut};
 use super::{float, memory};
@@ -122,8 +122,8 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
         let x_bytes = head_dim * dtype.size();
         let tokens = places.par_iter().enumerate().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
         tokens.for_each_init(
-            || vec![0f32; d],
-            |v, (token, place)| {
+            || [vec![0f32; d], vec![0f32; d]],
+            |[v, room], (token, place)| {
                 let &Some((page, slot)) = place else { return };
                 for head in 0..kv_heads {
                     let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
@@ -135,7 +135,7 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                     // SAFETY: `ops::quantize`, or `places_at`, has checked that no two tokens share a row, and each is
                     // written by one task only.
                     let (codes, scales) = unsafe { rows.row_mut(page, head, slot) };
-                    coder.encode(v, codes, scales);
+                    coder.encode(Vector { v, room, encoding: pool.encoding() }, codes, scales);
                 }
             },
         );

@@ -1,11 +1,11 @@
 //! Every instruction set that this machine has, against the oracle and the definition of each bit.
 
 use super::Cpu;
-use super::codec::RowCoder;
+use super::codec::{RowCoder, Vector};
 use super::isa::Isa;
 use crate::compute::{Buffer, DType, Device};
 use crate::format::exact::Coder;
-use crate::format::{Codec, RowFormat};
+use crate::format::{Codec, Encoding, RowFormat};
 use crate::ops::*;
 use crate::reference;
 
@@ -109,7 +109,15 @@ fn decoding_is_the_definition_to_the_bit() {
     }
 }
 
+const ENCODINGS: [Encoding; 2] = [Encoding::Nearest, Encoding::Search];
+
 type Encode<'a> = dyn Fn(&mut [f32], &mut [u8], &mut [u8]) + 'a;
+
+/// The rows of `coder`, with codes chosen so.
+fn encode_with(coder: &RowCoder, encoding: Encoding, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+    let room = &mut vec![f32::NAN; v.len()];
+    coder.encode(Vector { v, room, encoding }, codes, scales);
+}
 
 #[test]
 fn encoding_is_the_definition_to_the_bit() {
@@ -126,11 +134,11 @@ fn encoding_is_the_definition_to_the_bit() {
             encode(&mut x.to_vec(), &mut codes, &mut scales);
             (codes, scales)
         };
-        for (i, x) in inputs.iter().enumerate() {
-            let want = encode(&|v, c, s| Coder::new(&row).encode(v, c, s), x);
+        for (encoding, (i, x)) in ENCODINGS.into_iter().flat_map(|e| inputs.iter().enumerate().map(move |x| (e, x))) {
+            let want = encode(&|v, c, s| Coder::new(&row).with_encoding(encoding).encode(v, c, s), x);
             for isa in Isa::available() {
-                let got = encode(&|v, c, s| RowCoder::new(&row, isa).encode(v, c, s), x);
-                assert_eq!(got, want, "{} {row:?} input {i}", isa.name());
+                let got = encode(&|v, c, s| encode_with(&RowCoder::new(&row, isa), encoding, v, c, s), x);
+                assert_eq!(got, want, "{} {row:?} {encoding:?} input {i}", isa.name());
             }
         }
     }
@@ -151,7 +159,7 @@ fn gains_may_overflow() {
             Coder::new(&row).encode(&mut v.clone(), &mut want, &mut scales);
             for isa in Isa::available() {
                 let (mut got, mut got_scales) = (vec![0; row.row_bytes()], [0; 8]);
-                RowCoder::new(&row, isa).encode(&mut v.clone(), &mut got, &mut got_scales);
+                encode_with(&RowCoder::new(&row, isa), Encoding::Nearest, &mut v.clone(), &mut got, &mut got_scales);
                 assert_eq!((got, got_scales), (want.clone(), scales), "{} {bits}", isa.name());
             }
         }

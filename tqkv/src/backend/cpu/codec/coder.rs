@@ -1,5 +1,6 @@
 //! Rows of one format, with the instruction set chosen when the program runs.
 
+use super::encode::Vector;
 use super::tables::RowTables;
 use super::{decode, encode, rotate};
 use crate::backend::cpu::float;
@@ -35,14 +36,14 @@ impl RowCoder {
         }
     }
 
-    /// Stores the vector `v`, which is overwritten, as `codes` and `scales`.
-    pub fn encode(&self, v: &mut [f32], codes: &mut [u8], scales: &mut [u8]) {
+    /// Stores a vector as `codes` and `scales`.
+    pub fn encode(&self, vector: Vector, codes: &mut [u8], scales: &mut [u8]) {
         if let Packing::Float(dtype) = self.row.packing() {
-            return float::store(dtype, v, codes);
+            return float::store(dtype, vector.v, codes);
         }
-        assert!(v.len() == self.d && codes.len() == self.row_bytes);
+        assert!(vector.v.len() == self.d && vector.room.len() == self.d && codes.len() == self.row_bytes);
         assert!(scales.len() == self.scales_per_row * self.row.scale_dtype().size());
-        self.isa.run(Encode { tables: &self.tables, v, codes, scales });
+        self.isa.run(Encode { tables: &self.tables, vector, codes, scales });
     }
 
     /// Decodes rows into the rotated domain: runs of consecutive rows, each where its codes are and how many; and the factors of
@@ -82,7 +83,7 @@ impl Job for Rotate<'_> {
 
 struct Encode<'a> {
     tables: &'a RowTables,
-    v: &'a mut [f32],
+    vector: Vector<'a>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
 }
@@ -91,7 +92,7 @@ impl Job for Encode<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, isa: S) {
-        encode::encode(isa, self.tables, self.v, self.codes, self.scales);
+        encode::encode(isa, self.tables, self.vector, self.codes, self.scales);
     }
 }
 

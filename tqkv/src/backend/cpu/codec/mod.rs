@@ -13,6 +13,7 @@ mod tables;
 mod words;
 
 pub(super) use coder::RowCoder;
+pub(super) use encode::Vector;
 pub(super) use interface::{Read, Visit, VisitWords, WORDS, Words};
 pub(super) use tables::RowTables;
 pub(super) use words::WordWay;
