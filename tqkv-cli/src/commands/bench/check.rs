@@ -5,7 +5,8 @@ use anyhow::Result;
 use half::f16;
 use rayon::prelude::*;
 use std::collections::BTreeSet;
-use tqkv::format::{Codec, RowFormat};
+use tqkv::format::exact::Coder;
+use tqkv::format::{Codec, Encoding, RowFormat};
 use tqkv::ops::{AttentionParams, PagePool};
 use tqkv::{Buffer, DType, reference};
 
@@ -79,9 +80,16 @@ pub fn attention_error(
     Ok(error)
 }
 
-/// How far a stored vector is from what the oracle stores for `x`, both decoded.
-pub fn quantize_error(row: &RowFormat, x: &[f32], got: &[f32]) -> f64 {
+/// How far a stored vector is from what the oracle stores for `x`, both decoded; the oracle has no search, of which each bit is
+/// defined.
+pub fn quantize_error(row: &RowFormat, encoding: Encoding, x: &[f32], got: &[f32]) -> f64 {
     match row.codec() {
+        Codec::Native { .. } if encoding == Encoding::Search => {
+            let (mut codes, mut scale) = (vec![0; row.row_bytes()], [0; 2]);
+            Coder::new(row).with_encoding(encoding).encode(&mut x.to_vec(), &mut codes, &mut scale);
+            let decoded = reference::dequantize(row, &codes, &[f16::from_le_bytes(scale).to_f32()]);
+            relative(got, decoded.into_iter().map(f64::from))
+        }
         Codec::F32 => relative(got, x.iter().map(|&v| f64::from(v))),
         Codec::F16 => relative(got, x.iter().map(|&v| f16::from_f32(v).to_f64())),
         _ => {
@@ -155,12 +163,17 @@ mod tests {
         row.pack(&encoded.codes, &mut packed);
         let bits = f16::from_f32(encoded.scales[0]).to_bits();
         let error = |bits: u16, packed: &[u8]| {
-            quantize_error(&row, &x, &reference::dequantize(&row, packed, &[f16::from_bits(bits).to_f32()]))
+            quantize_error(
+                &row,
+                Encoding::Nearest,
+                &x,
+                &reference::dequantize(&row, packed, &[f16::from_bits(bits).to_f32()]),
+            )
         };
         assert!([bits - 1, bits, bits + 1].into_iter().all(|b| error(b, &packed) < 1e-6));
         assert!([bits - 2, bits + 2].into_iter().all(|b| error(b, &packed) > 1e-4));
         packed[7] ^= 1;
         assert!(error(bits, &packed) > 1e-4);
-        assert!(quantize_error(&row, &x, &[f32::NAN; 128]).is_nan());
+        assert!(quantize_error(&row, Encoding::Nearest, &x, &[f32::NAN; 128]).is_nan());
     }
 }

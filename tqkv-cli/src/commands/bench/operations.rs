@@ -97,7 +97,7 @@ impl Meter {
             let rows = Rows::new(pool, &[0])?;
             let errors = sampled(positions).map(|(position, head)| {
                 let x = &x[(position * KV_HEADS + head) * HEAD_DIM..][..HEAD_DIM];
-                quantize_error(pool.row(), x, &rows.decode(head, position))
+                quantize_error(pool.row(), self.encoding, x, &rows.decode(head, position))
             });
             error = largest(errors.chain([error]));
         }
@@ -131,7 +131,12 @@ impl Meter {
             let rows = Rows::new(pool, &pages)?;
             let errors = (0..APPENDED * KV_HEADS).map(|i| {
                 let position = (i / KV_HEADS + 1) * PAGE_SIZE - 1;
-                quantize_error(pool.row(), &x[i * HEAD_DIM..][..HEAD_DIM], &rows.decode(i % KV_HEADS, position))
+                quantize_error(
+                    pool.row(),
+                    self.encoding,
+                    &x[i * HEAD_DIM..][..HEAD_DIM],
+                    &rows.decode(i % KV_HEADS, position),
+                )
             });
             error = largest(errors.chain([error]));
         }
