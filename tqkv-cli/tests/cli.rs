@@ -140,6 +140,16 @@ fn eval_looks_for_needles_and_lets_the_model_write() {
 }
 
 #[test]
+fn eval_searches_for_gains() {
+    let kld = |encode| {
+        let arguments = ["--windows", "4", "--window-tokens", "250", "--codec", "k4v4", "--encode", encode, "--json"];
+        json(&[&["eval", "--model", MODEL, "--text", TEXT], &arguments[..]].concat())[1]["kld"].as_f64().unwrap()
+    };
+    // A quarter less.
+    assert!(kld("search") < 0.85 * kld("nearest"));
+}
+
+#[test]
 fn eval_gives_perplexity_where_tokens_are_no_bytes() {
     let dir = tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
