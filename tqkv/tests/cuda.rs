@@ -238,3 +238,100 @@ fn values_of_very_different_sizes() {
         }
     });
 }
+
+/// What the device reads and plans for itself is what the host would have: one batch, whose tables and lengths change beneath it.
+#[test]
+fn batches_on_the_device_follow_its_memory() {
+    on("cuda", |device| {
+        let mut rng = Rng(11);
+        let (page_size, width, most_new) = (16, 80, 3);
+        for (sequences, kv_heads, group, window, d) in [
+            (1, 8, 4, None, 128),
+            (3, 2, 4, None, 64),
+            (5, 1, 1, Some(100), 64),
+            (40, 4, 4, None, 64),
+            (300, 2, 2, Some(33), 64),
+        ] {
+            let row = RowFormat::new(Codec::tq(4), d).unwrap();
+            let pages = sequences * 3 + width;
+            let positions = pages * page_size;
+            let pool = |rng: &mut Rng| {
+                let pool = PagePool::new(device, row, kv_heads, page_size, pages).unwrap();
+                let x = upload(device, DType::F16, &rng.normals(positions * kv_heads * d), &[positions, kv_heads, d]);
+                let slots: Vec<i64> = (0..positions as i64).collect();
+                let slots = device.upload(&slots, &[positions]).unwrap();
+                run(device, |e| quantize_at(e, &[(&x, &pool)], &slots, None));
+                pool
+            };
+            let (key, value) = (pool(&mut rng), pool(&mut rng));
+            let tokens = sequences * most_new;
+            let heads = kv_heads * group;
+            let zeros = |n: usize| device.zeros(DType::U32, &[n]).unwrap();
+            let (entries, lens, starts) = (zeros(sequences * width), zeros(sequences), zeros(sequences + 1));
+            let most = Bounds { sequences, tokens, new: most_new, len: width * page_size };
+            let tables = DeviceTables { entries: &entries, width, stride: width, pages };
+            let lengths = Lengths::Device { lens: &lens, starts: &starts, most };
+            let batch = Batch::on_device(device, page_size, tables, lengths).unwrap();
+            let params = AttentionParams { window, ..AttentionParams::for_head_dim(d) };
+            for round in 0..8 {
+                // Some with nothing new, some with nothing at all, some long.
+                let spans: Vec<(usize, usize, Vec<u32>)> = (0..sequences)
+                    .map(|_| {
+                        let long = rng.below(4) == 0 || sequences < 4;
+                        let len = rng.below(if long { width * page_size + 1 } else { 40 });
+                        let new = if round == 0 { 1 } else { rng.below(most_new + 1) }.min(len);
+                        let table = (0..len.div_ceil(page_size)).map(|_| rng.below(pages) as u32).collect();
+                        (len, new, table)
+                    })
+                    .collect();
+                let (mut all, mut starts_of) = (vec![u32::MAX; sequences * width], vec![0u32]);
+                for (s, (_, new, table)) in spans.iter().enumerate() {
+                    all[s * width..][..table.len()].copy_from_slice(table);
+                    starts_of.push(starts_of[s] + *new as u32);
+                }
+                entries.write(&all).unwrap();
+                lens.write(&spans.iter().map(|s| s.0 as u32).collect::<Vec<_>>()).unwrap();
+                starts.write(&starts_of).unwrap();
+                let q = upload(device, DType::F16, &rng.normals(tokens * heads * d), &[tokens, heads, d]);
+                let (out, lse) = (
+                    Guarded::new(device, DType::F32, &[tokens, heads, d]),
+                    Guarded::new(device, DType::F32, &[tokens, heads]),
+                );
+                run(device, |e| {
+                    refresh(e, &batch)?;
+                    attention(e, &q, &key, &value, &batch, &params, &out.buffer, Some(&lse.buffer))
+                });
+                assert_eq!(batch.out_of_range().unwrap(), 0);
+
+                let own = starts_of[sequences] as usize;
+                let host: Vec<_> =
+                    spans.iter().map(|(len, new, pages)| Span { first: 0, len: *len, new: *new, pages }).collect();
+                let host = Batch::new(device, page_size, &host).unwrap();
+                let (want, want_lse) = attend(device, &q.slice(0..own).unwrap(), [&key, &value], &host, &params);
+                let (out, lse) = (out.take(), lse.take());
+                for (t, (got, want)) in out.chunks(heads * d).zip(want.chunks(heads * d)).enumerate() {
+                    let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                    let error = relative_error(got, &want);
+                    assert!(error < 2e-3, "{sequences} sequences, round {round}, token {t}: {error:e}");
+                }
+                let off = lse.iter().zip(&want_lse).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off < 2e-3, "{off}");
+                // What no sequence owns is not written.
+                assert!(out[own * heads * d..].iter().all(|x| x.is_nan()));
+            }
+            // What is out of range is counted, and not read.
+            let mut all = vec![7u32; sequences * width];
+            (all[0], all[1]) = (pages as u32, u32::MAX);
+            entries.write(&all).unwrap();
+            lens.write(&vec![33u32; sequences]).unwrap();
+            starts.write(&(0..=sequences as u32).collect::<Vec<_>>()).unwrap();
+            run(device, |e| refresh(e, &batch));
+            assert_eq!(batch.out_of_range().unwrap(), 2);
+            lens.write(&vec![(width * page_size + 1) as u32; sequences]).unwrap();
+            starts.write(&vec![tokens as u32 + 1; sequences + 1]).unwrap();
+            entries.write(&vec![0u32; sequences * width]).unwrap();
+            run(device, |e| refresh(e, &batch));
+            assert_eq!(batch.out_of_range().unwrap(), 2 + 2 * sequences);
+        }
+    });
+}

@@ -38,6 +38,10 @@ pub(crate) trait Driver: Any + Send + Sync {
     fn takes_strides(&self) -> bool {
         false
     }
+    /// Whether operations take batches whose page tables lie in the device's memory alone.
+    fn reads_tables(&self) -> bool {
+        false
+    }
     /// Bytes kept for partial results.
     fn workspace_bytes(&self) -> usize;
 }

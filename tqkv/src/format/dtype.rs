@@ -12,6 +12,8 @@ pub enum DType {
     U8,
     /// 32-bit unsigned integers: positions, page tables.
     U32,
+    /// 64-bit signed integers: slots and page tables of other engines.
+    I64,
     /// IEEE half precision.
     F16,
     /// bfloat16.
@@ -27,14 +29,16 @@ impl DType {
             DType::U8 => 1,
             DType::F16 | DType::BF16 => 2,
             DType::U32 | DType::F32 => 4,
+            DType::I64 => 8,
         }
     }
 
-    /// `u8`, `u32`, `f16`, `bf16` or `f32`.
+    /// `u8`, `u32`, `i64`, `f16`, `bf16` or `f32`.
     pub const fn name(self) -> &'static str {
         match self {
             DType::U8 => "u8",
             DType::U32 => "u32",
+            DType::I64 => "i64",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
             DType::F32 => "f32",
@@ -69,4 +73,4 @@ macro_rules! elements {
         impl Element for $t { const DTYPE: DType = DType::$d; }
     )* };
 }
-elements!(u8 => U8, u32 => U32, f16 => F16, bf16 => BF16, f32 => F32);
+elements!(u8 => U8, u32 => U32, i64 => I64, f16 => F16, bf16 => BF16, f32 => F32);

@@ -9,17 +9,19 @@ mod custom;
 mod dequantize;
 mod merge;
 mod quantize;
+mod refresh;
 mod rotate;
 
 pub use crate::problem::{
-    AttentionParams, Batch, ChannelMap, Direction, Domain, NO_PAGE, PagePool, Positions, Precision, RowOrder, Span,
-    Strides,
+    AttentionParams, Batch, Bounds, ChannelMap, DeviceTables, Direction, Domain, Lengths, NO_PAGE, PagePool, Positions,
+    Precision, RowOrder, Span, Strides,
 };
 pub use attention::attention;
 pub(crate) use attention::{Part, attention_of_parts};
 pub use copy::copy;
 pub use dequantize::dequantize;
 pub use merge::merge;
-pub use quantize::quantize;
 pub(crate) use quantize::{check_quantize, record_quantize};
+pub use quantize::{quantize, quantize_at};
+pub use refresh::refresh;
 pub use rotate::rotate;

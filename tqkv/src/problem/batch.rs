@@ -1,6 +1,7 @@
 //! Where the positions of some sequences are.
 
 use super::PagePool;
+use super::device_batch::Source;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use std::any::Any;
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub const NO_PAGE: u32 = u32::MAX;
 
 /// The most positions of a sequence. Kernels count them in 32 bits, some with a sign, to the end of what they take at once.
-const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
+pub(super) const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
 
 /// One sequence as a batch sees it.
 ///
@@ -53,28 +54,32 @@ pub struct Span<'a> {
 /// # Ok::<(), tqkv::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Batch(Arc<Inner>);
+pub struct Batch(pub(super) Arc<Inner>);
 
 #[derive(Debug)]
-struct Inner {
-    page_size: usize,
-    width: usize,
-    spans: Vec<SpanInfo>,
-    table: Vec<u32>,
-    tokens: usize,
+pub(super) struct Inner {
+    pub page_size: usize,
+    pub width: usize,
+    /// Of a batch whose lengths are on the device, what they are at most.
+    pub spans: Vec<SpanInfo>,
+    /// Empty if it is on the device.
+    pub table: Vec<u32>,
+    pub tokens: usize,
     /// One past the largest page.
-    pages: usize,
+    pub pages: usize,
     /// Whether every new position is in a page that nothing else of the batch writes.
-    writes_apart: bool,
-    device: Device,
+    pub writes_apart: bool,
+    /// Where page tables, and lengths, are if the device's memory alone has them.
+    pub source: Option<Source>,
+    pub device: Device,
     /// What the device's memory held when this was made of it.
-    generation: u64,
-    kept: Arc<Kept>,
+    pub generation: u64,
+    pub kept: Arc<Kept>,
 }
 
 /// What operations that were recorded with a batch read, now or later: the same for all its updates.
 #[derive(Debug, Default)]
-struct Kept {
+pub(super) struct Kept {
     /// Spans, then page tables, u32, once kernels have asked for them.
     on_device: Mutex<Option<Buffer>>,
     generation: AtomicU64,
@@ -137,8 +142,9 @@ impl Batch {
         written.sort_unstable();
         let writes_apart = written.windows(2).all(|w| w[0].0 != w[1].0 || w[0] == w[1]);
         let (device, kept) = (device.clone(), Arc::default());
+        let (spans, source) = (infos, None);
         let inner =
-            Inner { page_size, width, spans: infos, table, tokens, pages, writes_apart, device, generation: 0, kept };
+            Inner { page_size, width, spans, table, tokens, pages, writes_apart, source, device, generation: 0, kept };
         Ok(Batch(Arc::new(inner)))
     }
 
@@ -153,8 +159,13 @@ impl Batch {
     /// # Errors
     /// Those of [`Batch::new`]; [`Error::Mismatch`] for other numbers of sequences, of new positions or of tiles, or longer tables;
     /// [`Error::Page`] and [`Error::Aliased`] for pages that a recorded operation could not take; [`Error::OutdatedBatch`] of a
-    /// clone that was left behind; [`Error::Unsupported`] while the device's stream is captured in a graph. Nothing has changed then.
+    /// clone that was left behind; [`Error::Unsupported`] while the device's stream is captured in a graph, and of a batch whose tables
+    /// are [on the device](Batch::on_device). Nothing has changed then.
     pub fn update(&mut self, spans: &[Span]) -> Result<()> {
+        if self.0.source.is_some() {
+            let what = "update a batch from the host whose tables are on the device".to_owned();
+            return Err(Error::Unsupported { device: self.device().to_string(), what });
+        }
         let new = Batch::new(self.device(), self.page_size(), spans)?;
         self.expect_current()?;
         self.expect_like(&new)?;
@@ -163,7 +174,9 @@ impl Batch {
         let (table, width, kept) = (new.table_of(old.width), old.width, old.kept.clone());
         let Inner { page_size, tokens, pages, writes_apart, .. } = *new.0;
         let (spans, device) = (new.0.spans.clone(), old.device.clone());
-        let inner = Inner { page_size, width, spans, table, tokens, pages, writes_apart, device, generation, kept };
+        let source = None;
+        let inner =
+            Inner { page_size, width, spans, table, tokens, pages, writes_apart, source, device, generation, kept };
         self.0 = Arc::new(inner);
         Ok(())
     }
@@ -206,10 +219,10 @@ impl Batch {
         &self.0.device
     }
 
-    /// Spans [sequences, 4] and page tables [sequences, width] in the device's memory, one behind the other, u32. What is no page there is
-    /// page 0: whatever a kernel reads, it lies in the pool.
+    /// Spans [sequences, 4], page tables [sequences, width] and a count of indices that were out of range in the device's memory, one behind the
+    /// other, u32. What is no page there is page 0: whatever a kernel reads, it lies in the pool.
     #[allow(dead_code)] // Not every backend does.
-    pub(crate) fn on_device(&self) -> Result<Buffer> {
+    pub(crate) fn device_words(&self) -> Result<Buffer> {
         let mut on_device = lock(&self.0.kept.on_device);
         if let Some(buffer) = &*on_device {
             return Ok(buffer.clone());
@@ -222,12 +235,16 @@ impl Batch {
     fn words(&self, width: usize) -> Vec<u32> {
         let spans = bytemuck::cast_slice::<_, u32>(&self.0.spans).iter().copied();
         let table = self.table_of(width);
-        spans.chain(table.into_iter().map(|page| if page == NO_PAGE { 0 } else { page })).collect()
+        spans.chain(table.into_iter().map(|page| if page == NO_PAGE { 0 } else { page })).chain([0]).collect()
     }
 
     /// Page tables of another width, of which no held position needs more.
     fn table_of(&self, width: usize) -> Vec<u32> {
-        let Inner { page_size, table, spans, width: own, .. } = &*self.0;
+        let Inner { page_size, table, spans, width: own, source, .. } = &*self.0;
+        if source.is_some() {
+            // It comes with a refresh.
+            return vec![0; spans.len() * width];
+        }
         if width == *own {
             return table.clone();
         }
@@ -299,7 +316,11 @@ impl Batch {
     pub(crate) fn equals(&self, other: &Batch) -> bool {
         let (a, b) = (&*self.0, &*other.0);
         self.is_same(other)
-            || ((a.page_size, a.width) == (b.page_size, b.width) && a.spans == b.spans && a.table == b.table)
+            || (a.source.is_none()
+                && b.source.is_none()
+                && (a.page_size, a.width) == (b.page_size, b.width)
+                && a.spans == b.spans
+                && a.table == b.table)
     }
 
     fn expect_current(&self) -> Result<()> {
@@ -308,6 +329,10 @@ impl Batch {
 
     /// Fails if a page would be written from two places: two sequences, or two entries of one table.
     pub(crate) fn expect_writes_apart(&self) -> Result<()> {
+        if self.0.source.is_some() {
+            let what = "write where tables on the device say: `quantize_at` takes slots".to_owned();
+            return Err(Error::Unsupported { device: self.device().to_string(), what });
+        }
         self.0.kept.written.store(true, Relaxed);
         if self.0.writes_apart { Ok(()) } else { Err(WRITTEN_TWICE) }
     }
@@ -412,14 +437,23 @@ impl Plans {
     /// The plan of this type that fits, or a new one.
     pub fn get<T: Plan>(&self, fits: impl Fn(&T) -> bool, make: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
         let mut plans = lock(&self.0);
-        let own = |plan: &Arc<dyn Plan>| (plan.clone() as Arc<dyn Any + Send + Sync>).downcast::<T>().ok();
-        if let Some(plan) = plans.iter().filter_map(own).find(|plan| fits(plan)) {
+        if let Some(plan) = plans.iter().filter_map(downcast).find(|plan| fits(plan)) {
             return Ok(plan);
         }
         let plan = Arc::new(make()?);
         plans.push(plan.clone());
         Ok(plan)
     }
+
+    /// Those of this type.
+    pub fn all<T: Plan>(&self) -> Vec<Arc<T>> {
+        lock(&self.0).iter().filter_map(downcast).collect()
+    }
+}
+
+#[allow(dead_code)] // Not every backend plans.
+fn downcast<T: Plan>(plan: &Arc<dyn Plan>) -> Option<Arc<T>> {
+    (plan.clone() as Arc<dyn Any + Send + Sync>).downcast().ok()
 }
 
 impl std::fmt::Debug for Plans {

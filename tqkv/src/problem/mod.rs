@@ -3,6 +3,7 @@
 mod batch;
 mod channels;
 pub(crate) mod checks;
+mod device_batch;
 pub(crate) mod op;
 mod params;
 mod pool;
@@ -15,6 +16,8 @@ pub(crate) use batch::Plan;
 pub(crate) use batch::SpanInfo;
 pub use batch::{Batch, NO_PAGE, Span};
 pub use channels::ChannelMap;
+pub(crate) use device_batch::check_integers;
+pub use device_batch::{Bounds, DeviceTables, Lengths};
 pub use params::{AttentionParams, Direction, Domain, Positions, Precision, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;

@@ -10,6 +10,8 @@ use std::any::Any;
 /// A validated operation.
 pub(crate) enum Op {
     Rotate(Rotate),
+    /// Brings a batch whose content lies in the device's memory, and what is planned for it, up to date with it.
+    Refresh(Batch),
     /// In any order: they write to other places, and none reads what another writes.
     Quantize(Vec<Quantize>),
     Dequantize(Dequantize),
@@ -44,11 +46,27 @@ pub(crate) struct Rotate {
     pub out: Buffer,
 }
 
-/// Encodes the newest `new` positions of every sequence of the batch.
 pub(crate) struct Quantize {
     /// One input and its pool: x is [tokens, kv_heads, D], any float.
     pub parts: Vec<(Buffer, PagePool)>,
-    pub batch: Batch,
+    pub places: Places,
+}
+
+/// Where vectors are written.
+pub(crate) enum Places {
+    /// The newest `new` positions of every sequence.
+    Batch(Batch),
+    /// A slot for each token, page · page_size + row: [tokens], u32 or i64. Counts those that are neither -1 nor in the pool.
+    Slots { slots: Buffer, out_of_range: Option<Buffer> },
+}
+
+impl Places {
+    pub fn tokens(&self) -> usize {
+        match self {
+            Places::Batch(batch) => batch.tokens(),
+            Places::Slots { slots, .. } => slots.len(),
+        }
+    }
 }
 
 pub(crate) struct Dequantize {

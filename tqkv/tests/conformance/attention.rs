@@ -246,7 +246,11 @@ fn attention_is_close_to_float64(device: &Device, cases: Vec<Case>) {
         let input = upload(device, case.q, &q, &[tokens, heads, d]);
         let out = Guarded::new(device, case.out, &[tokens, heads, d]);
         let lse = Guarded::new(device, DType::F32, &[tokens, heads]);
-        run(device, |e| attention(e, &input, &key.pool, &value.pool, &batch, &params, &out.buffer, Some(&lse.buffer)));
+        run(device, |e| {
+            refresh(e, &batch)?;
+            attention(e, &input, &key.pool, &value.pool, &batch, &params, &out.buffer, Some(&lse.buffer))
+        });
+        assert_eq!(batch.out_of_range().unwrap(), 0, "{case}");
         let (out, lse) = (out.take(), lse.take());
 
         let mut tokens_before = 0;

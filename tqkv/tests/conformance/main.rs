@@ -24,7 +24,7 @@ use tqkv::cache::{LayerKind, Sinks};
 use tqkv::compute::DeviceKind;
 use tqkv::format::{MAX_HEAD_DIM, RowFormat};
 use tqkv::ops::*;
-use tqkv::{CacheConfig, Codec, CodecPair, DType, Device, KvCache, reference};
+use tqkv::{Buffer, CacheConfig, Codec, CodecPair, DType, Device, KvCache, reference};
 
 const HEAD_DIMS: [usize; 10] = [64, 80, 96, 112, 128, 192, 256, 512, 576, MAX_HEAD_DIM];
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -96,6 +96,9 @@ impl Filled {
     }
 }
 
+/// More positions than this are not laid out in tables on the device.
+const MOST_ON_DEVICE: usize = 1 << 20;
+
 /// Sequences over pages in a scrambled order, with what the reference needs to find a position.
 struct Layout {
     page_size: usize,
@@ -127,12 +130,41 @@ impl Layout {
     }
 
     fn batch(&self, device: &Device) -> Batch {
+        let held_from_0 = self.spans.iter().all(|(first, len, ..)| *first == 0 && *len <= MOST_ON_DEVICE);
+        if are_tables_on_device() && held_from_0 {
+            return self.on_device(device);
+        }
         let spans: Vec<_> = self
             .spans
             .iter()
             .map(|(first, len, new, pages)| Span { first: *first, len: *len, new: *new, pages })
             .collect();
         Batch::new(device, self.page_size, &spans).unwrap()
+    }
+
+    /// Tables and lengths on the device, between what is none of theirs; two sequences at the end have no part.
+    fn on_device(&self, device: &Device) -> Batch {
+        let width = self.spans.iter().map(|s| s.3.len()).max().unwrap_or(0) + 2;
+        let (sequences, stride) = (self.spans.len() + 2, width + 3);
+        let mut entries = vec![0xdead_beefu32; sequences * stride];
+        let (mut lens, mut starts) = (vec![0u32; sequences], vec![0u32; sequences + 1]);
+        for (s, (_, len, new, pages)) in self.spans.iter().enumerate() {
+            entries[s * stride..][..pages.len()].copy_from_slice(pages);
+            lens[s] = *len as u32;
+            starts[s + 1] = starts[s] + *new as u32;
+        }
+        starts[self.spans.len() + 1..].fill(self.tokens() as u32);
+        let most = Bounds {
+            sequences,
+            tokens: self.tokens(),
+            new: self.spans.iter().map(|s| s.2).max().unwrap_or(0),
+            len: width * self.page_size,
+        };
+        let upload = |words: &[u32]| device.upload(words, &[words.len()]).unwrap();
+        let (entries, lens, starts) = (upload(&entries), upload(&lens), upload(&starts));
+        let tables = DeviceTables { entries: &entries, width, stride, pages: self.pages };
+        let lengths = Lengths::Device { lens: &lens, starts: &starts, most };
+        Batch::on_device(device, self.page_size, tables, lengths).unwrap()
     }
 
     fn tokens(&self) -> usize {
@@ -187,6 +219,21 @@ mod cpu_foreign {
         a_batch_equals_its_sequences,
         head_dims_that_are_no_multiple_of_16
     );
+}
+
+/// With page tables, lengths and slots that are known to the device alone; those of the CPU are slots.
+mod tables {
+    macro_rules! tests {
+        ($device:ident: $($test:ident),*) => { mod $device { $(
+            #[test]
+            fn $test() {
+                crate::use_tables_on_device();
+                crate::on(stringify!($device), crate::$test);
+            }
+        )* } };
+    }
+    tests!(cpu: quantize_writes_the_codes);
+    tests!(cuda: quantize_writes_the_codes, attention_of_every_shape, attention_with_every_option);
 }
 
 /// The kernels that use subgroups, on a device that has none.

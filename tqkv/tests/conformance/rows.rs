@@ -39,6 +39,22 @@ pub fn rotation_matches_the_definition(device: &Device) {
     }
 }
 
+/// The new positions' vectors, one whose slot is -1, and one whose slot is past the pool's.
+fn write_at_slots(device: &Device, layout: &Layout, parts: &[(&Buffer, &PagePool)], wide: bool) {
+    let mut slots = vec![];
+    for (s, &(_, len, new, _)) in layout.spans.iter().enumerate() {
+        let places = (len - new..len).map(|position| layout.locate(s, position));
+        slots.extend(places.map(|(page, row)| (page * layout.page_size + row) as i64));
+    }
+    slots.extend([-1, (layout.pages * layout.page_size) as i64]);
+    let narrow: Vec<u32> = slots.iter().map(|&slot| slot as u32).collect();
+    let shape = [slots.len()];
+    let slots = if wide { device.upload(&slots, &shape) } else { device.upload(&narrow, &shape) }.unwrap();
+    let count = device.upload(&[5u32], &[1]).unwrap();
+    run(device, |e| quantize_at(e, parts, &slots, Some(&count)));
+    assert_eq!(count.read::<u32>().unwrap(), [6]);
+}
+
 pub fn quantize_writes_the_codes(device: &Device) {
     let mut rng = Rng(2);
     let (mut elements, mut differ) = (0usize, 0usize);
@@ -52,8 +68,10 @@ pub fn quantize_writes_the_codes(device: &Device) {
             } else {
                 Layout::ring(7, 2, 9, 4)
             };
-            let batch = layout.batch(device);
-            let n = layout.tokens() * kv_heads;
+            // With slots, two more tokens that are written nowhere.
+            let slots = are_tables_on_device();
+            let tokens = layout.tokens() + if slots { 2 } else { 0 };
+            let n = tokens * kv_heads;
             let mut x = rng.normals(n * d);
             // Vectors of very different size, an outlier, and zeros.
             x[..d].iter_mut().for_each(|x| *x *= 300.0);
@@ -65,10 +83,15 @@ pub fn quantize_writes_the_codes(device: &Device) {
             // Two pools, as K and V; garbage that must stay where nothing is written.
             let filled = [0, 1].map(|_| Filled::new(device, &mut rng, row, kv_heads, layout.page_size, layout.pages));
             let before = filled.each_ref().map(|f| pool_codes(&f.pool));
-            let input = upload(device, dtype, &x, &[layout.tokens(), kv_heads, d]);
+            let input = upload(device, dtype, &x, &[tokens, kv_heads, d]);
             let flipped: Vec<f32> = x.iter().map(|x| -x).collect();
-            let second = upload(device, dtype, &flipped, &[layout.tokens(), kv_heads, d]);
-            run(device, |e| quantize(e, &[(&input, &filled[0].pool), (&second, &filled[1].pool)], &batch));
+            let second = upload(device, dtype, &flipped, &[tokens, kv_heads, d]);
+            let parts = [(&input, &filled[0].pool), (&second, &filled[1].pool)];
+            if slots {
+                write_at_slots(device, &layout, &parts, c % 2 == 0);
+            } else {
+                run(device, |e| quantize(e, &parts, &layout.batch(device)));
+            }
 
             for (side, (filled, x)) in filled.iter().zip([&x, &flipped]).enumerate() {
                 let codes = pool_codes(&filled.pool);
@@ -119,7 +142,7 @@ pub fn quantize_writes_the_codes(device: &Device) {
                 let pool = PagePool::new(&cpu, row, kv_heads, layout.page_size, layout.pages).unwrap();
                 let scales = pool_scales(&filled[0].pool);
                 write_pool(&pool, &before[0], &scales);
-                let input = upload(&cpu, dtype, &x, &[layout.tokens(), kv_heads, d]);
+                let input = upload(&cpu, dtype, &x[..layout.tokens() * kv_heads * d], &[layout.tokens(), kv_heads, d]);
                 run(&cpu, |e| quantize(e, &[(&input, &pool)], &layout.batch(&cpu)));
                 let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect::<Vec<_>>();
                 let same = pool_codes(&pool) == pool_codes(&filled[0].pool) && bits(pool_scales(&pool)) == bits(scales);

@@ -21,6 +21,21 @@ pub fn are_foreign() -> bool {
     FOREIGN.get().is_some()
 }
 
+thread_local! {
+    /// Whether page tables, lengths and slots of this thread's test lie on the device.
+    static TABLES_ON_DEVICE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From here on this thread's test has page tables, lengths and slots on the device, where it can.
+pub fn use_tables_on_device() {
+    TABLES_ON_DEVICE.set(true);
+}
+
+/// Whether [`use_tables_on_device`] was called.
+pub fn are_tables_on_device() -> bool {
+    TABLES_ON_DEVICE.get()
+}
+
 /// A pool of zeros, or of garbage if it is foreign.
 pub fn new_pool(device: &Device, row: RowFormat, kv_heads: usize, page_size: usize, pages: usize) -> Result<PagePool> {
     match FOREIGN.get() {

@@ -117,6 +117,7 @@ impl Completion for Done {
 fn run(op: &Op, isa: Isa) -> Result<()> {
     match op {
         Op::Rotate(op) => ops::rotate(op, isa),
+        Op::Refresh(_) => unreachable!("`Batch::on_device` makes none for this device"),
         Op::Quantize(all) => all.iter().try_for_each(|op| ops::quantize(op, isa)),
         Op::Dequantize(op) => ops::dequantize(op, isa),
         Op::Attention(op) => attention::attention(op, isa),

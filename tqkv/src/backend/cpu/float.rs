@@ -9,7 +9,7 @@ pub(super) fn load(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
         DType::F16 => load_f16(bytemuck::cast_slice(bytes), out),
         DType::BF16 => bytemuck::cast_slice::<_, bf16>(bytes).convert_to_f32_slice(out),
-        DType::U8 | DType::U32 => unreachable!("ops takes floats only"),
+        DType::U8 | DType::U32 | DType::I64 => unreachable!("ops takes floats only"),
     }
 }
 
@@ -19,7 +19,7 @@ pub(super) fn store(dtype: DType, values: &[f32], bytes: &mut [u8]) {
         DType::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
         DType::F16 => store_f16(values, bytemuck::cast_slice_mut(bytes)),
         DType::BF16 => bytemuck::cast_slice_mut::<_, bf16>(bytes).convert_from_f32_slice(values),
-        DType::U8 | DType::U32 => unreachable!("ops takes floats only"),
+        DType::U8 | DType::U32 | DType::I64 => unreachable!("ops takes floats only"),
     }
 }
 

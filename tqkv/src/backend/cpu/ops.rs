@@ -5,10 +5,10 @@ use super::codec::RowCoder;
 use super::isa::Isa;
 use super::rows::{PoolView, PoolViewMut};
 use super::{float, memory};
-use crate::compute::{DType, KernelSource};
-use crate::error::Result;
-use crate::problem::op::{Copy, Custom, Dequantize, Quantize, Rotate};
-use crate::problem::{Direction, Domain, Positions, RowOrder};
+use crate::compute::{Buffer, DType, KernelSource};
+use crate::error::{Error, Result};
+use crate::problem::op::{Copy, Custom, Dequantize, Places, Quantize, Rotate};
+use crate::problem::{Batch, Direction, Domain, PagePool, Positions, RowOrder};
 use rayon::prelude::*;
 
 /// Rows that one task encodes, decodes or rotates.
@@ -68,7 +68,50 @@ fn store_rows(dtype: DType, rows: &[f32], d: usize, out: &mut [u8], out_dim: usi
     }
 }
 
+/// Page and row of each token, if it has one.
+fn places(op: &Quantize) -> Result<Vec<Option<(usize, usize)>>> {
+    match &op.places {
+        Places::Batch(batch) => Ok(places_of(batch)),
+        Places::Slots { slots, out_of_range } => {
+            let (places, beyond) = places_at(slots, &op.parts[0].1)?;
+            if let Some(count) = out_of_range.as_ref().filter(|_| beyond > 0) {
+                let mut count = memory::view_mut(count)?;
+                let count = &mut bytemuck::cast_slice_mut::<_, u32>(count.bytes())[0];
+                *count = count.saturating_add(beyond);
+            }
+            Ok(places)
+        }
+    }
+}
+
+fn places_of(batch: &Batch) -> Vec<Option<(usize, usize)>> {
+    let spans = batch.spans().iter().enumerate();
+    let positions = spans.flat_map(|(s, span)| (span.len - span.new..span.len).map(move |p| (s, p as usize)));
+    positions.map(|(s, position)| Some(batch.locate(s, position))).collect()
+}
+
+/// And how many slots are out of range.
+#[allow(clippy::type_complexity)] // Places, and a count.
+fn places_at(slots: &Buffer, pool: &PagePool) -> Result<(Vec<Option<(usize, usize)>>, u32)> {
+    let view = memory::view(slots)?;
+    let slots: Vec<i64> = match slots.dtype() {
+        DType::I64 => view.bytes().chunks_exact(8).map(bytemuck::pod_read_unaligned).collect(),
+        _ => view.bytes().chunks_exact(4).map(|b| i64::from(bytemuck::pod_read_unaligned::<i32>(b))).collect(),
+    };
+    let (page_size, rows) = (pool.page_size(), pool.pages() * pool.page_size());
+    let within = |&slot: &i64| usize::try_from(slot).ok().filter(|&slot| slot < rows);
+    let mut used: Vec<usize> = slots.iter().filter_map(within).collect();
+    used.sort_unstable();
+    if used.windows(2).any(|w| w[0] == w[1]) {
+        return Err(Error::Aliased { what: "a slot that is written from two tokens" });
+    }
+    let beyond = slots.iter().filter(|slot| **slot != -1 && within(slot).is_none()).count() as u32;
+    let places = slots.iter().map(|slot| within(slot).map(|slot| (slot / page_size, slot % page_size)));
+    Ok((places.collect(), beyond))
+}
+
 pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
+    let places = places(op)?;
     for (x, pool) in &op.parts {
         let coder = RowCoder::new(pool.row(), isa);
         let input = memory::view(x)?;
@@ -77,16 +120,11 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
         let (kv_heads, dtype) = (pool.kv_heads(), x.dtype());
         let channels = Channels::of(pool)?;
         let x_bytes = head_dim * dtype.size();
-        let spans = op.batch.spans();
-        let tokens = (0..op.batch.tokens()).into_par_iter().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
+        let tokens = places.par_iter().enumerate().with_min_len(ROWS_PER_TASK.div_ceil(kv_heads));
         tokens.for_each_init(
             || vec![0f32; d],
-            |v, token| {
-                // The span that holds the token: the last that starts at or before it and has new tokens.
-                let s = spans.partition_point(|s| (s.start + s.new) as usize <= token);
-                let span = &spans[s];
-                let position = (span.len - span.new) as usize + token - span.start as usize;
-                let (page, slot) = op.batch.locate(s, position);
+            |v, (token, place)| {
+                let &Some((page, slot)) = place else { return };
                 for head in 0..kv_heads {
                     let x = &input.bytes()[(token * kv_heads + head) * x_bytes..][..x_bytes];
                     float::load(dtype, x, &mut v[..head_dim]);
@@ -94,8 +132,8 @@ pub(super) fn quantize(op: &Quantize, isa: Isa) -> Result<()> {
                     if let Some(channels) = &channels {
                         channels.store(head, &mut v[..head_dim]);
                     }
-                    // SAFETY: `ops::quantize` has checked that no two new positions share a row, and each is written by
-                    // one task only.
+                    // SAFETY: `ops::quantize`, or `places_at`, has checked that no two tokens share a row, and each is
+                    // written by one task only.
                     let (codes, scales) = unsafe { rows.row_mut(page, head, slot) };
                     coder.encode(v, codes, scales);
                 }

@@ -14,7 +14,7 @@ pub(crate) fn address(buffer: &Buffer) -> u64 {
 
 /// Where a batch's spans and its page tables start on the GPU.
 pub(super) fn batch_addresses(batch: &Batch) -> Result<[u64; 2]> {
-    let spans = address(&batch.on_device()?);
+    let spans = address(&batch.device_words()?);
     Ok([spans, spans + (batch.sequences() * size_of::<SpanInfo>()) as u64])
 }
 

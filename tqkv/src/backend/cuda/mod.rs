@@ -117,6 +117,10 @@ impl Driver for Cuda {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
     }
 
+    fn reads_tables(&self) -> bool {
+        true
+    }
+
     fn workspace_bytes(&self) -> usize {
         lock(&self.0.workspace).bytes()
     }
@@ -142,6 +146,7 @@ impl Recorder for CudaRecorder {
         let before = to.work.len();
         let recorded = match &op {
             Op::Rotate(op) => rows::rotate(gpu, op, to),
+            Op::Refresh(batch) => attention::refresh(gpu, batch, to),
             Op::Quantize(ops) => rows::quantize(gpu, ops, to),
             Op::Dequantize(op) => rows::dequantize(gpu, op, to),
             Op::Attention(op) => attention::attention(gpu, op, to),

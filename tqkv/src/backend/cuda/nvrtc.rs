@@ -14,6 +14,7 @@ const PATH_VARIABLE: &str = "TQKV_NVRTC";
 /// What the kernels include besides codecs, by the names that they include it by.
 const HEADERS: &[(&str, &str)] = &[
     header!("attention/fetch.cuh"),
+    header!("attention/item.cuh"),
     header!("attention/layout.cuh"),
     header!("attention/near.cuh"),
     header!("attention/params.cuh"),

@@ -10,7 +10,7 @@ use super::tables::{Grid, Side, Tables, Turn};
 use crate::compute::{Buffer, KernelSource};
 use crate::error::{Error, Result, to_u32};
 use crate::format::{Cells, DType, RowFormat, Scaling, ZERO_NORM};
-use crate::problem::op::{Custom, Dequantize, Merge, Quantize, Rotate};
+use crate::problem::op::{Custom, Dequantize, Merge, Places, Quantize, Rotate};
 use crate::problem::{Direction, Domain, PagePool, Positions, RowOrder};
 use bytemuck::Zeroable;
 use std::sync::Arc;
@@ -164,12 +164,17 @@ kernel_struct! {
     struct BatchParams as "Batch" {
         spans: u64,
         table: u64,
+        out_of_range: u64,
         sequences: u32,
         page_size: u32,
         width: u32,
         blocks: u32,
         a_blocks: u32,
+        wide: u32,
+        slots: u32,
+        tokens: u32,
         pad: u32,
+        pad2: u32,
     }
 }
 
@@ -249,7 +254,7 @@ fn input(op: &Quantize, (x, pool): &(Buffer, PagePool), tables: &Tables) -> Resu
         squares: tables.squares,
         turn: tables.turn,
         kv_heads: pool.kv_heads() as u32,
-        rows: to_u32("new vectors", op.batch.tokens() * pool.kv_heads())?,
+        rows: to_u32("new vectors", op.places.tokens() * pool.kv_heads())?,
         unit: match row.scaling() {
             Scaling::BlockRms => row.scale_factor_d512(),
             _ => (row.row_dim() as f32).sqrt(),
@@ -283,7 +288,7 @@ impl<'a> Pair<'a> {
         let pair = Pair { op, parts: parts_of, tables, sides, needed: [0; 2] };
         let needed = |shape: InputShape, (_, pool): &(Buffer, PagePool)| {
             let rows = if shape.tiles().is_some() { TILE * THREADS / 32 } else { THREADS / group(shape.row) };
-            (op.batch.tokens() * pool.kv_heads()).div_ceil(rows)
+            (op.places.tokens() * pool.kv_heads()).div_ceil(rows)
         };
         let [a, b] = pair.shapes();
         let needed = [needed(a, parts_of[0]), if parts.len() == 2 { needed(b, parts_of[1]) } else { 0 }];
@@ -317,17 +322,26 @@ impl<'a> Pair<'a> {
         let all = gpu.blocks(need_a + need_b, most) as usize;
         let a_blocks = (all * need_a).div_ceil(need_a + need_b).max(1) as u32;
         let b_blocks = if need_b == 0 { 0 } else { (all * need_b / (need_a + need_b)).max(1) as u32 };
-        let batch = &self.op.batch;
-        let [spans, table] = batch_addresses(batch)?;
-        Ok(BatchParams {
-            spans,
-            table,
-            sequences: batch.sequences() as u32,
-            page_size: batch.page_size() as u32,
-            width: batch.width() as u32,
+        let pool = &self.parts[0].1;
+        let common = BatchParams {
+            page_size: pool.page_size() as u32,
             blocks: a_blocks + b_blocks,
             a_blocks,
-            pad: 0,
+            tokens: self.op.places.tokens() as u32,
+            ..BatchParams::zeroed()
+        };
+        Ok(match &self.op.places {
+            Places::Batch(batch) => {
+                let [spans, table] = batch_addresses(batch)?;
+                BatchParams { spans, table, sequences: batch.sequences() as u32, width: batch.width() as u32, ..common }
+            }
+            Places::Slots { slots, out_of_range } => BatchParams {
+                table: address(slots),
+                out_of_range: out_of_range.as_ref().map_or(0, address),
+                wide: (slots.dtype() == DType::I64) as u32,
+                slots: (pool.pages() * pool.page_size()) as u32,
+                ..common
+            },
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Every specialisation compiles, for every architecture. NVRTC needs no GPU: `TQKV_NVRTC` may name its library.
 
-use super::attention::{Shape, Tiles, Variant, expand_key, plain_key, plain_rows, prefill_key};
+use super::attention::{Shape, Tiles, Variant, expand_key, plain_key, plain_rows, prefill_key, refresh_key};
 use super::kernel::KernelKey;
 use super::nvrtc::{self, Source};
 use super::rows::{InputShape, dequantize_key, merge_key, quantize_key, rotate_key};
@@ -45,7 +45,7 @@ fn one_of_each_kind(row: &RowFormat) -> bool {
 
 /// Kernels over single rows: the same for every architecture.
 fn row_kernels(head_dims: &[usize]) -> Vec<KernelKey> {
-    let mut all = vec![merge_key(DType::F32), merge_key(DType::F16), merge_key(DType::BF16)];
+    let mut all = vec![merge_key(DType::F32), merge_key(DType::F16), merge_key(DType::BF16), refresh_key()];
     for &d in head_dims {
         for (i, row) in codecs(d).into_iter().enumerate() {
             let dtype = [DType::F32, DType::F16, DType::BF16][i % 3];

@@ -27,6 +27,7 @@ impl Recorder for WgpuRecorder {
         commands.context.gpu.check()?;
         match Op::from_any(op) {
             Op::Rotate(op) => rotate::record(commands, &op),
+            Op::Refresh(_) => unreachable!("`Batch::on_device` makes none for this device"),
             Op::Quantize(all) => all.iter().try_for_each(|op| quantize::record(commands, op)),
             Op::Dequantize(op) => dequantize::record(commands, &op),
             Op::Attention(op) => attention::record::record(commands, &op),

@@ -2,6 +2,7 @@
 
 use super::params::{Near, Params, window};
 use super::plan::{Item, Plan, Problem, Sequences};
+use super::refresh;
 use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
@@ -13,17 +14,21 @@ use crate::format::{RowFormat, Scaling};
 use crate::problem::op::{self, Attention};
 use crate::problem::{Batch, Domain, PagePool, Visible};
 use bytemuck::Zeroable;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 /// A plan on the device, kept with its batch.
-struct DevicePlan {
-    problem: Problem,
+pub(super) struct DevicePlan {
+    pub problem: Problem,
     /// What the kernel was chosen for: see `Shape::short`.
     short: bool,
     sequences: Sequences,
-    plan: Mutex<Plan>,
-    /// Room for those of any lengths.
-    items: Arc<Memory>,
+    /// None if the device makes it.
+    plan: Option<Mutex<Plan>>,
+    /// Room for those of any lengths, and for what the device makes them of.
+    pub items: Arc<Memory>,
+    /// Whether work that makes it on the device was recorded.
+    refreshed: AtomicBool,
 }
 
 impl DevicePlan {
@@ -32,12 +37,26 @@ impl DevicePlan {
             |p: &DevicePlan| p.problem == problem && p.short == short && p.sequences == *sequences,
             || {
                 let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
-                let plan = Plan::new(&problem, batch.spans(), sequences.few.clone());
-                let items = Arc::new(gpu.stream.alloc(bytes)?);
-                items.write(0, bytemuck::cast_slice(&plan.items))?;
-                Ok(DevicePlan { problem, short, sequences: sequences.clone(), plan: Mutex::new(plan), items })
+                let (plan, items) = if batch.bounds().is_some() {
+                    let items = gpu.stream.alloc(bytes + refresh::entries_bytes(&problem, batch))?;
+                    // No work, until it is planned.
+                    items.clear()?;
+                    (None, items)
+                } else {
+                    let plan = Plan::new(&problem, batch.spans(), sequences.few.clone());
+                    let items = gpu.stream.alloc(bytes)?;
+                    items.write(0, bytemuck::cast_slice(&plan.items))?;
+                    (Some(Mutex::new(plan)), items)
+                };
+                let (items, sequences) = (Arc::new(items), sequences.clone());
+                Ok(DevicePlan { problem, short, sequences, plan, items, refreshed: AtomicBool::new(false) })
             },
         )
+    }
+
+    /// Where what the device makes items of begins.
+    pub fn entries(&self, batch: &Batch) -> u64 {
+        self.items.address + (self.problem.most_items(batch.spans()) * size_of::<Item>()) as u64
     }
 }
 
@@ -48,7 +67,8 @@ impl crate::problem::Plan for DevicePlan {
     }
 
     fn follow(&self, batch: &Batch) -> Result<bool> {
-        let mut plan = lock(&self.plan);
+        let Some(plan) = &self.plan else { return Ok(true) };
+        let mut plan = lock(plan);
         plan.follow(&self.problem, batch.spans());
         debug_assert!(plan.items.len() <= self.problem.most_items(batch.spans()));
         self.items.write(0, bytemuck::cast_slice(&plan.items)).map(|()| true)
@@ -109,6 +129,10 @@ pub(super) fn tensor(
         visible: Visible { causal: op.params.causal, window: op.params.window },
     };
     let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short, sequences)?;
+    // A new one; the others come with the batch's own refresh.
+    if planned.plan.is_none() && !planned.refreshed.swap(true, Relaxed) {
+        refresh::record(gpu, &op.batch, Some(&planned), to)?;
+    }
     let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;
     // Of each row a maximum and a sum, f32 or f64.

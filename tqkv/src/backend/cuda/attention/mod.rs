@@ -1,5 +1,5 @@
 //! Attention: `shape` is what of a problem decides how it is compiled, `variant` the choice, `layout` its shared memory, `plan` how work
-//! is spread over blocks, `launch` the kernel on tensor cores, `prefill` the one for many queries a sequence, `plain` the one for everything else.
+//! is spread over blocks, `refresh` the same on the device, `launch` the kernel on tensor cores, `prefill` the one for many queries a sequence, `plain` the one for everything else.
 
 mod launch;
 mod layout;
@@ -7,6 +7,7 @@ mod params;
 mod plain;
 mod plan;
 mod prefill;
+mod refresh;
 mod shape;
 mod variant;
 
@@ -18,6 +19,10 @@ pub(super) use prefill::{Tiles, expand_key, prefill_key};
 pub(super) use shape::Shape;
 #[cfg(test)]
 pub(super) use variant::Variant;
+
+pub(super) use refresh::refresh;
+#[cfg(test)]
+pub(super) use refresh::refresh_key;
 
 use super::gpu::{Gpu, Recording};
 use crate::error::Result;

@@ -84,7 +84,7 @@ impl Sequences {
 
 impl Problem {
     /// What starting and summing an item costs, in tiles, and what joining it to others of the same output costs: 512 positions.
-    fn overhead(&self) -> usize {
+    pub fn overhead(&self) -> usize {
         (512 / self.tile).max(1)
     }
 

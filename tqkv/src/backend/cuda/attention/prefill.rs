@@ -352,7 +352,11 @@ impl Prefill {
     pub fn of(gpu: &Gpu, op: &Attention) -> Result<(Sequences, Option<Self>)> {
         let (spans, kv_heads) = (op.batch.spans(), op.key.kv_heads());
         let group = op.heads / kv_heads;
-        let Some(tiles) = Tiles::for_operation(gpu, op) else { return Ok((Sequences::all_few(spans), None)) };
+        // What the host does not know it cannot plan.
+        let known = op.batch.bounds().is_none();
+        let Some(tiles) = Tiles::for_operation(gpu, op).filter(|_| known) else {
+            return Ok((Sequences::all_few(spans), None));
+        };
         let sequences = Sequences::of(spans, group);
         if sequences.many.is_empty() {
             return Ok((sequences, None));

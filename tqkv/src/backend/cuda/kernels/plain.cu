@@ -92,8 +92,10 @@ struct Work {
         kv_head = index % p.kv_heads, group = p.heads / p.kv_heads;
         u32 sequence = 0;
         row0 = index / p.kv_heads;
-        for (u32 tiles; tiles = (p.spans[sequence].new_ * group + ROWS - 1) / ROWS, row0 >= tiles; sequence++) row0 -= tiles;
-        row0 *= ROWS;
+        for (u32 tiles; sequence < p.sequences && (tiles = (p.spans[sequence].new_ * group + ROWS - 1) / ROWS, row0 >= tiles); sequence++) row0 -= tiles;
+        row0 *= ROWS, rows = 0;
+        // Where spans are the device's, the host knows no more than how many tiles there are at most.
+        if (sequence == p.sequences) return;
         span = p.spans[sequence];
         rows = min((u32)ROWS, span.new_ * group - row0);
         pages = p.table + (u64)sequence * p.width;
@@ -321,6 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HELD) plain(const __grid_c
     __shared__ Shared s;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Work work(p);
+    if (work.rows == 0) return;
     KeyCodec::fill(s.k_table, p.key.levels, threadIdx.x, THREADS), ValueCodec::fill(s.v_table, p.value.levels, threadIdx.x, THREADS);
     // A warp has a row, from its query to its softmax and its output.
     float* const own_sums = (float*)(s.rows + min(warp, ROWS - 1) * QUADS);

@@ -6,11 +6,15 @@
 
 // Where a pair's vectors go.
 struct Batch {
-    const Span* spans;
-    const u32* table;
+    const Span* spans;   // or null: `table` holds slots
+    const u32* table;    // of the sequences; or a slot of 32 or 64 bits for each token, page * page_size + row
+    u32* out_of_range;   // counts slots that are not in the pool, or null
     u32 sequences, page_size, width;
     u32 blocks;          // of the pair
-    u32 a_blocks, pad;   // the first blocks take its first side
+    u32 a_blocks;        // the first blocks take its first side
+    u32 wide;            // whether slots have 64 bits
+    u32 slots, tokens;   // slots of the pool
+    u32 pad, pad2;
 };
 
 struct Params {
@@ -29,6 +33,14 @@ DEVICE u32 sequence_of(const Batch& p, u32 token) {
     return low;
 }
 
+DEVICE long long slot_of(const Batch& p, u32 token) { return p.wide ? ((const long long*)p.table)[token] : ((const int*)p.table)[token]; }
+DEVICE void count_out_of_range(const Batch& p) {
+    for (u32 token = threadIdx.x; token < p.tokens; token += THREADS) {
+        const long long slot = slot_of(p, token);
+        if (slot < -1 || slot >= (long long)p.slots) atomicAdd(p.out_of_range, 1u);
+    }
+}
+
 // Where new vectors go.
 struct Places {
     const Batch& p;
@@ -36,10 +48,19 @@ struct Places {
     DEVICE Places(const Batch& p, const Input& s) : p(p), kv_heads(s.kv_heads), page_size(p.page_size) {}
     DEVICE u32 of(u32 vector) const {
         u32 head;
-        const u32 token = kv_heads.divide(vector, head), sequence = sequence_of(p, token);
+        const u32 token = kv_heads.divide(vector, head);
+        if (!p.spans) return at_slot(token, head);
+        const u32 sequence = sequence_of(p, token);
         const Span span = p.spans[sequence];
         const u32 position = span.len - span.new_ + token - span.start;
         return locate(p.table + (u64)sequence * p.width, position, page_size, p.width, kv_heads.value, head);
+    }
+    DEVICE u32 at_slot(u32 token, u32 head) const {
+        const long long slot = slot_of(p, token);
+        if (slot < 0 || slot >= (long long)p.slots) return NOWHERE;
+        u32 row;
+        const u32 page = page_size.divide((u32)slot, row);
+        return (page * kv_heads.value + head) * page_size.value + row;
     }
 };
 
@@ -66,7 +87,8 @@ DEVICE void encode(const Input& s, const Places& places, u32 block, u32 blocks) 
                 if (WIDTH == R::D || e < WIDTH) x[k] = (x[k] - shift[e]) * inverse[e];
             }
         }
-        E::run(s, shared_memory, x, places.of(i), lane, wanted < s.rows);
+        const u32 place = places.of(i);
+        E::run(s, shared_memory, x, place, lane, wanted < s.rows && place != NOWHERE);
     }
 }
 
@@ -96,6 +118,7 @@ template <typename A, typename B, bool ALIKE> struct Pair {
     static constexpr int HELD = min_of(A::HELD, B::HELD);
     static constexpr int bytes() { return max_of(A::bytes(), B::bytes()); }
     static DEVICE void run(const Batch& batch, const Input* side, u32 block) {
+        if (block == 0 && batch.out_of_range) count_out_of_range(batch);
         const bool b = block >= batch.a_blocks;
         const u32 own = b ? block - batch.a_blocks : block, blocks = b ? batch.blocks - batch.a_blocks : batch.a_blocks;
         // If both sides are of one kind, one copy of the code serves both.

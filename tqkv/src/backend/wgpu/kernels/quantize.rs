@@ -16,7 +16,7 @@ use crate::backend::wgpu::wgsl::transform::Transform;
 use crate::error::Result;
 use crate::format::RowFormat;
 use crate::problem::PagePool;
-use crate::problem::op::Quantize;
+use crate::problem::op::{Places, Quantize};
 
 /// Inputs of one dispatch, as far as bindings allow.
 const INPUTS: usize = 2;
@@ -119,9 +119,12 @@ fn map_channels(commands: &mut Commands, parts: &[(Buffer, PagePool)]) -> Result
 fn record_inputs(commands: &mut Commands, op: &Quantize, parts: &[(Buffer, PagePool)]) -> Result<()> {
     let context = commands.context.clone();
     let gpu = &context.gpu;
-    let batch = commands.batch(&op.batch)?;
+    let Places::Batch(of) = &op.places else {
+        return Err(gpu.unsupported("write to slots that lie in the device's memory".to_owned()));
+    };
+    let batch = commands.batch(of)?;
     let pool = &parts[0].1;
-    let (count, width) = (op.batch.tokens() * pool.kv_heads(), op.batch.width());
+    let (count, width) = (of.tokens() * pool.kv_heads(), of.width());
     let rounds_of_rows = count.div_ceil(Transform::new(pool.row(), &gpu.caps).rows);
     let most = parts.iter().map(|(_, pool)| most_groups(pool.row())).min().unwrap_or(1);
     let rounds = rounds_of_rows.div_ceil(most);
@@ -130,7 +133,7 @@ fn record_inputs(commands: &mut Commands, op: &Quantize, parts: &[(Buffer, PageP
         rows: count as u32,
         table_off: batch.table,
         spans_off: batch.spans,
-        sequences: op.batch.sequences() as u32,
+        sequences: of.sequences() as u32,
         kv_heads: pool.kv_heads() as u32,
         page_size: pool.page_size() as u32,
         slots: (width * pool.page_size()) as u32,

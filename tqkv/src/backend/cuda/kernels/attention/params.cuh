@@ -1,6 +1,6 @@
 // Parameters, work items, and what a query row sees: what every kernel of attention on tensor cores knows.
 #pragma once
-#include "codec/row.cuh"
+#include "attention/item.cuh"
 
 constexpr bool EXACT = Q_PARTS > 1;  // results are as of f32
 template <bool WIDE> struct RealOf {
@@ -16,18 +16,6 @@ DEVICE double larger(double a, double b) { return fmax(a, b); }
 // Of a part: its maximum and its sum of weights.
 struct PartSum {
     Real m, l;
-};
-
-struct Item {
-    u32 sequence, kv_head;      // row of the page table, KV head
-    u32 row, rows;              // query rows [row, row + rows) of q_len * group
-    u32 tile_begin, tile_end;   // position tiles
-    u32 part, part_first, part_count;
-    u32 first, len;             // the sequence's stored positions [first, len)
-    u32 q_start, q_len;         // its queries, the last of which is at position len - 1
-    u32 next;                   // this block's next item, or 0
-    u32 tile_at;                // prefill.cu: where tile_begin is in the workspace
-    u32 reserved;
 };
 
 // Positions that lie elsewhere: see attention/near.cuh.

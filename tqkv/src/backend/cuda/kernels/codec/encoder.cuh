@@ -6,6 +6,7 @@
 #include "codec/codec.cuh"
 
 constexpr int THREADS = 256;  // of a block
+constexpr u32 NOWHERE = ~0u;  // the row of a vector that is not stored
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 extern __shared__ __align__(16) u8 shared_memory[];
 

@@ -48,7 +48,7 @@ template <int CELLS> struct Grid {
     }
 };
 
-// Four lanes a row: lane 4 g + t holds runs of row g. PLACES finds a vector's row in the pool.
+// Four lanes a row: lane 4 g + t holds runs of row g. PLACES finds a vector's row in the pool, or NOWHERE.
 template <typename R, int ALIGN, int CELLS, int GRID, int TYPE, typename PLACES> struct Tile {
     typedef Shape<R::D, 4> S;
     typedef Codec<R, ALIGN> C;
@@ -177,7 +177,7 @@ template <typename R, int ALIGN, int CELLS, int GRID, int TYPE, typename PLACES>
                 rotate(x);
                 fetch(min(tile + step, tiles - 1));
                 const u32 place = __shfl_sync(~0u, places_of_four, quarter * ROWS + g);
-                u32 doubtful = __ballot_sync(~0u, encode(x, place, tile * ROWS + g < s.rows));
+                u32 doubtful = __ballot_sync(~0u, encode(x, place, tile * ROWS + g < s.rows && place != NOWHERE));
                 if (unlikely(doubtful)) {
                     // A bit for each row, where its first lane's is.
                     doubtful |= doubtful >> 1, doubtful = (doubtful | doubtful >> 2) & 0x11111111u;
