@@ -355,7 +355,7 @@ impl Batch {
         }
         let most = Bounds { sequences: lens.shape[0], tokens, new: most_new, len: most_len };
         let tables = Tables::new(device, tables, most.sequences, pages)?;
-        let owners = [&tables.array, &lens, &starts].map(|array| array.owner(py)).to_vec();
+        let owners = [&tables.array, &lens, &starts].map(|array| array.owner(py)).into();
         let (lens, starts) = (lens.elements(device)?, starts.elements(device)?);
         let lengths = Lengths::Device { lens: &lens, starts: &starts, most };
         let batch = ops::Batch::on_device(device, page_size, tables.of(), lengths).or_raise()?;
