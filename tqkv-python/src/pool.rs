@@ -6,8 +6,8 @@ use crate::error::{OrRaise, raise};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tqkv::format::RowFormat;
 use tqkv::Buffer;
+use tqkv::format::RowFormat;
 use tqkv::ops::{self, Bounds, DeviceTables, Lengths, NO_PAGE, Span, Strides};
 
 /// Pages of compressed vectors: the K or the V of one layer. ``codec`` is one side's: ``tq4``, ``f16``, ``seed4``.
@@ -176,7 +176,8 @@ struct Tables {
 impl Tables {
     fn new(device: &Device, tables: &Bound<'_, PyAny>, sequences: usize, pages: usize) -> PyResult<Self> {
         let array = Array::new("tables", tables)?;
-        let fails = |expected: String| Err(raise(tqkv::Error::Shape { what: "tables", got: array.shape.clone(), expected }));
+        let fails =
+            |expected: String| Err(raise(tqkv::Error::Shape { what: "tables", got: array.shape.clone(), expected }));
         let (&[rows, width], &[row, entry]) = (&array.shape[..], &array.strides[..]) else {
             return fails("[sequences, entries of a sequence]".to_owned());
         };
@@ -312,7 +313,8 @@ impl Batch {
     ) -> PyResult<Self> {
         let (lens, new) = (integers("lens", lens)?, integers("new", new)?);
         if lens.len() != new.len() {
-            let message = format!("lens and new are of {} and {} sequences: expected as many of each", lens.len(), new.len());
+            let message =
+                format!("lens and new are of {} and {} sequences: expected as many of each", lens.len(), new.len());
             return Err(PyValueError::new_err(message));
         }
         let counted = |(len, new): (&i64, &i64)| Ok((count("a length", *len)?, count("new", *new)?));
