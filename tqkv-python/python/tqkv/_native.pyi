@@ -204,8 +204,8 @@ def quantize_at(
     parts: Sequence[tuple[Array, PagePool]], slots: Array, *, out_of_range: Array | None = None
 ) -> None:
     """Encodes vectors into slots: each part is an array [tokens, kv_heads, head_dim] and the pool that takes it, token i of every part
-    in slot ``slots[i]``, which is page * page_size + row, or nowhere if it is -1. ``slots`` is int32 or int64, [tokens], and where the
-    device's memory is: nothing of it is read by the host. A slot that no pool has is not written; ``out_of_range``, int32 [1], is
+    in slot ``slots[i]``, which is page * page_size + row, or nowhere if it is -1. ``slots`` is int32 or int64, [tokens], and stays in the
+    device's memory: the host reads nothing of it. A slot that no pool has is not written; ``out_of_range``, int32 [1], is
     increased by one for each. No two tokens may name one slot.
 
     Raises :class:`ZeroError` without parts, :class:`ShapeError`, :class:`DTypeError`, :class:`MismatchError`, :class:`AliasedError`,
