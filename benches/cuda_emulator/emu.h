@@ -98,6 +98,7 @@ static inline void __threadfence() {}
 static inline unsigned atomicAdd(unsigned* p, unsigned x) { unsigned b = *p; *p += x; return b; }
 static inline unsigned atomicOr(unsigned* p, unsigned x) { unsigned b = *p; *p |= x; return b; }
 static inline unsigned long long atomicMin(unsigned long long* p, unsigned long long x) { unsigned long long b = *p; if (x < b) *p = x; return b; }
+static inline unsigned atomicMin(unsigned* p, unsigned x) { unsigned b = *p; if (x < b) *p = x; return b; }
 static inline unsigned atomicMax(unsigned* p, unsigned x) { unsigned b = *p; if (x > b) *p = x; return b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }

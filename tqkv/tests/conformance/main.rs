@@ -131,7 +131,7 @@ impl Layout {
 
     fn batch(&self, device: &Device) -> Batch {
         let held_from_0 = self.spans.iter().all(|(first, len, ..)| *first == 0 && *len <= MOST_ON_DEVICE);
-        if are_tables_on_device() && held_from_0 {
+        if are_tables_on_device() && held_from_0 && device.info().kind == DeviceKind::Cuda {
             return self.on_device(device);
         }
         let spans: Vec<_> = self

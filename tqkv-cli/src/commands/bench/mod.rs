@@ -59,6 +59,9 @@ pub struct Bench {
     /// CUDA and on a processor with AVX-512
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_enum)]
     query: Vec<Query>,
+    /// Where attention finds page tables and lengths. On the device they are read and planned for by `refresh`, which is timed too
+    #[arg(long, value_name = "PLACE", value_enum, default_value = "host")]
+    tables: Tables,
     /// MiB of inputs that are used in turn: more than the device's caches hold
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     cold: u16,
@@ -91,6 +94,12 @@ enum Op {
     Prefill,
     /// A decoding step of all layers: append and attend, one token a sequence, by the clock of the host
     Step,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Tables {
+    Host,
+    Device,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -143,7 +152,7 @@ impl Bench {
                 Op::Attention => {
                     for (shape, &codec) in shapes.iter().flat_map(|shape| pairs.iter().map(move |codec| (shape, codec)))
                     {
-                        queries.iter().try_for_each(|&query| meter.attention(codec, shape, query))?;
+                        queries.iter().try_for_each(|&query| meter.attention(codec, shape, query, self.tables))?;
                     }
                 }
                 Op::Step => {

@@ -1,5 +1,6 @@
 //! What is timed.
 
+use super::Tables;
 use super::check::{Rows, attention_error, floats, largest, quantize_error, relative};
 use super::meter::{Limit, Measurement, Meter, Products};
 use super::shape::{Caches, Shape};
@@ -11,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use tqkv::compute::DeviceKind;
 use tqkv::format::{Codec, CodecPair, RowFormat};
 use tqkv::ops::{
-    AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, attention, dequantize, quantize, rotate,
+    AttentionParams, Batch, Direction, Domain, PagePool, RowOrder, attention, dequantize, quantize, refresh, rotate,
 };
 use tqkv::{Buffer, DType, reference};
 
@@ -227,7 +228,7 @@ impl Meter {
         self.report(Measurement { op: "rotate", shape, codec, timing, bytes, limit, error, tolerance, products: None })
     }
 
-    pub fn attention(&self, codec: CodecPair, shape: &Shape, query: DType) -> Result<()> {
+    pub fn attention(&self, codec: CodecPair, shape: &Shape, query: DType, tables: Tables) -> Result<()> {
         let (_, x) = self.vectors(1, &[FILL, shape.kv_heads, shape.head_dim], DType::F32)?;
         // Before the caches, which take long to fill: it fails if there are too many heads.
         let q_shape = [shape.batch, shape.heads, shape.head_dim];
@@ -236,11 +237,24 @@ impl Meter {
         let contiguous = self.kind() == DeviceKind::Cpu && shape.batch == 1;
         let page_size = if contiguous { shape.context.1 } else { PAGE_SIZE };
         let caches = Caches::new(self, shape, codec, page_size, &x)?;
-        let batches = caches.batches(&self.device, shape, 1)?;
+        let batches = match tables {
+            Tables::Host => caches.batches(&self.device, shape, 1)?,
+            Tables::Device => caches.batches_on_device(&self.device, shape)?,
+        };
         let out = self.device.zeros(query, &q_shape)?;
         let params = AttentionParams::for_head_dim(shape.head_dim);
         let run = |i: usize, encoder: &mut _| {
             attention(encoder, &q_buffer, &caches.key, &caches.value, &batches[i % batches.len()], &params, &out, None)
+        };
+        let name = match tables {
+            Tables::Host => "attention",
+            Tables::Device => {
+                for (i, batch) in batches.iter().enumerate() {
+                    self.once(|encoder| refresh(encoder, batch).and_then(|()| run(i, encoder)))?;
+                }
+                self.refresh(&batches, codec, shape)?;
+                "attention_tables"
+            }
         };
         let timing = self.time(run)?;
         self.once(|encoder| run(0, encoder))?;
@@ -248,7 +262,16 @@ impl Meter {
         let (bytes, limit, tolerance) = (caches.bytes, Limit::Read, attention_tolerance(query));
         let products = Some(Products { query, flops: shape.flops(1) });
         let (shape, codec) = (shape.to_string(), codec.to_string());
-        self.report(Measurement { op: "attention", shape, codec, timing, bytes, limit, error, tolerance, products })
+        self.report(Measurement { op: name, shape, codec, timing, bytes, limit, error, tolerance, products })
+    }
+
+    /// What a step costs besides where its tables and lengths are on the device.
+    fn refresh(&self, batches: &[Batch], codec: CodecPair, shape: &Shape) -> Result<()> {
+        let timing = self.time(|i, encoder| refresh(encoder, &batches[i % batches.len()]))?;
+        let entries: usize = shape.lens().iter().map(|len| len.div_ceil(PAGE_SIZE)).sum();
+        let (shape, codec, bytes, limit) = (shape.to_string(), codec.to_string(), 8 * entries, Limit::Copy);
+        let (error, tolerance, products) = (0.0, 0.0, None);
+        self.report(Measurement { op: "refresh", shape, codec, timing, bytes, limit, error, tolerance, products })
     }
 
     /// New tokens of each of some sequences behind a history, with a causal mask.

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use std::fmt;
 use std::str::FromStr;
 use tqkv::format::{CodecPair, RowFormat};
-use tqkv::ops::{Batch, PagePool, Span, quantize};
+use tqkv::ops::{Batch, Bounds, DeviceTables, Lengths, PagePool, Span, quantize};
 use tqkv::{Buffer, Device};
 
 /// Sequences and heads.
@@ -131,6 +131,25 @@ impl Caches {
             let spans: Vec<_> =
                 tables.iter().zip(&lens).map(|(pages, &len)| Span { first: 0, len, new, pages }).collect();
             Batch::new(device, self.page_size, &spans)
+        };
+        self.tables.iter().map(batch).collect()
+    }
+
+    /// The same with one new position a sequence, whose tables and lengths the host does not know.
+    pub fn batches_on_device(&self, device: &Device, shape: &Shape) -> tqkv::Result<Vec<Batch>> {
+        let lens = shape.lens();
+        let (sequences, longest) = (lens.len(), lens.iter().copied().max().unwrap_or(0));
+        let width = longest.div_ceil(self.page_size);
+        let upload = |words: &[u32]| device.upload(words, &[words.len()]);
+        let positions: Vec<u32> = lens.iter().map(|&len| len as u32).collect();
+        let (positions, starts) = (upload(&positions)?, upload(&(0..=sequences as u32).collect::<Vec<_>>())?);
+        let most = Bounds { sequences, tokens: sequences, new: 1, len: width * self.page_size };
+        let batch = |pages: &Vec<Vec<u32>>| {
+            let rows = pages.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(width));
+            let entries = upload(&rows.collect::<Vec<_>>())?;
+            let tables = DeviceTables { entries: &entries, width, stride: width, pages: self.key.pages() };
+            let lengths = Lengths::Device { lens: &positions, starts: &starts, most };
+            Batch::on_device(device, self.page_size, tables, lengths)
         };
         self.tables.iter().map(batch).collect()
     }

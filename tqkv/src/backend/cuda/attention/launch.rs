@@ -38,7 +38,7 @@ impl DevicePlan {
             || {
                 let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
                 let (plan, items) = if batch.bounds().is_some() {
-                    let items = gpu.stream.alloc(bytes + refresh::entries_bytes(&problem, batch))?;
+                    let items = gpu.stream.alloc(bytes + refresh::entries_bytes(&problem, batch)?)?;
                     // No work, until it is planned.
                     items.clear()?;
                     (None, items)

@@ -6,9 +6,9 @@ use super::plan::{Item, Problem};
 use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct};
 use crate::backend::cuda::memory::{address, batch_addresses};
-use crate::error::Result;
+use crate::error::{Error, Result, checked_product};
 use crate::format::DType;
-use crate::problem::{Batch, Bounds, SpanInfo};
+use crate::problem::{Batch, SpanInfo};
 use std::sync::Arc;
 
 static REFRESH: KernelText = KernelText {
@@ -22,14 +22,13 @@ static REFRESH: KernelText = KernelText {
 
 kernel_struct! {
     struct Entry as "Entry" {
-        line: u64,
         span: SpanInfo,
         sequence: u32,
         row: u32,
         rows: u32,
         begin: u32,
         tiles: u32,
-        pad: u32,
+        line: u32,
     }
 }
 
@@ -70,13 +69,19 @@ pub(in crate::backend::cuda) fn refresh_key() -> KernelKey {
 }
 
 /// Bytes of the most row tiles that a batch has.
-pub(super) fn entries_bytes(problem: &Problem, batch: &Batch) -> usize {
-    let of = |most: &Bounds| {
-        let each = (most.new * problem.group).div_ceil(problem.rows);
-        // As many as sequences have at most, or as all their tokens fill.
-        (most.sequences * each).min(most.tokens * problem.group / problem.rows + most.sequences)
-    };
-    batch.bounds().map_or(0, of) * size_of::<Entry>()
+pub(super) fn entries_bytes(problem: &Problem, batch: &Batch) -> Result<usize> {
+    let Some(most) = batch.bounds() else { return Ok(0) };
+    let each = (most.new * problem.group).div_ceil(problem.rows);
+    // As many as sequences have at most, or as all their tokens fill.
+    let entries = (most.sequences * each).min(most.tokens * problem.group / problem.rows + most.sequences);
+    // The kernel adds up what all of them cost in 32 bits.
+    let cost = most.len.div_ceil(problem.tile) + problem.warps + problem.overhead();
+    let what = "tiles of a batch on the device";
+    let total = checked_product(what, &[entries, problem.kv_heads, cost])?;
+    if total > i32::MAX as usize {
+        return Err(Error::SizeOverflow { what, limit: "i32" });
+    }
+    Ok(entries * size_of::<Entry>())
 }
 
 /// Reads a batch's content, and makes all its plans.
