@@ -126,7 +126,7 @@ impl PagePool {
     /// # Errors
     /// [`Error::Mismatch`] for a stride that is less than what it steps over (so no two rows overlap), or that leaves floats or
     /// scales unaligned; [`Error::TooSmall`] if the last row does not lie in its buffer; [`Error::Aliased`] if codes and scales
-    /// overlap; [`Error::Unsupported`] for strides that leave gaps on a device other than a CPU; [`Error::Shape`] for scales that
+    /// overlap; [`Error::Unsupported`] for strides that leave gaps on wgpu; [`Error::Shape`] for scales that
     /// the format lacks or needs; [`Error::WrongDevice`], and those of [`PagePool::new`].
     pub fn strided(
         row: RowFormat,
@@ -277,6 +277,12 @@ impl PagePool {
     /// Strides of codes and of scales, in bytes.
     pub fn strides(&self) -> (Strides, Strides) {
         self.strides
+    }
+
+    /// Whether rows lie one behind the other, and so do their scales.
+    #[allow(dead_code)] // Not every backend asks.
+    pub(crate) fn is_dense(&self) -> bool {
+        self.strides == dense(&self.row, self.kv_heads, self.page_size)
     }
 
     /// Bytes of codes and scales, without what lies between them.

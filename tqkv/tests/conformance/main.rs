@@ -189,18 +189,21 @@ suite!(cpu, wgpu, cuda: (
     nothing_is_no_error,
 ));
 
-/// On the CPU, with pools in memory that is borrowed, of strides that are not tqkv's.
+/// Tests of a device whose pools have strides that are not tqkv's.
+macro_rules! with_foreign_pools {
+    ($device:literal: $($test:ident),*) => { $(
+        #[test]
+        fn $test() {
+            crate::use_foreign_pools();
+            crate::on($device, crate::$test);
+        }
+    )* };
+}
+
+/// In memory that is borrowed.
 mod cpu_foreign {
-    macro_rules! tests {
-        ($($test:ident),*) => { $(
-            #[test]
-            fn $test() {
-                super::use_foreign_pools();
-                super::on("cpu", super::$test);
-            }
-        )* };
-    }
-    tests!(
+    with_foreign_pools!("cpu":
+
         quantize_writes_the_codes,
         codes_are_the_cpus,
         vectors_that_are_not_finite_decode_to_nan,
@@ -216,6 +219,20 @@ mod cpu_foreign {
         large_scores_share_the_weight,
         large_scores_are_told_apart,
         merged_parts_equal_the_whole,
+        a_batch_equals_its_sequences,
+        head_dims_that_are_no_multiple_of_16
+    );
+}
+
+mod cuda_foreign {
+    with_foreign_pools!("cuda":
+
+        quantize_writes_the_codes,
+        dequantize_is_bit_exact,
+        attention_of_every_codec,
+        attention_of_every_shape,
+        attention_with_every_option,
+        attention_of_prompts,
         a_batch_equals_its_sequences,
         head_dims_that_are_no_multiple_of_16
     );

@@ -2,6 +2,7 @@
 
 use super::{Rng, download};
 use std::cell::Cell;
+use tqkv::compute::DeviceKind;
 use tqkv::format::RowFormat;
 use tqkv::ops::{PagePool, Strides};
 use tqkv::{Buffer, DType, Device, Result};
@@ -87,8 +88,13 @@ fn foreign(device: &Device, row: RowFormat, shape: [usize; 3], layout: usize) ->
     PagePool::strided(row, shape, (&memory, stride), scales.as_ref().map(|s| (s, scale_stride)))
 }
 
-/// Borrowed bytes of garbage, aligned to 4.
+/// Bytes of garbage, aligned to 4: borrowed on the CPU.
 fn guarded(device: &Device, bytes: usize) -> Buffer {
+    if device.info().kind != DeviceKind::Cpu {
+        let buffer = device.zeros(DType::U8, &[bytes]).unwrap();
+        buffer.write(&Rng(bytes as u64).bytes(bytes)).unwrap();
+        return buffer;
+    }
     let owner = Pages::new(bytes.next_multiple_of(4));
     let start = owner.start;
     // SAFETY: `Pages` has as many bytes, which it keeps for the buffer alone.

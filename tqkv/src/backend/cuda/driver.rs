@@ -575,7 +575,7 @@ pub(super) enum ParamBytes {
 }
 
 /// Words of parameters that are kept in place.
-const SHORT: usize = 88;
+const SHORT: usize = 128;
 
 impl ParamBytes {
     pub fn new(bytes: &[u8]) -> Self {

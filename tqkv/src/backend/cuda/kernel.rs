@@ -2,6 +2,7 @@
 
 use super::nvrtc::Source;
 use crate::format::DType;
+use crate::problem::PagePool;
 use std::hash::{Hash, Hasher};
 
 /// A kernel's text. There is one of each.
@@ -26,6 +27,8 @@ const MOST: usize = 48;
 pub(super) struct KernelKey {
     text: &'static KernelText,
     values: [u32; MOST],
+    /// Whether rows of pools are where strides say (codec/row.cuh).
+    strided: bool,
 }
 
 impl KernelText {
@@ -34,13 +37,13 @@ impl KernelText {
         debug_assert_eq!(N, self.macros.len(), "{}", self.name);
         let mut all = [0; MOST];
         all[..N].copy_from_slice(&values);
-        KernelKey { text: self, values: all }
+        KernelKey { text: self, values: all, strided: false }
     }
 }
 
 impl PartialEq for KernelKey {
     fn eq(&self, other: &Self) -> bool {
-        std::ptr::eq(self.text, other.text) && self.values == other.values
+        std::ptr::eq(self.text, other.text) && self.values == other.values && self.strided == other.strided
     }
 }
 
@@ -50,21 +53,28 @@ impl Hash for KernelKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         std::ptr::from_ref(self.text).hash(state);
         bytemuck::bytes_of(&self.values).hash(state);
+        self.strided.hash(state);
     }
 }
 
 impl KernelKey {
+    /// The same for pools of which one has strides.
+    pub fn for_pools<'a>(self, pools: impl IntoIterator<Item = &'a PagePool>) -> Self {
+        KernelKey { strided: !pools.into_iter().all(PagePool::is_dense), ..self }
+    }
+
     /// What the compiler gets: made when there is no such kernel yet.
     pub fn source(&self) -> Source {
         let KernelText { name, text, options, macros, asserts, shared_memory_symbol } = self.text;
         let defines = macros.iter().zip(&self.values);
         let shared_memory = defines.clone().find(|(name, _)| **name == "SHARED_BYTES").map_or(0, |(_, &bytes)| bytes);
         let options = options.iter().map(|&o| o.to_owned());
+        let strided = self.strided.then(|| "-DSTRIDED=1".to_owned());
         Source {
             name: (*name).to_owned(),
             entry: (*name).to_owned(),
             text: format!("{text}{}", asserts()),
-            options: options.chain(defines.map(|(name, value)| format!("-D{name}={value}"))).collect(),
+            options: options.chain(defines.map(|(name, value)| format!("-D{name}={value}"))).chain(strided).collect(),
             shared_memory,
             shared_memory_symbol: *shared_memory_symbol,
         }

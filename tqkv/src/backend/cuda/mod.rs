@@ -117,6 +117,10 @@ impl Driver for Cuda {
         Ok(Box::new(CudaRecorder { gpu: self.0.clone(), recording: Recording::default(), ops: Vec::new() }))
     }
 
+    fn takes_strides(&self) -> bool {
+        true
+    }
+
     fn reads_tables(&self) -> bool {
         true
     }

@@ -6,7 +6,7 @@ use super::gpu::{Gpu, Recording, Work, alignment};
 use super::kernel::{KernelKey, KernelText, kernel_struct, type_number};
 use super::memory::{address, batch_addresses};
 use super::nvrtc::Source;
-use super::tables::{Grid, Side, Tables, Turn};
+use super::tables::{Grid, RowStrides, Side, Tables, Turn, side_asserts};
 use crate::compute::{Buffer, KernelSource};
 use crate::error::{Error, Result, to_u32};
 use crate::format::{Cells, DType, RowFormat, Scaling, ZERO_NORM};
@@ -32,7 +32,8 @@ fn group(row: &RowFormat) -> usize {
 }
 
 pub(super) fn code_alignment(pool: &PagePool) -> u32 {
-    alignment(address(pool.codes()), pool.row().row_bytes())
+    let strides = pool.strides().0;
+    alignment(address(pool.codes()) | (strides.page | strides.head | strides.row) as u64, pool.row().row_bytes())
 }
 
 /// Whether rows of `width` elements can be read and written 16 bytes at a time.
@@ -133,7 +134,7 @@ static QUANTIZE: KernelText = KernelText {
         "D_CELL_REPLICAS",
         "D_GRID",
     ],
-    asserts: || Turn::asserts() + &Input::asserts() + &BatchParams::asserts() + &QuantizeParams::asserts(),
+    asserts: || side_asserts() + &Input::asserts() + &BatchParams::asserts() + &QuantizeParams::asserts(),
     shared_memory_symbol: Some("quantize_shared_bytes"),
 };
 
@@ -157,6 +158,7 @@ kernel_struct! {
         grid_zero: f32,
         square_root: f32,
         per_near: f32,
+        strides: RowStrides,
     }
 }
 
@@ -267,6 +269,7 @@ fn input(op: &Quantize, (x, pool): &(Buffer, PagePool), tables: &Tables) -> Resu
         grid_zero: grid.map_or(0.0, |g| g.zero),
         square_root: grid.map_or(0.0, |g| g.square_root),
         per_near: grid.map_or(0.0, |g| g.per_near),
+        strides: RowStrides::new(pool),
     })
 }
 
@@ -353,7 +356,8 @@ fn launch_quantize(gpu: &Gpu, pairs: &[Pair], to: &mut Recording) -> Result<()> 
         params.batch[i] = pair.batch(gpu)?;
     }
     let shapes: Vec<_> = pairs.iter().map(Pair::shapes).collect();
-    gpu.launch(&quantize_key(&shapes), params.batch.iter().map(|b| b.blocks).sum(), &params, to)
+    let key = quantize_key(&shapes).for_pools(pairs.iter().flat_map(|pair| pair.parts.map(|part| &part.1)));
+    gpu.launch(&key, params.batch.iter().map(|b| b.blocks).sum(), &params, to)
 }
 
 static DEQUANTIZE: KernelText = KernelText {
@@ -370,7 +374,7 @@ static DEQUANTIZE: KernelText = KernelText {
         "OUT_ALIGNED",
         "OUT_WIDTH",
     ],
-    asserts: || Turn::asserts() + &Side::asserts() + &DequantizeParams::asserts(),
+    asserts: || side_asserts() + &DequantizeParams::asserts(),
     shared_memory_symbol: None,
 };
 
@@ -408,7 +412,8 @@ pub(super) fn dequantize(gpu: &Gpu, op: &Dequantize, to: &mut Recording) -> Resu
         Positions::List(l) => (0, Some(gpu.stream.upload(bytemuck::cast_slice(l))?)),
     };
     let out_width = if op.domain == Domain::Original { row.head_dim() } else { row.row_dim() };
-    let key = dequantize_key(row, op.out.dtype(), aligned(&op.out, out_width), out_width, code_alignment(pool));
+    let aligned = aligned(&op.out, out_width);
+    let key = dequantize_key(row, op.out.dtype(), aligned, out_width, code_alignment(pool)).for_pools([pool]);
     let (count, width) = (op.positions.len(), op.batch.width());
     let rows = to_u32("vectors", count * pool.kv_heads())?;
     let params = DequantizeParams {

@@ -15,8 +15,41 @@ kernel_struct! {
 }
 
 kernel_struct! {
+    /// Bytes from one page, KV head and position to the next.
+    pub(super) struct Strides as "Strides" { page: u64, head: u64, row: u64 }
+}
+
+kernel_struct! {
+    /// Where a pool's rows are, for kernels with `STRIDED`.
+    pub(super) struct RowStrides as "RowStrides" { codes: Strides, scales: Strides, kv_heads: u32, page_size: u32 }
+}
+
+impl RowStrides {
+    pub fn new(pool: &PagePool) -> Self {
+        let of = |s: crate::problem::Strides| Strides { page: s.page as u64, head: s.head as u64, row: s.row as u64 };
+        let (codes, scales) = pool.strides();
+        let (kv_heads, page_size) = (pool.kv_heads() as u32, pool.page_size() as u32);
+        RowStrides { codes: of(codes), scales: of(scales), kv_heads, page_size }
+    }
+}
+
+kernel_struct! {
     /// One side of the cache.
-    pub(super) struct Side as "Side" { codes: u64, scales: u64, levels: u64, turn: Turn, unit: f32, pad: u32, channels: u64 }
+    pub(super) struct Side as "Side" {
+        codes: u64,
+        scales: u64,
+        levels: u64,
+        turn: Turn,
+        unit: f32,
+        pad: u32,
+        channels: u64,
+        strides: RowStrides,
+    }
+}
+
+/// What holds `Side` and what it is made of to the host's layout.
+pub(super) fn side_asserts() -> String {
+    Turn::asserts() + &Strides::asserts() + &RowStrides::asserts() + &Side::asserts()
 }
 
 impl Side {
@@ -25,7 +58,8 @@ impl Side {
         let turn = Turn { rotated: tables.turn.rotated & turned as u32, ..tables.turn };
         let (codes, scales) = (address(pool.codes()), pool.scales().map_or(0, address));
         let channels = pool.channels().filter(|_| turned).map_or(0, |map| address(map.values()));
-        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0, channels }
+        let strides = RowStrides::new(pool);
+        Side { codes, scales, levels, turn, unit: scale_unit(pool.row()), pad: 0, channels, strides }
     }
 }
 

@@ -156,7 +156,8 @@ pub(super) fn tensor(
         near,
         ..Params::of(op, sides)?
     };
-    gpu.launch(&variant.key, problem.blocks as u32, &params, to)?;
+    let key = variant.key.for_pools([&op.key, &op.value]);
+    gpu.launch(&key, problem.blocks as u32, &params, to)?;
     to.memory.extend([partial, counters, planned.items.clone()]);
     Ok(())
 }

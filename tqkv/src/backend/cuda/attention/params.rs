@@ -3,7 +3,7 @@
 use super::plan::Item;
 use crate::backend::cuda::kernel::kernel_struct;
 use crate::backend::cuda::memory::{address, batch_addresses};
-use crate::backend::cuda::tables::{Side, Tables, Turn};
+use crate::backend::cuda::tables::{Side, Tables, side_asserts};
 use crate::error::{Result, to_u32};
 use crate::problem::Domain;
 use crate::problem::op::Attention;
@@ -94,5 +94,5 @@ impl Params {
 
 /// What holds all structs of the kernel to the host's layout.
 pub(super) fn asserts() -> String {
-    Turn::asserts() + &Side::asserts() + &Item::asserts() + &Near::asserts() + &Params::asserts()
+    side_asserts() + &Item::asserts() + &Near::asserts() + &Params::asserts()
 }

@@ -6,7 +6,7 @@ use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct, type_number};
 use crate::backend::cuda::memory::{address, batch_addresses};
 use crate::backend::cuda::rows::code_alignment;
-use crate::backend::cuda::tables::{Side, Turn};
+use crate::backend::cuda::tables::{Side, side_asserts};
 use crate::error::{Result, to_u32};
 use crate::format::{DType, RowFormat};
 use crate::problem::op::Attention;
@@ -35,7 +35,7 @@ static PLAIN: KernelText = KernelText {
         "ROWS",
         "HELD",
     ],
-    asserts: || Turn::asserts() + &Side::asserts() + &Params::asserts(),
+    asserts: || side_asserts() + &Params::asserts(),
     shared_memory_symbol: None,
 };
 
@@ -180,6 +180,7 @@ pub(super) fn plain(gpu: &Gpu, op: &Attention, to: &mut Recording) -> Result<()>
     let blocks = to_u32("query rows", tiles * splits)?;
     let alignments = [code_alignment(&op.key), code_alignment(&op.value)];
     let key = plain_key(sides, alignments, [op.q.dtype(), op.out.dtype()], original, rows);
+    let key = key.for_pools([&op.key, &op.value]);
     gpu.launch(&key, blocks, &params, to)?;
     to.memory.extend([partial, counters]);
     Ok(())

@@ -9,7 +9,7 @@ use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct, type_number};
 use crate::backend::cuda::memory::{Memory, batch_addresses};
 use crate::backend::cuda::rows::code_alignment;
-use crate::backend::cuda::tables::{Side, Turn};
+use crate::backend::cuda::tables::{Side, side_asserts};
 use crate::backend::cuda::workspace::Use;
 use crate::error::{Error, Result};
 use crate::format::{DType, RowFormat};
@@ -46,7 +46,7 @@ static EXPAND: KernelText = KernelText {
         "V_SCALING",
         "V_ALIGN",
     ],
-    asserts: || Turn::asserts() + &Side::asserts() + &Stretch::asserts() + &ExpandParams::asserts(),
+    asserts: || side_asserts() + &Stretch::asserts() + &ExpandParams::asserts(),
     shared_memory_symbol: None,
 };
 
@@ -406,6 +406,7 @@ impl Prefill {
         };
         let original = op.params.domain == Domain::Original;
         let expand = expand_key(sides, [code_alignment(&op.key), code_alignment(&op.value)], tiles);
+        let expand = expand.for_pools([&op.key, &op.value]);
         let prefill = prefill_key(sides, [op.q.dtype(), op.out.dtype()], original, tiles);
         let mut stretches = plan.memory.address;
         let count: usize = plan.passes.iter().map(|p| p.stretches.len()).sum();

@@ -35,6 +35,21 @@ pub(super) fn is_short(batch: &Batch, kv_heads: usize, multiprocessors: usize) -
     positions * kv_heads < 2 * 64 * 8 * multiprocessors
 }
 
+/// Whether pages, and rows that are apart, begin at multiples of `unit` as far as strides say, and so do their scales.
+fn has_strides_of(pool: &PagePool, unit: usize) -> bool {
+    let (codes, scales) = pool.strides();
+    let row = |stride| if has_rows_together(pool) { 0 } else { stride };
+    let all = [codes, scales].into_iter().flat_map(|s| [s.page, s.head, row(s.row)]);
+    pool.is_dense() || all.into_iter().all(|stride| stride.is_multiple_of(unit))
+}
+
+/// Whether the rows of a page and KV head lie one behind the other, and so do their scales.
+fn has_rows_together(pool: &PagePool) -> bool {
+    let (codes, scales) = pool.strides();
+    let row = pool.row();
+    codes.row == row.row_bytes() && (row.scales_per_row() == 0 || scales.row == row.scale_bytes())
+}
+
 /// Whether the kernel can add these positions to the operation's own.
 fn goes_with(near: &Near, op: &Attention) -> bool {
     let queries = |batch: &Batch| batch.spans().iter().map(|s| (s.start, s.new)).collect::<Vec<_>>();
@@ -44,7 +59,7 @@ fn goes_with(near: &Near, op: &Attention) -> bool {
         let turns = !near_row.is_rotated() || (own_row.is_rotated() && near_row.signs() == own_row.signs());
         let turns = turns && (op.params.domain == Domain::Original || near_row.is_rotated() == own_row.is_rotated());
         let width = (near_row.row_dim(), near_row.head_dim()) == (own_row.row_dim(), own_row.head_dim());
-        turns && width && near.buffers().all(|b| address(b).is_multiple_of(16))
+        turns && width && near.is_dense() && near.buffers().all(|b| address(b).is_multiple_of(16))
     };
     let dim = op.key.row().row_dim();
     alike([&near.key, &op.key])
@@ -78,7 +93,10 @@ impl Shape {
         if op.q.dtype() == DType::F32 && query_rows > op.heads / op.key.kv_heads() {
             return None;
         }
-        let at = |unit: u64| buffers().all(|b| address(b).is_multiple_of(unit));
+        let at = |unit: usize| {
+            let strides = [&op.key, &op.value].into_iter().all(|pool| has_strides_of(pool, unit));
+            strides && buffers().all(|b| address(b).is_multiple_of(unit as u64))
+        };
         let short = is_short(&op.batch, op.key.kv_heads(), multiprocessors);
         at(2).then(|| Shape {
             key: *op.key.row(),
@@ -89,7 +107,8 @@ impl Shape {
             q: op.q.dtype(),
             out: op.out.dtype(),
             original: op.params.domain == Domain::Original,
-            aligned: at(16),
+            // Where a page's rows are apart, they are copied one by one.
+            aligned: at(16) && [&op.key, &op.value].into_iter().all(has_rows_together),
             short,
         })
     }

@@ -33,13 +33,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, S::N <= 32 ? 10 : S::N <= 
         const u32 outer = inner.divide(min(wanted, rows - 1), rest);
         const u32 head = p.head_major ? outer : rest, i = p.head_major ? rest : outer;
         const u32 position = p.positions ? p.positions[i] : p.start + i;
-        const u64 row = locate(p.table, position, page_size, p.width, p.kv_heads, head);
+        const u32 row = locate(p.table, position, page_size, p.width, p.kv_heads, head);
         typename C::Run runs[S::N / 8];
 #pragma unroll
-        for (int r = 0; r < S::N / 8; r++) runs[r] = C::load(p.side.codes + row * R::BYTES, S::element(r, lane));
+        for (int r = 0; r < S::N / 8; r++) runs[r] = C::load(p.side.codes + codes_at<R>(p.side.strides, row), S::element(r, lane));
         float factor[R::SPANS], x[S::N];
 #pragma unroll
-        for (int s = 0; s < R::SPANS; s++) factor[s] = load_factor<R>(p.side.scales, row * R::SPANS + s, p.side.unit);
+        for (int s = 0; s < R::SPANS; s++) factor[s] = load_factor<R>(p.side.scales + scales_at<R>(p.side.strides, row), s, p.side.unit);
 #pragma unroll
         for (int k = 0; k < S::N; k++) x[k] = C::decode(table, runs[k / 8], k % 8, factor[k * R::SPANS / S::N]);
         restore<S>(x, p.side.turn, lane);

@@ -45,7 +45,7 @@ template <typename R> DEVICE float tile_unit(const Side& side, const u32* rows, 
     float largest = 0.f;
     for (u32 i = threadIdx.x; i < TILE * R::SPANS; i += THREADS) {
         const u32 row = rows[i / R::SPANS];
-        if (row != ~0u) largest = fmaxf(largest, fabsf(load_factor<R>(side.scales, (u64)row * R::SPANS + i % R::SPANS, side.unit)));
+        if (row != ~0u) largest = fmaxf(largest, fabsf(load_factor<R>(side.scales + scales_at<R>(side.strides, row), i % R::SPANS, side.unit)));
     }
     return inverse_power(inverse_power(fminf(fmaxf(block_max(largest, scratch), 0x1p-60f), 0x1p126f))) * 0x1p-10f;
 }
@@ -60,13 +60,13 @@ template <typename R, int ALIGN> DEVICE float expand(const Side& side, const flo
         const u32 row = rows[r];
         float factors[R::SPANS];
 #pragma unroll
-        for (int s = 0; s < R::SPANS; s++) factors[s] = row == ~0u ? 0.f : load_factor<R>(side.scales, (u64)row * R::SPANS + s, side.unit) * shrink;
+        for (int s = 0; s < R::SPANS; s++) factors[s] = row == ~0u ? 0.f : load_factor<R>(side.scales + scales_at<R>(side.strides, row), s, side.unit) * shrink;
 #pragma unroll
         for (int k = 0; k < S::N / 8; k++) {
             const int e = S::element(k, lane);
             uint4 words = make_uint4(0, 0, 0, 0);
             if (row != ~0u) {
-                const typename C::Run run = C::load(side.codes + (u64)row * R::BYTES, e);
+                const typename C::Run run = C::load(side.codes + codes_at<R>(side.strides, row), e);
                 float x[8];
 #pragma unroll
                 for (int i = 0; i < 8; i++) x[i] = C::decode(table, run, i, factors[k * 8 * R::SPANS / S::N]);

@@ -40,13 +40,13 @@ template <typename R, typename C> struct Runs {
     float factor[N];
 
     // `rows`: where the tile's positions lie.
-    DEVICE void load(const Side& s, const u64* rows) {
+    DEVICE void load(const Side& s, const u32* rows) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int run = min(threadIdx.x + i * THREADS, ALL - 1), element = run % (R::D / 8) * 8;
-            const u64 row = rows[run / (R::D / 8)];
-            runs[i] = C::load(s.codes + row * R::BYTES, element);
-            factor[i] = load_factor<R>(s.scales, row * R::SPANS + element / R::SPAN, s.unit);
+            const u32 row = rows[run / (R::D / 8)];
+            runs[i] = C::load(s.codes + codes_at<R>(s.strides, row), element);
+            factor[i] = load_factor<R>(s.scales + scales_at<R>(s.strides, row), element / R::SPAN, s.unit);
         }
     }
     // Positions from `count` on become zero.
@@ -73,7 +73,7 @@ struct Shared {
     float4 rows[ROWS * QUADS], tile[TILE * STRIDE];  // rows: queries, then outputs
     double dots[WARPS][ROWS][TILE];
     double biases[ROWS];  // what the shift of the keys' channels takes from a row's scores
-    u64 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
+    u32 places[2][TILE];  // rows in the store of a tile's positions and of the next one's
     float weights[TILE][ROWS], shrinks[ROWS];
     float k_table[KeyCodec::TABLE ? KeyCodec::TABLE : 1], v_table[ValueCodec::TABLE ? ValueCodec::TABLE : 1];
     bool last;
@@ -115,7 +115,7 @@ struct Work {
         from = first + min(split * share, seen), to = min(from + share, first + seen);
     }
     // Where the tile of position `first` lies. The last position stands for those after it.
-    DEVICE void place(u32 first, u32 to, u64* places) const {
+    DEVICE void place(u32 first, u32 to, u32* places) const {
         if (threadIdx.x < TILE) places[threadIdx.x] = locate(pages, min(first + threadIdx.x, to - 1), page_size, p.width, p.kv_heads, kv_head);
     }
 };

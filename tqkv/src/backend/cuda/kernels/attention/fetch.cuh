@@ -33,8 +33,8 @@ struct Fetch {
         if (RUN >= TILE && tile < tile_end) page = pages[slot / page_size(p)];
     }
     // The row in the store of a slot.
-    DEVICE u64 store_row(u32 page, u32 slot) const {
-        return ((u64)page * p.kv_heads + kv_head) * page_size(p) + slot % page_size(p);
+    DEVICE u32 store_row(u32 page, u32 slot) const {
+        return (page * p.kv_heads + kv_head) * page_size(p) + slot % page_size(p);
     }
     DEVICE void issue(u8* stage) {
         if (tile < tile_end) {
@@ -42,10 +42,10 @@ struct Fetch {
                 // Pages times heads are below 2^32, rows and bytes need not be.
                 const u32 block = page * p.kv_heads + kv_head, slot = PAGE_SIZE == TILE ? 0 : this->slot % page_size(p);
                 const u32 to = shared_address(stage);
-                copy_codes<K>(to, k_codes, block, slot);
-                copy_codes<V>(to + TILE * K::BYTES, v_codes, block, slot);
-                copy_scales<K>(to + Layout::K_SCALES, k_scales, block, slot);
-                copy_scales<V>(to + Layout::V_SCALES, v_scales, block, slot);
+                copy_codes<K>(to, k_codes, p.key.strides.codes, block, slot);
+                copy_codes<V>(to + TILE * K::BYTES, v_codes, p.value.strides.codes, block, slot);
+                copy_scales<K>(to + Layout::K_SCALES, k_scales, p.key.strides.scales, block, slot);
+                copy_scales<V>(to + Layout::V_SCALES, v_scales, p.value.strides.scales, block, slot);
             } else {
                 copy_rows(stage);
             }
@@ -56,11 +56,15 @@ struct Fetch {
         }
         copy_commit();
     }
-    template <typename R> DEVICE void copy_codes(u32 to, const u8* from, u32 block, u32 slot) const {
+    // Bytes before a page's first row of this KV head.
+    DEVICE u64 block_at(const Strides& strides, u32 block, u32 row_bytes) const {
+        return STRIDED ? RowStrides::at(strides, page, kv_head, 0) : (u64)block * (page_size(p) * row_bytes);
+    }
+    template <typename R> DEVICE void copy_codes(u32 to, const u8* from, const Strides& strides, u32 block, u32 slot) const {
         typedef Placed<R> P;
         constexpr int CHUNKS = TILE * R::BYTES / 16;
         constexpr int PERIOD = P::POW2 && R::BYTES > 64 ? R::BYTES / 2 : 32;  // chunks after which a lane's place repeats
-        from = opaque(from + (u64)block * (page_size(p) * R::BYTES) + slot * R::BYTES);
+        from = opaque(from + block_at(strides, block, R::BYTES) + slot * R::BYTES);
         repeat<(CHUNKS + 31) / 32>([&](auto index) {
             constexpr int I = decltype(index)::value * 32, LEAD = I / PERIOD * PERIOD;
             const u32 c = I - LEAD + lane;
@@ -68,9 +72,9 @@ struct Fetch {
             copy_async16_at<LEAD * 16, I * 16>(to + (P::POW2 ? P::place(c / (R::BYTES / 16), c % (R::BYTES / 16)) : c * 16), from);
         });
     }
-    template <typename R> DEVICE void copy_scales(u32 to, const u8* from, u32 block, u32 slot) const {
+    template <typename R> DEVICE void copy_scales(u32 to, const u8* from, const Strides& strides, u32 block, u32 slot) const {
         constexpr int ROW = R::SCALES * R::SCALE_BYTES, CHUNKS = TILE * ROW / 16;
-        from += (u64)block * (page_size(p) * ROW) + slot * ROW;
+        from += block_at(strides, block, ROW) + slot * ROW;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c += 32)
             if (c + 32 <= CHUNKS || c + lane < CHUNKS) copy_async16(to + (c + lane) * 16, from + c * 16);
@@ -84,11 +88,11 @@ struct Fetch {
             if (position >= len || position + RUN <= first) continue;
             u32 s = slot + r;
             if (s >= capacity) s %= capacity;
-            u64 row = store_row(pages[s / page_size(p)], s);
-            copy_run<K>(stage, p.key.codes + row * K::BYTES, r);
-            copy_run<V>(stage + TILE * K::BYTES, p.value.codes + row * V::BYTES, r);
-            copy_halves(stage + Layout::K_SCALES + r * K_SCALE_ROW, p.key.scales + row * K_SCALE_ROW, RUN * K_SCALE_ROW);
-            copy_halves(stage + Layout::V_SCALES + r * V_SCALE_ROW, p.value.scales + row * V_SCALE_ROW, RUN * V_SCALE_ROW);
+            const u32 row = store_row(pages[s / page_size(p)], s);
+            copy_run<K>(stage, p.key.codes + codes_at<K>(p.key.strides, row), r);
+            copy_run<V>(stage + TILE * K::BYTES, p.value.codes + codes_at<V>(p.value.strides, row), r);
+            copy_halves(stage + Layout::K_SCALES + r * K_SCALE_ROW, p.key.scales + scales_at<K>(p.key.strides, row), RUN * K_SCALE_ROW);
+            copy_halves(stage + Layout::V_SCALES + r * V_SCALE_ROW, p.value.scales + scales_at<V>(p.value.strides, row), RUN * V_SCALE_ROW);
         }
     }
     template <typename R> DEVICE void copy_run(u8* to, const u8* from, u32 r) const {

@@ -19,6 +19,7 @@ template <typename R> struct NearShare {
     typename Runs::Run runs[N];
     u32 scales[N];
 
+    // Of rows that lie one behind the other.
     DEVICE void load(const Side& s, u64 row, int lane) {
 #pragma unroll
         for (int r = 0; r < N; r++) {

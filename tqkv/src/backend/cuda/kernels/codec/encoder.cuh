@@ -28,6 +28,7 @@ struct Input {
     float grid_step, grid_zero;
     float square_root;     // of what its squares are multiplied by
     float per_near;        // what distances to a boundary are multiplied by: below 2 they are near
+    RowStrides strides;
 };
 
 DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
@@ -66,7 +67,8 @@ template <typename R, typename S, typename C, int CELLS, int REPLICAS> struct Sc
     }
 
     static DEVICE void run(const Input& s, const u8* shared, float (&x)[S::N], u32 row, int lane, bool valid) {
-        u8* const codes = s.codes + (u64)row * R::BYTES;
+        u8* const codes = s.codes + codes_at<R>(s.strides, row);
+        u8* const scales = s.scales + scales_at<R>(s.strides, row);
         rotate<S>(x, s.turn, lane);
         constexpr int PARTS = R::SCALING == SCALE_BLOCK_RMS ? R::SCALES : 1, PART = S::N / PARTS, RUNS = S::RUNS / PARTS;
 #pragma unroll
@@ -86,9 +88,9 @@ template <typename R, typename S, typename C, int CELLS, int REPLICAS> struct Sc
             float scale = finite ? norm : __uint_as_float(0x7fc00000u);
             if constexpr (R::SCALING == SCALE_CORRECTED) {
                 scale = __fdiv_rn(norm, __fsqrt_rn(fold_squares<S::GROUP, RUNS, S::BLOCKS>(x)));
-                if (valid && lane == 0) ((u16*)s.scales)[row] = finite ? f16_from_f32(scale) : 0x7e00;
+                if (valid && lane == 0) *(u16*)scales = finite ? f16_from_f32(scale) : 0x7e00;
             } else if (valid && lane == 0) {
-                ((float*)s.scales)[(u64)row * PARTS + part] = scale;
+                ((float*)scales)[part] = scale;
             }
         }
     }
@@ -100,7 +102,7 @@ template <typename R, typename S, typename C> struct FloatEncoder {
     static DEVICE void run(const Input& s, const u8*, float (&x)[S::N], u32 row, int lane, bool valid) {
         if (valid)
 #pragma unroll
-            for (int r = 0; r < S::N / 8; r++) C::store(s.codes + (u64)row * R::BYTES, S::element(r, lane), x + r * 8);
+            for (int r = 0; r < S::N / 8; r++) C::store(s.codes + codes_at<R>(s.strides, row), S::element(r, lane), x + r * 8);
     }
 };
 

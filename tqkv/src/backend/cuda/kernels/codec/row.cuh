@@ -1,5 +1,8 @@
 // How a row is stored: its bits, packing and scaling, as docs/format.md has them.
 #pragma once
+#ifndef STRIDED
+#define STRIDED 0
+#endif
 #include "codec/kinds.cuh"  // PACK_* and SCALE_*: of the host's codec.rs
 #include "transform.cuh"
 
@@ -21,6 +24,23 @@ template <typename A> struct Same<A, A> {
     static constexpr bool value = true;
 };
 
+// Where rows of a pool are, with -DSTRIDED=1: bytes from one page, KV head and position to the next, of codes and of scales. Else they lie one behind
+// the other.
+struct Strides {
+    u64 page, head, row;
+};
+struct RowStrides {
+    Strides codes, scales;
+    u32 kv_heads, page_size;
+    static DEVICE u64 at(const Strides& s, u32 page, u32 head, u32 slot) { return page * s.page + head * s.head + slot * s.row; }
+    DEVICE u64 at(const Strides& s, u32 row) const { return at(s, row / page_size / kv_heads, row / page_size % kv_heads, row % page_size); }
+};
+// Bytes before the codes, and before the scales, of row (page * kv_heads + head) * page_size + slot.
+template <typename R> DEVICE u64 codes_at(const RowStrides& p, u32 row) { return STRIDED ? p.at(p.codes, row) : (u64)row * R::BYTES; }
+template <typename R> DEVICE u64 scales_at(const RowStrides& p, u32 row) {
+    return STRIDED ? p.at(p.scales, row) : (u64)row * (R::SCALES * R::SCALE_BYTES);
+}
+
 // One side of the cache, keys or values, as kernels get it.
 struct Side {
     const u8* codes;      // [pages, kv_heads, page_size, BYTES]
@@ -30,6 +50,7 @@ struct Side {
     float unit;           // what a stored norm is multiplied by, or a block's scale divided by
     u32 pad;
     const float* channels;  // of keys in the original domain, [3, kv_heads, head_dim]: shift, 1 / scale, scale; or null
+    RowStrides strides;
 };
 
 // A stored scale's bits, and the number that they are; 1 if there is none.

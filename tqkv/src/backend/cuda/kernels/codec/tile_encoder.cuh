@@ -141,11 +141,11 @@ template <typename R, int ALIGN, int CELLS, int GRID, int TYPE, typename PLACES>
         const u16 most = f16_from_f32(norm * (1 + 0x1p-18f) * rsqrt_approx(levels - R::D / 2));
         __syncwarp();
         if (valid) {
-            u8* const to = s.codes + (u64)place * R::BYTES;
+            u8* const to = s.codes + codes_at<R>(s.strides, place);
 #pragma unroll
             for (int k = 0; k < PIECES; k += 4)
                 if (k + t < PIECES) copy_bytes<PIECE>(to + (k + t) * PIECE, staged + (k + t) * PIECE);
-            if (t == 0) ((u16*)s.scales)[place] = scale;
+            if (t == 0) *(u16*)(s.scales + scales_at<R>(s.strides, place)) = scale;
         }
         __syncwarp();
         return valid && (scale != most || !(far & 1 << 30));
