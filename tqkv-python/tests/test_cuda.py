@@ -149,15 +149,21 @@ def test_what_cannot_be_taken_is_named(device):
     assert error < 0.1, "a strided input is copied"
     with pytest.raises(ValueError, match="strided"):
         cache.attend(0, {row: 4}, q, out=normals(4, 2 * HEADS, D)[:, ::2])
-    codes = torch.zeros(3, PAGE, KV_HEADS, D // 2, dtype=torch.uint8, device="cuda")
-    scales = torch.zeros(3, KV_HEADS, PAGE, 1, dtype=torch.float16, device="cuda")
-    with pytest.raises(tqkv.UnsupportedError, match="without gaps"):
-        tqkv.PagePool.from_arrays(device, "tq4", D, codes.transpose(1, 2), scales)
     with pytest.raises(tqkv.WrongDeviceError):
         tqkv.KvCache(tqkv.Device(), 1, KV_HEADS, D).append(0, {}, k, k)
-    dense = tqkv.PagePool.from_arrays(device, "tq4", D, codes.view(3, KV_HEADS, PAGE, -1), scales)
-    tqkv.quantize(tqkv.Batch(device, PAGE, [4], [4], [[2]]), [(k, dense)])
+
+
+def test_pools_in_tensors(device):
+    """Heads before positions, or positions before heads: the same rows in the page that is written."""
+    k = normals(4, KV_HEADS, D)
+    codes, strided = (torch.zeros(3, KV_HEADS, PAGE, D // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
+    scales, others = (torch.zeros(3, KV_HEADS, PAGE, 1, dtype=torch.float16, device="cuda") for _ in range(2))
+    by_position = strided.view(3, PAGE, KV_HEADS, D // 2).transpose(1, 2)
+    dense = tqkv.PagePool.from_arrays(device, "tq4", D, codes, scales)
+    gaps = tqkv.PagePool.from_arrays(device, "tq4", D, by_position, others)
+    tqkv.quantize(tqkv.Batch(device, PAGE, [4], [4], [[2]]), [(k, dense), (2 * k, gaps)])
     assert bool(codes[2].any()) and not bool(codes[:2].any())
+    assert torch.equal(by_position, codes) and torch.equal(others, 2 * scales)
 
 
 def test_host_arrays_on_a_gpu(device):

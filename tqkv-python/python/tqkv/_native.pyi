@@ -84,7 +84,7 @@ class PagePool:
     ) -> PagePool:
         """A pool in memory of someone else's, without a copy, which it keeps alive: ``codes`` is
         uint8 [pages, kv_heads, page_size, row_bytes] (or the floats themselves of a dense codec) and ``scales``
-        [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (on a CPU), also of one
+        [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (not on wgpu), also of one
         tensor: pages of [page_size, kv_heads, bytes] are ``.transpose(1, 2)`` of a view.
 
         ``channels`` shifts and scales keys before they are stored, (shift, scale), both [kv_heads, head_dim].

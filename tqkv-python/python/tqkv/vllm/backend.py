@@ -60,8 +60,8 @@ def parts(kv_cache: torch.Tensor, widths: Sequence[int], dense: bool) -> list[to
 
 
 class TqkvBackend(AttentionBackend):
-    """Pages of bytes, [kv_heads, page_size, bytes]: codes and scales of keys, then of values, each dense within a page. On CUDA, whose
-    kernels take no strides, each is dense within a layer: the layer has as many pages of as many bytes, but what is in one lies apart."""
+    """Pages of bytes, [kv_heads, page_size, bytes]: codes and scales of keys, then of values, each dense within a page. On CUDA each is dense
+    within a layer: the layer has as many pages of as many bytes, but what is in one lies apart."""
 
     # `forward` encodes the new tokens and attends, with one plan.
     forward_includes_kv_cache_update = True
