@@ -105,6 +105,16 @@ impl Array {
         self.borrow(device, DType::U8, &[self.extent()])
     }
 
+    /// Where it lies, without a copy, as elements one after the other, those between its own counted in.
+    pub fn elements(&self, device: &Device) -> PyResult<Buffer> {
+        self.borrow(device, self.dtype, &[self.extent() / self.dtype.size()])
+    }
+
+    /// What keeps its memory.
+    pub fn owner(&self, py: Python<'_>) -> Py<PyAny> {
+        self.owner.clone_ref(py)
+    }
+
     fn borrow(&self, device: &Device, dtype: DType, shape: &[usize]) -> PyResult<Buffer> {
         if shape.contains(&0) {
             return Python::attach(|py| device.run(py, || device.zeros(dtype, shape)));
@@ -175,6 +185,15 @@ impl Arg {
 
     /// A dense array that is written.
     pub fn output(what: &str, object: &Bound<'_, PyAny>, device: &Device) -> PyResult<Self> {
+        Arg::written(what, object, device, false)
+    }
+
+    /// A dense array that is read and written.
+    pub fn changed(what: &str, object: &Bound<'_, PyAny>, device: &Device) -> PyResult<Self> {
+        Arg::written(what, object, device, true)
+    }
+
+    fn written(what: &str, object: &Bound<'_, PyAny>, device: &Device, read: bool) -> PyResult<Self> {
         let array = Array::new(what, object)?;
         if !array.is_dense() {
             return Err(PyValueError::new_err(format!("{what} is strided: expected a contiguous array to write to")));
@@ -187,7 +206,10 @@ impl Arg {
             let buffer = array.borrow(device, array.dtype, &array.shape)?;
             return Ok(Arg { buffer, host: None, _owner: owner });
         }
-        let buffer = device.run(object.py(), || device.zeros(array.dtype, &array.shape))?;
+        let buffer = device.run(object.py(), || {
+            let buffer = device.zeros(array.dtype, &array.shape)?;
+            if read { array.transfer(&buffer, false).map(|()| buffer) } else { Ok(buffer) }
+        })?;
         Ok(Arg { buffer, host: Some(array), _owner: owner })
     }
 
@@ -214,6 +236,7 @@ pub fn empty_like<'py>(like: &Bound<'py, PyAny>, shape: &[usize], dtype: Option<
         DType::BF16 => "bfloat16",
         DType::U8 => "uint8",
         DType::U32 => "uint32",
+        DType::I64 => "int64",
         _ => "float32",
     };
     if like.hasattr("data_ptr")? {
@@ -247,6 +270,7 @@ fn dtype_of(what: &str, name: &str) -> PyResult<DType> {
         "bfloat16" => Ok(DType::BF16),
         "uint8" | "|u1" => Ok(DType::U8),
         "uint32" | "int32" | "<u4" | "<i4" => Ok(DType::U32),
+        "int64" | "<i8" => Ok(DType::I64),
         _ => Err(crate::error::DTypeError::new_err(format!(
             "{what} holds {name}: expected float32, float16 or bfloat16"
         ))),

@@ -25,6 +25,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<cache::PyStep>()?;
     m.add_class::<cache::PyCapturedStep>()?;
     m.add_function(wrap_pyfunction!(ops::quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::quantize_at, m)?)?;
+    m.add_function(wrap_pyfunction!(ops::refresh, m)?)?;
     m.add_function(wrap_pyfunction!(ops::attend, m)?)?;
     m.add_function(wrap_pyfunction!(ops::dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(ops::merge, m)?)?;

@@ -43,6 +43,42 @@ pub fn quantize(py: Python<'_>, batch: &Batch, parts: Vec<(Bound<'_, PyAny>, PyR
     run(py, &batch.device, &[], |encoder| ops::quantize(encoder, &pairs, batch_of))
 }
 
+/// Encodes vectors into slots: each part is an array [tokens, kv_heads, head_dim] and the pool that takes it, token i of every part
+/// in slot ``slots[i]``, which is page * page_size + row, or nowhere if it is -1. ``slots`` is int32 or int64, [tokens], and stays in the
+/// device's memory: the host reads nothing of it. A slot that no pool has is not written; ``out_of_range``, int32 [1], is
+/// increased by one for each. No two tokens may name one slot.
+///
+/// Raises :class:`ZeroError` without parts, :class:`ShapeError`, :class:`DTypeError`, :class:`MismatchError`, :class:`AliasedError`,
+/// :class:`UnsupportedError` on wgpu.
+#[pyfunction]
+#[pyo3(signature = (parts, slots, *, out_of_range = None))]
+pub fn quantize_at(
+    py: Python<'_>,
+    parts: Vec<(Bound<'_, PyAny>, PyRef<'_, PagePool>)>,
+    slots: &Bound<'_, PyAny>,
+    out_of_range: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let Some((_, first)) = parts.first() else { return Err(raise(tqkv::Error::Zero { what: "parts" })) };
+    let device = &first.device;
+    let xs = parts.iter().map(|(x, _)| Arg::input("x", x, device)).collect::<PyResult<Vec<_>>>()?;
+    let slots = Arg::input("slots", slots, device)?;
+    let count = out_of_range.map(|c| Arg::changed("out_of_range", c, device)).transpose()?;
+    let pools: Vec<_> = parts.iter().map(|(_, pool)| pool.pool.clone()).collect();
+    let pairs: Vec<(&Buffer, &ops::PagePool)> = xs.iter().map(|x| &x.buffer).zip(&pools).collect();
+    let outputs: Vec<&Arg> = count.iter().collect();
+    run(py, device, &outputs, |encoder| {
+        ops::quantize_at(encoder, &pairs, &slots.buffer, count.as_ref().map(|c| &c.buffer))
+    })
+}
+
+/// Reads the page tables, and lengths, that a batch on the device stands for, and plans for them, on the device: once a step, before all
+/// operations of all layers, in the same graph or before its replay. For other batches it does nothing.
+#[pyfunction]
+pub fn refresh(py: Python<'_>, batch: &Batch) -> PyResult<()> {
+    let of = &batch.now();
+    run(py, &batch.device, &[], |encoder| ops::refresh(encoder, of))
+}
+
 /// What every `attend` is asked for by keywords.
 pub struct Asked<'py> {
     pub scale: Option<f32>,

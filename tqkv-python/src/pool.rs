@@ -6,13 +6,15 @@ use crate::error::{OrRaise, raise};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tqkv::Buffer;
 use tqkv::format::RowFormat;
-use tqkv::ops::{self, NO_PAGE, Span, Strides};
+use tqkv::ops::{self, Bounds, DeviceTables, Lengths, NO_PAGE, Span, Strides};
 
 /// Pages of compressed vectors: the K or the V of one layer. ``codec`` is one side's: ``tq4``, ``f16``, ``seed4``.
 #[pyclass(frozen, module = "tqkv", name = "PagePool")]
 pub struct PagePool {
     pub pool: ops::PagePool,
+    pub device: Device,
     /// Arrays on a GPU that it lies in.
     _owners: Vec<Py<PyAny>>,
 }
@@ -31,12 +33,12 @@ impl PagePool {
     ) -> PyResult<Self> {
         let row = RowFormat::new(one_codec(codec)?, head_dim).or_raise()?;
         let pool = device.run(py, || ops::PagePool::new(device, row, kv_heads, page_size, pages))?;
-        Ok(PagePool { pool, _owners: vec![] })
+        Ok(PagePool { pool, device: device.clone(), _owners: vec![] })
     }
 
     /// A pool in memory of someone else's, without a copy, which it keeps alive: ``codes`` is
     /// uint8 [pages, kv_heads, page_size, row_bytes] (or the floats themselves of a dense codec) and ``scales``
-    /// [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (on a CPU), also of one
+    /// [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (not on wgpu), also of one
     /// tensor: pages of [page_size, kv_heads, bytes] are ``.transpose(1, 2)`` of a view.
     ///
     /// ``channels`` shifts and scales keys before they are stored, (shift, scale), both [kv_heads, head_dim].
@@ -80,7 +82,7 @@ impl PagePool {
             let map = device.run(py, || ops::ChannelMap::new(device, heads, row.head_dim(), &shift, &scale))?;
             pool = pool.with_channels(&map).or_raise()?;
         }
-        Ok(PagePool { pool, _owners: owners })
+        Ok(PagePool { pool, device: device.clone(), _owners: owners })
     }
 
     #[getter]
@@ -158,6 +160,41 @@ fn rows_of(what: &'static str, array: &Array, row_bytes: usize) -> PyResult<([us
 pub struct Batch {
     batch: Mutex<ops::Batch>,
     pub device: Device,
+    /// Arrays on the device that it reads.
+    _owners: Vec<Py<PyAny>>,
+}
+
+/// Page tables in the device's memory.
+struct Tables {
+    array: Array,
+    entries: Buffer,
+    width: usize,
+    stride: usize,
+    pages: usize,
+}
+
+impl Tables {
+    fn new(device: &Device, tables: &Bound<'_, PyAny>, sequences: usize, pages: usize) -> PyResult<Self> {
+        let array = Array::new("tables", tables)?;
+        let fails =
+            |expected: String| Err(raise(tqkv::Error::Shape { what: "tables", got: array.shape.clone(), expected }));
+        let (&[rows, width], &[row, entry]) = (&array.shape[..], &array.strides[..]) else {
+            return fails("[sequences, entries of a sequence]".to_owned());
+        };
+        if rows != sequences {
+            return fails(format!("[{sequences}, entries of a sequence]"));
+        }
+        if width > 1 && entry != array.dtype.size() {
+            return Err(PyValueError::new_err("tables have gaps within rows: expected a last axis without strides"));
+        }
+        // Of one row, the distance to the next says nothing.
+        let stride = if rows > 1 { row / array.dtype.size() } else { width };
+        Ok(Tables { entries: array.elements(device)?, width, stride, pages, array })
+    }
+
+    fn of(&self) -> DeviceTables<'_> {
+        DeviceTables { entries: &self.entries, width: self.width, stride: self.stride, pages: self.pages }
+    }
 }
 
 /// The numbers of an array, row after row.
@@ -217,6 +254,10 @@ impl Sequences {
 }
 
 impl Batch {
+    fn of(batch: ops::Batch, device: &Device, owners: Vec<Py<PyAny>>) -> Self {
+        Batch { batch: Mutex::new(batch), device: device.clone(), _owners: owners }
+    }
+
     fn lock(&self) -> MutexGuard<'_, ops::Batch> {
         self.batch.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -241,7 +282,7 @@ impl Batch {
     ) -> PyResult<Self> {
         let sequences = Sequences::new(lens, new, pages, first)?;
         let batch = ops::Batch::new(device, page_size, &sequences.spans()).or_raise()?;
-        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
+        Ok(Batch::of(batch, device, vec![]))
     }
 
     /// One sequence in a pool of one page as long as the cache, in which positions wrap around.
@@ -249,7 +290,85 @@ impl Batch {
     #[pyo3(signature = (device, capacity, len, new, first = 0))]
     fn contiguous(device: &Device, capacity: usize, len: usize, new: usize, first: usize) -> PyResult<Self> {
         let batch = ops::Batch::contiguous(device, capacity, first, len, new).or_raise()?;
-        Ok(Batch { batch: Mutex::new(batch), device: device.clone() })
+        Ok(Batch::of(batch, device, vec![]))
+    }
+
+    /// Sequences whose page tables lie in the device's memory (CUDA), and are read there by every :func:`refresh`: ``tables`` is int32 or
+    /// int64, [sequences, width], its rows at any distance; entries that no held position needs may be anything. Pools have ``pages``
+    /// pages. ``lens`` and ``new`` are known to the host, as in a batch of its own.
+    ///
+    /// Such a batch attends; :func:`quantize_at` writes. An entry that is out of range is not followed: see ``out_of_range``.
+    ///
+    /// Raises :class:`UnsupportedError` on other devices, :class:`ShapeError`, :class:`DTypeError`, :class:`ZeroError`,
+    /// :class:`PositionsError`, :class:`TooLargeError`, :class:`WrongDeviceError`.
+    #[staticmethod]
+    fn with_tables(
+        py: Python<'_>,
+        device: &Device,
+        page_size: usize,
+        tables: &Bound<'_, PyAny>,
+        pages: usize,
+        lens: &Bound<'_, PyAny>,
+        new: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let (lens, new) = (integers("lens", lens)?, integers("new", new)?);
+        if lens.len() != new.len() {
+            let message =
+                format!("lens and new are of {} and {} sequences: expected as many of each", lens.len(), new.len());
+            return Err(PyValueError::new_err(message));
+        }
+        let counted = |(len, new): (&i64, &i64)| Ok((count("a length", *len)?, count("new", *new)?));
+        let spans: Vec<(usize, usize)> = lens.iter().zip(&new).map(counted).collect::<PyResult<_>>()?;
+        let tables = Tables::new(device, tables, spans.len(), pages)?;
+        let owners = vec![tables.array.owner(py)];
+        let batch = ops::Batch::on_device(device, page_size, tables.of(), Lengths::Host(&spans)).or_raise()?;
+        Ok(Batch::of(batch, device, owners))
+    }
+
+    /// Sequences of which the host knows nothing: page tables as in :meth:`with_tables`, and ``lens`` and ``starts`` lie in the device's
+    /// memory, int32 or int64, and are read by every :func:`refresh`, so that a graph that was captured once serves all further steps.
+    ///
+    /// ``lens`` is [sequences], the new positions counted in; a sequence of length 0 has no part. ``starts`` is [sequences + 1], where each
+    /// sequence's new tokens start, and where the last ones end. ``tokens`` is how many queries and outputs have room for; those of no
+    /// sequence are not written. ``most_new`` and ``most_len`` bound what a sequence has.
+    ///
+    /// An entry, a length or a start that is out of range is not followed: see ``out_of_range``.
+    ///
+    /// Raises what :meth:`with_tables` does.
+    #[staticmethod]
+    #[allow(clippy::too_many_arguments)] // Each is a thing of its own.
+    fn on_device(
+        py: Python<'_>,
+        device: &Device,
+        page_size: usize,
+        tables: &Bound<'_, PyAny>,
+        pages: usize,
+        lens: &Bound<'_, PyAny>,
+        starts: &Bound<'_, PyAny>,
+        tokens: usize,
+        most_new: usize,
+        most_len: usize,
+    ) -> PyResult<Self> {
+        let (lens, starts) = (Array::new("lens", lens)?, Array::new("starts", starts)?);
+        for (what, array) in [("lens", &lens), ("starts", &starts)] {
+            if array.shape.len() != 1 || !array.is_dense() {
+                return Err(PyValueError::new_err(format!("{what} is no dense list: got {:?}", array.shape)));
+            }
+        }
+        let most = Bounds { sequences: lens.shape[0], tokens, new: most_new, len: most_len };
+        let tables = Tables::new(device, tables, most.sequences, pages)?;
+        let owners = [&tables.array, &lens, &starts].map(|array| array.owner(py)).into();
+        let (lens, starts) = (lens.elements(device)?, starts.elements(device)?);
+        let lengths = Lengths::Device { lens: &lens, starts: &starts, most };
+        let batch = ops::Batch::on_device(device, page_size, tables.of(), lengths).or_raise()?;
+        Ok(Batch::of(batch, device, owners))
+    }
+
+    /// How many entries of tables, lengths and starts on the device were out of range so far. Waits for the device.
+    #[getter]
+    fn out_of_range(&self, py: Python<'_>) -> PyResult<usize> {
+        let batch = self.now();
+        self.device.run(py, || batch.out_of_range())
     }
 
     /// Other lengths and pages for as many sequences, with as many new positions each; tables may be as long as the longest was. On an

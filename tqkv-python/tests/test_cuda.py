@@ -64,6 +64,63 @@ def test_operations_on_tensors(device, codec):
         torch.testing.assert_close(got, want, rtol=3e-3, atol=3e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tables_lengths_and_slots_on_the_device(device, dtype):
+    """One graph serves all steps, whatever the tensors hold by then; what is no sequence's is not written."""
+    pages, most, width = 40, 4, 12
+    key, value = (tqkv.PagePool(device, "tq4", D, KV_HEADS, PAGE, pages) for _ in range(2))
+    every = normals(pages * PAGE, KV_HEADS, D, seed=1)
+    tqkv.quantize_at([(every, key), (every, value)], torch.arange(pages * PAGE, device="cuda", dtype=dtype))
+    # Rows of a wider table.
+    tables = torch.full((most, width + 5), 10**9, device="cuda", dtype=dtype)[:, :width]
+    lens, starts = (torch.zeros(n, device="cuda", dtype=dtype) for n in (most, most + 1))
+    slots, count = torch.full((most,), -1, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
+    q, k = torch.zeros(most, HEADS, D, device="cuda"), torch.zeros(most, KV_HEADS, D, device="cuda")
+    out = torch.zeros_like(q)
+    batch = tqkv.Batch.on_device(device, PAGE, tables, pages, lens, starts, tokens=most, most_new=1, most_len=width * PAGE)
+
+    def step():
+        tqkv.refresh(batch)
+        tqkv.quantize_at([(k, key), (2 * k, value)], slots, out_of_range=count)
+        tqkv.attend(q, key, value, batch, out=out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    draw = torch.Generator().manual_seed(5)
+    for held in ([33, 5, 0, 0], [100, 1, 20, 64], [192, 0, 0, 0]):
+        live = [n for n in held if n]
+        order = torch.randperm(pages, generator=draw).tolist()
+        own = [[order.pop() for _ in range(-(-n // PAGE))] for n in live]
+        at = [table[-1] * PAGE + (n - 1) % PAGE for n, table in zip(live, own)]
+        for i, table in enumerate(own):
+            tables[i, : len(table)] = torch.tensor(table, dtype=dtype)
+        lens.copy_(torch.tensor(held))
+        starts.copy_(torch.tensor([min(i, len(live)) for i in range(most + 1)]))
+        slots.copy_(torch.tensor(at + [-1] * (most - len(live))))
+        q.copy_(normals(most, HEADS, D, seed=held[0]))
+        k.copy_(normals(most, KV_HEADS, D, seed=held[1]))
+        out.fill_(float("nan"))
+        graph.replay()
+        n = len(live)
+        host = tqkv.Batch(device, PAGE, live, [1] * n, [table + [0] * (width - len(table)) for table in own])
+        torch.testing.assert_close(out[:n], tqkv.attend(q[:n].contiguous(), key, value, host), rtol=2e-3, atol=2e-3)
+        assert out[n:].isnan().all() and (n < most or not out.isnan().any())
+        known = tqkv.Batch.with_tables(device, PAGE, tables, pages, held, [int(n > 0) for n in held])
+        tqkv.refresh(known)
+        torch.testing.assert_close(tqkv.attend(q[:n].contiguous(), key, value, known), out[:n], rtol=2e-3, atol=2e-3)
+        newest = tqkv.dequantize(key, host, 0, [live[0] - 1])[0]
+        assert (newest - k[0]).norm() < 0.2 * k[0].norm()
+    assert batch.out_of_range == count.item() == 0
+    tables[0, 0], slots[0] = pages, pages * PAGE
+    graph.replay()
+    assert batch.out_of_range == count.item() == 1
+    with pytest.raises(tqkv.UnsupportedError, match="slots"):
+        tqkv.quantize(batch, [(k, key)])
+
+
 def test_tensors_are_used_where_they_lie(device):
     before = torch.cuda.memory_allocated()
     q = normals(4, HEADS, D, dtype=torch.bfloat16)
@@ -92,15 +149,21 @@ def test_what_cannot_be_taken_is_named(device):
     assert error < 0.1, "a strided input is copied"
     with pytest.raises(ValueError, match="strided"):
         cache.attend(0, {row: 4}, q, out=normals(4, 2 * HEADS, D)[:, ::2])
-    codes = torch.zeros(3, PAGE, KV_HEADS, D // 2, dtype=torch.uint8, device="cuda")
-    scales = torch.zeros(3, KV_HEADS, PAGE, 1, dtype=torch.float16, device="cuda")
-    with pytest.raises(tqkv.UnsupportedError, match="without gaps"):
-        tqkv.PagePool.from_arrays(device, "tq4", D, codes.transpose(1, 2), scales)
     with pytest.raises(tqkv.WrongDeviceError):
         tqkv.KvCache(tqkv.Device(), 1, KV_HEADS, D).append(0, {}, k, k)
-    dense = tqkv.PagePool.from_arrays(device, "tq4", D, codes.view(3, KV_HEADS, PAGE, -1), scales)
-    tqkv.quantize(tqkv.Batch(device, PAGE, [4], [4], [[2]]), [(k, dense)])
+
+
+def test_pools_in_tensors(device):
+    """Heads before positions, or positions before heads: the same rows in the page that is written."""
+    k = normals(4, KV_HEADS, D)
+    codes, strided = (torch.zeros(3, KV_HEADS, PAGE, D // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
+    scales, others = (torch.zeros(3, KV_HEADS, PAGE, 1, dtype=torch.float16, device="cuda") for _ in range(2))
+    by_position = strided.view(3, PAGE, KV_HEADS, D // 2).transpose(1, 2)
+    dense = tqkv.PagePool.from_arrays(device, "tq4", D, codes, scales)
+    gaps = tqkv.PagePool.from_arrays(device, "tq4", D, by_position, others)
+    tqkv.quantize(tqkv.Batch(device, PAGE, [4], [4], [[2]]), [(k, dense), (2 * k, gaps)])
     assert bool(codes[2].any()) and not bool(codes[:2].any())
+    assert torch.equal(by_position, codes) and torch.equal(others, 2 * scales)
 
 
 def test_host_arrays_on_a_gpu(device):

@@ -137,6 +137,35 @@ def test_a_batch_goes_on():
     assert (batch.sequences, batch.tokens) == (1, 1) and np.allclose(tqkv.dequantize(pool, batch, 0, [5])[0], x[5], atol=1e-6)
 
 
+def test_slots():
+    """Tokens go where slots say: the same bytes as by a batch."""
+    (key, value), (by_batch, _) = pools("tq5"), pools("tq5")
+    n = 5
+    x = normals(n, KV, D, seed=1)
+    batch = tqkv.Batch(DEVICE, PAGE, [PAGE + 2], [n], [[3, 1]])
+    tqkv.quantize(batch, [(x, by_batch)])
+    slots = [(3 if p < PAGE else 1) * PAGE + p % PAGE for p in range(PAGE - 3, PAGE + 2)]
+    positions = range(PAGE - 3, PAGE + 2)
+    two_more = np.concatenate([x, x[:2]])
+    for dtype in np.int64, np.int32:
+        count = np.array([3], np.int32)
+        tqkv.quantize_at([(two_more, key), (-two_more, value)], np.array([*slots, -1, 1 << 20], dtype), out_of_range=count)
+        assert count == [4]
+        want = tqkv.dequantize(by_batch, batch, 0, positions)
+        assert np.array_equal(tqkv.dequantize(key, batch, 0, positions), want)
+        assert np.array_equal(tqkv.dequantize(value, batch, 0, positions), -want)
+    tqkv.refresh(batch)  # It is the host's: nothing is to be done.
+    assert batch.out_of_range == 0
+    with pytest.raises(tqkv.ZeroError):
+        tqkv.quantize_at([], np.array(slots))
+    with pytest.raises(tqkv.DTypeError, match="slots"):
+        tqkv.quantize_at([(x, key)], np.zeros(n, np.float32))
+    with pytest.raises(tqkv.ShapeError):
+        tqkv.quantize_at([(x, key)], np.array(slots[:4]))
+    with pytest.raises(tqkv.UnsupportedError, match="page tables"):
+        tqkv.Batch.with_tables(DEVICE, PAGE, np.zeros((1, 2), np.int32), 4, [3], [1])
+
+
 def test_arrays_of_every_kind():
     key, value = pools("f32")
     n = 10

@@ -1,49 +1,13 @@
 """The plugin inside vLLM: with rows of f32 it gives stock vLLM's tokens."""
 
-import json
-import os
 import pathlib
-import random
 import re
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("vllm")
 
-MODEL = pathlib.Path(__file__).parents[2] / "tqkv-cli" / "assets" / "byte-llama-4m"
-RUN = pathlib.Path(__file__).parent / "vllm_run.py"
-TEXT = "In the beginning of the year there was a great deal of snow upon the hills, and the people of the village said "
-IMPLEMENTATION = "tqkv.vllm.backend.TqkvImpl"
-
-
-def prompts(n, longest, seed=7):
-    draw = random.Random(seed)
-    text = (TEXT * (longest // len(TEXT) + 2)).encode()
-    lengths = [1, longest] + [int(longest ** draw.random()) for _ in range(n - 2)]
-    return [list(text[(at := draw.randrange(len(TEXT))) : at + length]) for length in lengths]
-
-
-def run(tmp_path, prompts, codec=None, new=32, rounds=1, environment=None, calibration=None, **options):
-    """The run's results, and what it logged."""
-    options = {"model": str(MODEL)} | options
-    if codec is not None:
-        asked = {"codec": codec} | ({} if calibration is None else {"calibration": str(calibration)})
-        options = {"attention_backend": "CUSTOM", "additional_config": {"tqkv": asked}} | options
-    out = tmp_path / "out.json"
-    asked = json.dumps({"options": options, "prompts": prompts, "new": new, "rounds": rounds})
-    done = subprocess.run(
-        [sys.executable, str(RUN), str(out)], input=asked, capture_output=True, text=True,
-        env=os.environ | (environment or {}), timeout=900,
-    )
-    log = done.stdout + done.stderr
-    return (json.loads(out.read_text()) if done.returncode == 0 else None), log
-
-
-def tokens(result, log):
-    assert result is not None, log[-4000:]
-    return result["rounds"][0]["tokens"]
+from vllm_run import IMPLEMENTATION, prompts, run, tokens  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -73,10 +73,9 @@ impl Environment {
 
     fn pytest(&self, crate_dir: &Path, part: &str) -> Result<()> {
         let mut tests = vec![crate_dir.join(format!("tests/test_{part}.py"))];
-        // What is transformers' on a GPU is skipped where there is none.
-        if part == PARTS[1] {
-            tests.push(crate_dir.join("tests/test_cuda.py"));
-        }
+        // Which are skipped where there is no GPU.
+        let on_gpus = [(PARTS[1], "test_cuda.py"), (PARTS[2], "test_vllm_cuda.py")];
+        tests.extend(on_gpus.iter().filter(|(of, _)| *of == part).map(|(_, file)| crate_dir.join("tests").join(file)));
         println!("== {part}");
         // From elsewhere, so that the package is the wheel's.
         let mut pytest = self.python(&["-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]);

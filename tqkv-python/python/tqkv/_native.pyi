@@ -84,7 +84,7 @@ class PagePool:
     ) -> PagePool:
         """A pool in memory of someone else's, without a copy, which it keeps alive: ``codes`` is
         uint8 [pages, kv_heads, page_size, row_bytes] (or the floats themselves of a dense codec) and ``scales``
-        [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (on a CPU), also of one
+        [pages, kv_heads, page_size, scales] (float16, float32 for seed codecs). Both may be strided views (not on wgpu), also of one
         tensor: pages of [page_size, kv_heads, bytes] are ``.transpose(1, 2)`` of a view.
 
         ``channels`` shifts and scales keys before they are stored, (shift, scale), both [kv_heads, head_dim].
@@ -132,6 +132,48 @@ class Batch:
     @staticmethod
     def contiguous(device: Device, capacity: int, len: int, new: int, first: int = 0) -> Batch:
         """One sequence in a pool of one page as long as the cache, in which positions wrap around."""
+    @staticmethod
+    def with_tables(
+        device: Device,
+        page_size: int,
+        tables: Array,
+        pages: int,
+        lens: Sequence[int] | Array,
+        new: Sequence[int] | Array,
+    ) -> Batch:
+        """Sequences whose page tables lie in the device's memory (CUDA), and are read there by every :func:`refresh`: ``tables`` is int32 or
+        int64, [sequences, width], its rows at any distance; entries that no held position needs may be anything. Pools have ``pages``
+        pages. ``lens`` and ``new`` are known to the host, as in a batch of its own.
+
+        Such a batch attends; :func:`quantize_at` writes. An entry that is out of range is not followed: see ``out_of_range``.
+
+        Raises :class:`UnsupportedError` on other devices, :class:`ShapeError`, :class:`DTypeError`, :class:`ZeroError`,
+        :class:`PositionsError`, :class:`TooLargeError`, :class:`WrongDeviceError`."""
+    @staticmethod
+    def on_device(
+        device: Device,
+        page_size: int,
+        tables: Array,
+        pages: int,
+        lens: Array,
+        starts: Array,
+        tokens: int,
+        most_new: int,
+        most_len: int,
+    ) -> Batch:
+        """Sequences of which the host knows nothing: page tables as in :meth:`with_tables`, and ``lens`` and ``starts`` lie in the device's
+        memory, int32 or int64, and are read by every :func:`refresh`, so that a graph that was captured once serves all further steps.
+
+        ``lens`` is [sequences], the new positions counted in; a sequence of length 0 has no part. ``starts`` is [sequences + 1], where each
+        sequence's new tokens start, and where the last ones end. ``tokens`` is how many queries and outputs have room for; those of no
+        sequence are not written. ``most_new`` and ``most_len`` bound what a sequence has.
+
+        An entry, a length or a start that is out of range is not followed: see ``out_of_range``.
+
+        Raises what :meth:`with_tables` does."""
+    @property
+    def out_of_range(self) -> int:
+        """How many entries of tables, lengths and starts on the device were out of range so far. Waits for the device."""
     def update(
         self,
         lens: Sequence[int] | Array,
@@ -157,6 +199,21 @@ def quantize(batch: Batch, parts: Sequence[tuple[Array, PagePool]]) -> None:
     after the other, and the pool that takes it.
 
     Raises :class:`ShapeError`, :class:`DTypeError`, :class:`PageError`, :class:`MismatchError`, :class:`AliasedError`."""
+
+def quantize_at(
+    parts: Sequence[tuple[Array, PagePool]], slots: Array, *, out_of_range: Array | None = None
+) -> None:
+    """Encodes vectors into slots: each part is an array [tokens, kv_heads, head_dim] and the pool that takes it, token i of every part
+    in slot ``slots[i]``, which is page * page_size + row, or nowhere if it is -1. ``slots`` is int32 or int64, [tokens], and stays in the
+    device's memory: the host reads nothing of it. A slot that no pool has is not written; ``out_of_range``, int32 [1], is
+    increased by one for each. No two tokens may name one slot.
+
+    Raises :class:`ZeroError` without parts, :class:`ShapeError`, :class:`DTypeError`, :class:`MismatchError`, :class:`AliasedError`,
+    :class:`UnsupportedError` on wgpu."""
+
+def refresh(batch: Batch) -> None:
+    """Reads the page tables, and lengths, that a batch on the device stands for, and plans for them, on the device: once a step, before all
+    operations of all layers, in the same graph or before its replay. For other batches it does nothing."""
 
 def attend(
     q: Array,

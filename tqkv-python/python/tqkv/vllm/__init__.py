@@ -1,4 +1,4 @@
-"""A plugin for vLLM 0.32 on the CPU: its pages hold keys and values as tqkv stores them, and attention reads them there.
+"""A plugin for vLLM 0.32 on the CPU and on NVIDIA GPUs: its pages hold keys and values as tqkv stores them, and attention reads them there.
 
     LLM(model, attention_backend="CUSTOM", additional_config={"tqkv": {"codec": "k5v4", "calibration": FILE}})
 
@@ -40,8 +40,8 @@ def register() -> None:
             raise ValueError(f'additional_config asks for tqkv, attention_backend is {other}: say attention_backend="CUSTOM"')
         if not any(vllm.__version__ == v or vllm.__version__.startswith(f"{v}.") for v in VERSIONS):
             raise ValueError(f"tqkv's plugin is for vLLM {' and '.join(VERSIONS)}: this is {vllm.__version__}")
-        if current_platform.device_type != "cpu":
-            raise NotImplementedError(f"tqkv's plugin runs on the CPU: this platform is {current_platform.device_type}")
+        if current_platform.device_type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"tqkv's plugin runs on the CPU and on CUDA: this platform is {current_platform.device_type}")
         return BACKEND
 
     get_attn_backend_cls._tqkv = True
