@@ -1,7 +1,6 @@
 //! Where the positions of some sequences are.
 
 use super::PagePool;
-use super::device_batch::Source;
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use std::any::Any;
@@ -75,6 +74,29 @@ pub(super) struct Inner {
     /// What the device's memory held when this was made of it.
     pub generation: u64,
     pub kept: Arc<Kept>,
+}
+
+/// What lengths on the device are at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Sequences, exactly.
+    pub sequences: usize,
+    /// Tokens that queries and outputs have room for, exactly. Those of no sequence are not written.
+    pub tokens: usize,
+    /// New tokens of a sequence.
+    pub new: usize,
+    /// Positions of a sequence.
+    pub len: usize,
+}
+
+/// Where a batch's content is.
+#[derive(Clone, Debug)]
+#[allow(dead_code)] // Not every backend reads it.
+pub(crate) struct Source {
+    pub entries: Buffer,
+    pub stride: usize,
+    /// Lengths and starts, and their bounds, unless the host knows them.
+    pub lengths: Option<(Buffer, Buffer, Bounds)>,
 }
 
 /// What operations that were recorded with a batch read, now or later: the same for all its updates.

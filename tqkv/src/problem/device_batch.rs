@@ -1,8 +1,7 @@
 //! Batches whose page tables, and lengths, lie in the device's memory: another engine's.
 
 use super::Batch;
-use super::batch::SpanInfo;
-use super::batch::{Inner, MOST_POSITIONS};
+use super::batch::{Bounds, Inner, MOST_POSITIONS, Source, SpanInfo};
 use crate::compute::{Buffer, Device};
 use crate::error::{Error, Result, checked_product, to_u32};
 use crate::format::DType;
@@ -38,29 +37,6 @@ pub enum Lengths<'a> {
         /// What they are at most. Kernels are chosen for it, and results do not depend on it but for their rounding.
         most: Bounds,
     },
-}
-
-/// What lengths on the device are at most.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bounds {
-    /// Sequences, exactly.
-    pub sequences: usize,
-    /// Tokens that queries and outputs have room for, exactly. Those of no sequence are not written.
-    pub tokens: usize,
-    /// New tokens of a sequence.
-    pub new: usize,
-    /// Positions of a sequence.
-    pub len: usize,
-}
-
-/// Where a batch's content is.
-#[derive(Clone, Debug)]
-#[allow(dead_code)] // Not every backend reads it.
-pub(crate) struct Source {
-    pub entries: Buffer,
-    pub stride: usize,
-    /// Lengths and starts, and their bounds, unless the host knows them.
-    pub lengths: Option<(Buffer, Buffer, Bounds)>,
 }
 
 impl Batch {

@@ -14,10 +14,10 @@ mod visible;
 pub(crate) use batch::Plan;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use batch::SpanInfo;
-pub use batch::{Batch, NO_PAGE, Span};
+pub use batch::{Batch, Bounds, NO_PAGE, Span};
 pub use channels::ChannelMap;
 pub(crate) use device_batch::check_integers;
-pub use device_batch::{Bounds, DeviceTables, Lengths};
+pub use device_batch::{DeviceTables, Lengths};
 pub use params::{AttentionParams, Direction, Domain, Positions, Precision, RowOrder};
 pub use pool::PagePool;
 pub(crate) use pool::check_geometry;

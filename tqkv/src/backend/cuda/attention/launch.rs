@@ -1,79 +1,19 @@
 //! The tensor-core kernel: its parameters and its launch.
 
+use super::device_plan::DevicePlan;
 use super::params::{Near, Params, window};
-use super::plan::{Item, Plan, Problem, Sequences};
+use super::plan::{Problem, Sequences};
 use super::refresh;
-use super::shape::is_short;
 use super::variant::Variant;
 use crate::backend::cuda::driver::lock;
 use crate::backend::cuda::gpu::{Gpu, Recording};
-use crate::backend::cuda::memory::{Memory, batch_addresses};
+use crate::backend::cuda::memory::batch_addresses;
 use crate::backend::cuda::tables::{Side, Turn, scale_unit};
 use crate::error::Result;
 use crate::format::{RowFormat, Scaling};
 use crate::problem::op::{self, Attention};
-use crate::problem::{Batch, Domain, PagePool, Visible};
+use crate::problem::{Domain, PagePool, Visible};
 use bytemuck::Zeroable;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
-
-/// A plan on the device, kept with its batch.
-pub(super) struct DevicePlan {
-    pub problem: Problem,
-    /// What the kernel was chosen for: see `Shape::short`.
-    short: bool,
-    sequences: Sequences,
-    /// None if the device makes it.
-    plan: Option<Mutex<Plan>>,
-    /// Room for those of any lengths, and for what the device makes them of.
-    pub items: Arc<Memory>,
-    /// Whether work that makes it on the device was recorded.
-    refreshed: AtomicBool,
-}
-
-impl DevicePlan {
-    fn get(gpu: &Gpu, batch: &Batch, problem: Problem, short: bool, sequences: &Sequences) -> Result<Arc<DevicePlan>> {
-        batch.plans().get(
-            |p: &DevicePlan| p.problem == problem && p.short == short && p.sequences == *sequences,
-            || {
-                let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
-                let (plan, items) = if batch.bounds().is_some() {
-                    let items = gpu.stream.alloc(bytes + refresh::entries_bytes(&problem, batch)?)?;
-                    // No work, until it is planned.
-                    items.clear()?;
-                    (None, items)
-                } else {
-                    let plan = Plan::new(&problem, batch.spans(), sequences.few.clone());
-                    let items = gpu.stream.alloc(bytes)?;
-                    items.write(0, bytemuck::cast_slice(&plan.items))?;
-                    (Some(Mutex::new(plan)), items)
-                };
-                let (items, sequences) = (Arc::new(items), sequences.clone());
-                Ok(DevicePlan { problem, short, sequences, plan, items, refreshed: AtomicBool::new(false) })
-            },
-        )
-    }
-
-    /// Where what the device makes items of begins.
-    pub fn entries(&self, batch: &Batch) -> u64 {
-        self.items.address + (self.problem.most_items(batch.spans()) * size_of::<Item>()) as u64
-    }
-}
-
-impl crate::problem::Plan for DevicePlan {
-    fn suits(&self, batch: &Batch) -> bool {
-        self.short == is_short(batch, self.problem.kv_heads, self.problem.blocks)
-            && self.sequences.suit(batch.spans(), self.problem.group)
-    }
-
-    fn follow(&self, batch: &Batch) -> Result<bool> {
-        let Some(plan) = &self.plan else { return Ok(true) };
-        let mut plan = lock(plan);
-        plan.follow(&self.problem, batch.spans());
-        debug_assert!(plan.items.len() <= self.problem.most_items(batch.spans()));
-        self.items.write(0, bytemuck::cast_slice(&plan.items)).map(|()| true)
-    }
-}
 
 /// What every stored scale lacks of its factor.
 fn lacking(row: &RowFormat) -> f32 {
@@ -130,7 +70,7 @@ pub(super) fn tensor(
     };
     let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short, sequences)?;
     // A new one; the others come with the batch's own refresh.
-    if planned.plan.is_none() && !planned.refreshed.swap(true, Relaxed) {
+    if planned.is_to_be_made() {
         refresh::record(gpu, &op.batch, Some(&planned), to)?;
     }
     let parts = problem.most_parts();

@@ -1,6 +1,7 @@
 //! Attention: `shape` is what of a problem decides how it is compiled, `variant` the choice, `layout` its shared memory, `plan` how work
-//! is spread over blocks, `refresh` the same on the device, `launch` the kernel on tensor cores, `prefill` the one for many queries a sequence, `plain` the one for everything else.
+//! is spread over blocks, `device_plan` where plans are kept, `refresh` what makes them on the device, `launch` the kernel on tensor cores, `prefill` the one for many queries a sequence, `plain` the one for everything else.
 
+mod device_plan;
 mod launch;
 mod layout;
 mod params;

@@ -1,14 +1,14 @@
 //! Batches whose page tables and lengths are on the device: what they hold is read, and planned for, there.
 
-use super::launch::DevicePlan;
+use super::device_plan::{DevicePlan, Entry};
 use super::params::window;
-use super::plan::{Item, Problem};
+use super::plan::Item;
 use crate::backend::cuda::gpu::{Gpu, Recording};
 use crate::backend::cuda::kernel::{KernelKey, KernelText, kernel_struct};
 use crate::backend::cuda::memory::{address, batch_addresses};
-use crate::error::{Error, Result, checked_product};
+use crate::error::Result;
 use crate::format::DType;
-use crate::problem::{Batch, SpanInfo};
+use crate::problem::Batch;
 use std::sync::Arc;
 
 static REFRESH: KernelText = KernelText {
@@ -19,18 +19,6 @@ static REFRESH: KernelText = KernelText {
     asserts: || Item::asserts() + &Entry::asserts() + &Params::asserts(),
     shared_memory_symbol: None,
 };
-
-kernel_struct! {
-    struct Entry as "Entry" {
-        span: SpanInfo,
-        sequence: u32,
-        row: u32,
-        rows: u32,
-        begin: u32,
-        tiles: u32,
-        line: u32,
-    }
-}
 
 kernel_struct! {
     struct Params as "Params" {
@@ -66,22 +54,6 @@ kernel_struct! {
 
 pub(in crate::backend::cuda) fn refresh_key() -> KernelKey {
     REFRESH.with([])
-}
-
-/// Bytes of the most row tiles that a batch has.
-pub(super) fn entries_bytes(problem: &Problem, batch: &Batch) -> Result<usize> {
-    let Some(most) = batch.bounds() else { return Ok(0) };
-    let each = (most.new * problem.group).div_ceil(problem.rows);
-    // As many as sequences have at most, or as all their tokens fill.
-    let entries = (most.sequences * each).min(most.tokens * problem.group / problem.rows + most.sequences);
-    // The kernel adds up what all of them cost in 32 bits.
-    let cost = most.len.div_ceil(problem.tile) + problem.warps + problem.overhead();
-    let what = "tiles of a batch on the device";
-    let total = checked_product(what, &[entries, problem.kv_heads, cost])?;
-    if total > i32::MAX as usize {
-        return Err(Error::SizeOverflow { what, limit: "i32" });
-    }
-    Ok(entries * size_of::<Entry>())
 }
 
 /// Reads a batch's content, and makes all its plans.
