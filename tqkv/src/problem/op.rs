@@ -11,6 +11,7 @@ use std::any::Any;
 pub(crate) enum Op {
     Rotate(Rotate),
     /// Brings a batch whose content lies in the device's memory, and what is planned for it, up to date with it.
+    #[allow(dead_code)] // Not every backend reads what it is of.
     Refresh(Batch),
     /// In any order: they write to other places, and none reads what another writes.
     Quantize(Vec<Quantize>),
@@ -61,6 +62,7 @@ pub(crate) enum Places {
 }
 
 impl Places {
+    #[allow(dead_code)] // Not every backend asks.
     pub fn tokens(&self) -> usize {
         match self {
             Places::Batch(batch) => batch.tokens(),
