@@ -239,6 +239,24 @@ fn values_of_very_different_sizes() {
     });
 }
 
+/// A pool of random vectors, written by slots.
+fn random_pool(
+    device: &Device,
+    rng: &mut Rng,
+    row: RowFormat,
+    kv_heads: usize,
+    page_size: usize,
+    pages: usize,
+) -> PagePool {
+    let (positions, d) = (pages * page_size, row.head_dim());
+    let pool = PagePool::new(device, row, kv_heads, page_size, pages).unwrap();
+    let x = upload(device, DType::F16, &rng.normals(positions * kv_heads * d), &[positions, kv_heads, d]);
+    let slots: Vec<i64> = (0..positions as i64).collect();
+    let slots = device.upload(&slots, &[positions]).unwrap();
+    run(device, |e| quantize_at(e, &[(&x, &pool)], &slots, None));
+    pool
+}
+
 /// What the device reads and plans for itself is what the host would have: one batch, whose tables and lengths change beneath it.
 #[test]
 fn batches_on_the_device_follow_its_memory() {
@@ -254,16 +272,8 @@ fn batches_on_the_device_follow_its_memory() {
         ] {
             let row = RowFormat::new(Codec::tq(4), d).unwrap();
             let pages = sequences * 3 + width;
-            let positions = pages * page_size;
-            let pool = |rng: &mut Rng| {
-                let pool = PagePool::new(device, row, kv_heads, page_size, pages).unwrap();
-                let x = upload(device, DType::F16, &rng.normals(positions * kv_heads * d), &[positions, kv_heads, d]);
-                let slots: Vec<i64> = (0..positions as i64).collect();
-                let slots = device.upload(&slots, &[positions]).unwrap();
-                run(device, |e| quantize_at(e, &[(&x, &pool)], &slots, None));
-                pool
-            };
-            let (key, value) = (pool(&mut rng), pool(&mut rng));
+            let mut pool = || random_pool(device, &mut rng, row, kv_heads, page_size, pages);
+            let (key, value) = (pool(), pool());
             let tokens = sequences * most_new;
             let heads = kv_heads * group;
             let zeros = |n: usize| device.zeros(DType::U32, &[n]).unwrap();
@@ -319,7 +329,11 @@ fn batches_on_the_device_follow_its_memory() {
                 // What no sequence owns is not written.
                 assert!(out[own * heads * d..].iter().all(|x| x.is_nan()));
             }
-            // What is out of range is counted, and not read.
+            // What is out of range is counted, and not read: once, whatever is planned for.
+            let q = upload(device, DType::F16, &rng.normals(tokens * heads * d), &[tokens, heads, d]);
+            let other = AttentionParams { window: Some(7), ..params.clone() };
+            let out = Guarded::new(device, DType::F32, &[tokens, heads, d]);
+            run(device, |e| attention(e, &q, &key, &value, &batch, &other, &out.buffer, None));
             let mut all = vec![7u32; sequences * width];
             (all[0], all[1]) = (pages as u32, u32::MAX);
             entries.write(&all).unwrap();
@@ -332,6 +346,16 @@ fn batches_on_the_device_follow_its_memory() {
             entries.write(&vec![0u32; sequences * width]).unwrap();
             run(device, |e| refresh(e, &batch));
             assert_eq!(batch.out_of_range().unwrap(), 2 + 2 * sequences);
+            // Starts that are not in order: every other sequence ends before it begins.
+            let crossed: Vec<u32> = (0..=sequences as u32).map(|s| s % 2 * most_new as u32).collect();
+            starts.write(&crossed).unwrap();
+            lens.write(&vec![33u32; sequences]).unwrap();
+            run(device, |e| {
+                refresh(e, &batch)?;
+                attention(e, &q, &key, &value, &batch, &params, &out.buffer, None)
+            });
+            assert_eq!(batch.out_of_range().unwrap(), 2 + 2 * sequences + sequences / 2);
+            assert!(out.take()[..most_new * heads * d].iter().all(|x| x.is_finite()));
         }
     });
 }

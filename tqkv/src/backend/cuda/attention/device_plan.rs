@@ -7,7 +7,7 @@ use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::kernel::kernel_struct;
 use crate::backend::cuda::memory::Memory;
 use crate::error::{Error, Result, checked_product};
-use crate::problem::{Batch, SpanInfo};
+use crate::problem::{Batch, Bounds, SpanInfo};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
@@ -24,12 +24,9 @@ kernel_struct! {
     }
 }
 
-/// Bytes of the most row tiles that a batch has.
-fn entries_bytes(problem: &Problem, batch: &Batch) -> Result<usize> {
-    let Some(most) = batch.bounds() else { return Ok(0) };
-    let each = (most.new * problem.group).div_ceil(problem.rows);
-    // As many as sequences have at most, or as all their tokens fill.
-    let entries = (most.sequences * each).min(most.tokens * problem.group / problem.rows + most.sequences);
+/// Bytes of the most row tiles that a batch has. The tokens of all sequences are no bound: starts that are not in order let sequences share them.
+fn entries_bytes(problem: &Problem, most: &Bounds) -> Result<usize> {
+    let entries = most.sequences * (most.new * problem.group).div_ceil(problem.rows);
     // The kernel adds up what all of them cost in 32 bits.
     let cost = most.len.div_ceil(problem.tile) + problem.warps + problem.overhead();
     let what = "tiles of a batch on the device";
@@ -66,8 +63,8 @@ impl DevicePlan {
             |p: &DevicePlan| p.problem == problem && p.short == short && p.sequences == *sequences,
             || {
                 let bytes = problem.most_items(batch.spans()) * size_of::<Item>();
-                let (plan, items) = if batch.bounds().is_some() {
-                    let items = gpu.stream.alloc(bytes + entries_bytes(&problem, batch)?)?;
+                let (plan, items) = if let Some(most) = batch.bounds() {
+                    let items = gpu.stream.alloc(bytes + entries_bytes(&problem, most)?)?;
                     // No work, until it is planned.
                     items.clear()?;
                     (None, items)

@@ -71,7 +71,7 @@ pub(super) fn tensor(
     let planned = DevicePlan::get(gpu, &op.batch, problem, variant.short, sequences)?;
     // A new one; the others come with the batch's own refresh.
     if planned.is_to_be_made() {
-        refresh::record(gpu, &op.batch, Some(&planned), to)?;
+        refresh::make(gpu, &op.batch, &planned, to)?;
     }
     let parts = problem.most_parts();
     let sums = parts * rows * value.row_dim() * 4;

@@ -58,16 +58,20 @@ pub(in crate::backend::cuda) fn refresh_key() -> KernelKey {
 
 /// Reads a batch's content, and makes all its plans.
 pub(in crate::backend::cuda) fn refresh(gpu: &Gpu, batch: &Batch, to: &mut Recording) -> Result<()> {
-    let plans: Vec<Arc<DevicePlan>> =
-        if batch.bounds().is_some() { batch.plans().all::<DevicePlan>() } else { Vec::new() };
-    match &plans[..] {
-        [] => record(gpu, batch, None, to),
-        plans => plans.iter().try_for_each(|plan| record(gpu, batch, Some(plan), to)),
-    }
+    // Where the host knows the lengths, it has made them.
+    let plans = if batch.bounds().is_some() { batch.plans().all::<DevicePlan>() } else { vec![] };
+    let (first, others) = plans.split_first().map_or((None, &[][..]), |(first, others)| (Some(first), others));
+    record(gpu, batch, true, first, to)?;
+    others.iter().try_for_each(|plan| record(gpu, batch, false, Some(plan), to))
 }
 
-/// Reads a batch's content, and makes a plan.
-pub(super) fn record(gpu: &Gpu, batch: &Batch, plan: Option<&Arc<DevicePlan>>, to: &mut Recording) -> Result<()> {
+/// Makes a plan for what a batch's memory holds by then.
+pub(super) fn make(gpu: &Gpu, batch: &Batch, plan: &Arc<DevicePlan>, to: &mut Recording) -> Result<()> {
+    record(gpu, batch, false, Some(plan), to)
+}
+
+/// `reads`: whether tables and lengths are brought up to date, too.
+fn record(gpu: &Gpu, batch: &Batch, reads: bool, plan: Option<&Arc<DevicePlan>>, to: &mut Recording) -> Result<()> {
     let Some(source) = batch.source() else { return Ok(()) };
     let [spans, own] = batch_addresses(batch)?;
     let (sequences, width) = (batch.sequences(), batch.width());
@@ -108,5 +112,6 @@ pub(super) fn record(gpu: &Gpu, batch: &Batch, plan: Option<&Arc<DevicePlan>>, t
         };
         to.memory.push(plan.items.clone());
     }
-    gpu.launch(&refresh_key(), 1 + gpu.blocks(sequences, 1), &params, to)
+    let readers = if reads { gpu.blocks(sequences, 1) } else { 0 };
+    gpu.launch(&refresh_key(), 1 + readers, &params, to)
 }

@@ -4,7 +4,7 @@
 // LAUNCH
 //
 // Kernel `refresh`, one parameter: the struct `Params`, by value.
-//   grid   (1 + copiers, 1, 1): block 0 plans, the others copy a sequence's table each in turn
+//   grid   (1 + readers, 1, 1): block 0 plans, the others read a sequence's table and lengths each in turn; without readers they stay
 //   block  (THREADS, 1, 1)
 //
 // PLAN
